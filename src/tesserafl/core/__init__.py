@@ -1,0 +1,1 @@
+"""Values and pure functions: parameters, axes, sub-models, exact sums, messages, the Method seam."""

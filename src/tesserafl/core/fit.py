@@ -1,0 +1,145 @@
+"""One client's local work, as data: what to train, on which loss, how long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tesserafl.core.errors import ConfigError
+from tesserafl.core.model import Output
+from tesserafl.core.params import Params
+
+IGNORED = -100
+"""A label that counts in no loss: padding of a text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a client trains; the same for every method of a comparison."""
+
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    """the clients' optimiser"""
+    lr: float = 0.05
+    """learning rate of the first round"""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """how the learning rate falls over the rounds; cosine ends at zero"""
+    momentum: float = 0.0
+    """momentum of SGD; the buffer starts empty in every round"""
+    weight_decay: float = 0.0
+    """decay of the weights (L2 for SGD, decoupled for AdamW)"""
+    clip_norm: float | None = None
+    """largest norm of a step's gradient; None: not clipped"""
+    epochs: int = 1
+    """passes over a client's data in a round"""
+    batch_size: int = 32
+    """examples in a step; a client's last batch of an epoch may be smaller"""
+    mask_absent_classes: bool = False
+    """HeteroFL's masked loss: logits of classes that a client does not have are set to zero, and
+    only owners of a class report its output rows"""
+    width_scaling: bool = True
+    """multiply a cut layer's weights by full/kept inputs in training, as HeteroFL's scaler"""
+    augment: bool = False
+    """random flips and shifts of images in training"""
+
+    def __post_init__(self) -> None:
+        for name, low in (("lr", 0.0), ("epochs", 1), ("batch_size", 1)):
+            if not getattr(self, name) >= low or getattr(self, name) == 0:
+                raise ConfigError(
+                    f"training.{name} must be positive; got {getattr(self, name)!r}"
+                )
+        if not 0.0 <= self.momentum < 1.0:
+            raise ConfigError(f"training.momentum must be in [0, 1); got {self.momentum!r}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(
+                f"training.clip_norm must be positive, or None for no clipping; "
+                f"got {self.clip_norm!r}"
+            )
+
+    def lr_at(self, round: int, rounds: int) -> float:
+        """Learning rate of a round, counted from 0, of `rounds`."""
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * round / rounds))))
+        return self.lr
+
+
+Forward = Callable[[Params, Tensor], Output]
+"""`forward(params, inputs)`: the model as a function, width scaling included."""
+
+
+class Objective(Protocol):
+    """A loss that knows neither the model's family nor its names."""
+
+    def __call__(
+        self,
+        forward: Forward,
+        params: Params,
+        inputs: Tensor,
+        labels: Tensor,
+        extra: Mapping[str, Tensor],
+    ) -> Tensor:
+        """The mean loss of a batch, a scalar."""
+        ...
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Mean cross-entropy over the labels that count.
+
+    With `extra["classes"]` (int64 [k], the client's own classes) the other logits are set to 0
+    before the softmax, as HeteroFL's code does for non-IID data (Diao et al., ICLR 2021, 3.2).
+    """
+
+    def __call__(
+        self,
+        forward: Forward,
+        params: Params,
+        inputs: Tensor,
+        labels: Tensor,
+        extra: Mapping[str, Tensor],
+    ) -> Tensor:
+        """The mean loss of a batch, a scalar."""
+        logits = forward(params, inputs).logits
+        if "classes" in extra:
+            owned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            owned[extra["classes"]] = True
+            logits = logits.masked_fill(~owned, 0.0)
+        return F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What an engine executes for one client, alone or batched with others of the same shape."""
+
+    params: Params
+    """Parameters to start from."""
+    training: Training
+    """Optimiser, epochs, batch size; its `lr` is the round's."""
+    objective: Objective = field(default_factory=CrossEntropy)
+    """The loss."""
+    trainable: frozenset[str] | None = None
+    """Names that are trained; None: all. The others stay as they are and are not reported."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors that the objective reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """What came of a `Fit`."""
+
+    params: Params
+    """The trained parameters, trainable names only."""
+    num_examples: int
+    """Examples that the client trained on, each counted once."""
+    num_steps: int
+    """Optimiser steps."""
+    metrics: Mapping[str, float]
+    """Of the local training: `loss` is the mean over the last epoch."""
+    classes: Tensor
+    """int64 [k], the classes that the client owns."""

@@ -1,0 +1,187 @@
+"""What a federated method is: five answers, no loop.
+
+    init        the state before the first round
+    configure   who gets which part                      -> Tasks
+    local       what a client does with its part         -> Fit            (on the client)
+    report      what goes back                           -> Update         (on the client)
+    aggregate   how the updates become the next state    -> State
+    predictor   how the result predicts                  -> Model, Params
+
+Hooks are pure: they never change an argument, and the same arguments give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Protocol
+
+from torch import Tensor
+
+from tesserafl.core.exactsum import ExactSum
+from tesserafl.core.fit import Fit, Fitted, Training
+from tesserafl.core.messages import Client, Memory, Options, Task, Update
+from tesserafl.core.model import Model
+from tesserafl.core.params import Params, subtract
+from tesserafl.core.submodel import Index, SubModel, index_tensor, merge
+
+Topology = Literal["star", "tree", "peers"]
+Weighting = Literal["uniform", "examples"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What the server keeps between rounds; a checkpoint holds exactly this."""
+
+    params: Params
+    """The global model, theta."""
+    seed: int
+    """The run's seed: schedules that draw, draw from it."""
+    rounds: int
+    """T in the papers: how many rounds are planned, for schedules that anneal."""
+    round: int = 0
+    """t in the papers, from 0."""
+    notes: Options = field(default_factory=dict)
+    """Further plain values of a method."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """How a state predicts: a model and its parameters."""
+
+    model: Model
+    params: Params
+
+
+class Method(Protocol):
+    """The seam between methods and engines; see the module's docstring for the order."""
+
+    topology: ClassVar[Topology]
+    """The shape of the federation that the method is made for."""
+
+    @property
+    def ratio(self) -> tuple[float, ...]:
+        """Width ratios of the client classes; client i belongs to class i modulo their number."""
+        ...
+
+    def init(self, model: Model, seed: int, rounds: int) -> State:
+        """The state before the first of `rounds` rounds."""
+        ...
+
+    def configure(
+        self, model: Model, state: State, clients: Sequence[Client], training: Training
+    ) -> Iterator[Task]:
+        """The tasks of a round, one per client that takes part, made as they are asked for."""
+        ...
+
+    def local(self, model: Model, task: Task, memory: Memory) -> Fit:
+        """What the client trains."""
+        ...
+
+    def report(self, model: Model, task: Task, fitted: Fitted, memory: Memory) -> Report:
+        """What the client sends back, and what it keeps."""
+        ...
+
+    def aggregate(
+        self, model: Model, state: State, clients: Sequence[Client], updates: Iterable[Update]
+    ) -> State:
+        """The next state, from the updates of those of `clients` that answered.
+
+        Takes the updates one at a time, in any order; the result does not depend on the order.
+        With no update at all only the round advances.
+        """
+        ...
+
+    def predictor(self, model: Model, state: State) -> Predictor:
+        """How the state predicts."""
+        ...
+
+
+Report = tuple[Update, Memory]
+
+
+class _Weighted(Protocol):
+    @property
+    def weighting(self) -> Weighting: ...
+
+
+# Hooks that many methods share. A method takes one as its own by `local = train_everything`.
+
+
+def init_whole(self: object, model: Model, seed: int, rounds: int) -> State:
+    """The global model, which no client needs to hold."""
+    return State(params=model.init(seed), seed=seed, rounds=rounds)
+
+
+def train_everything(self: object, model: Model, task: Task, memory: Memory) -> Fit:
+    """Plain local training of all parameters on cross-entropy."""
+    return Fit(params=task.params, training=task.training)
+
+
+def report_deltas(
+    self: object, model: Model, task: Task, fitted: Fitted, memory: Memory
+) -> Report:
+    """The change of every trained parameter; with masked classes only the owners' output rows."""
+    delta = subtract(fitted.params, {name: task.params[name] for name in fitted.params})
+    submodel = task.submodel
+    if task.training.mask_absent_classes:
+        rows = _class_rows(model, submodel, delta, fitted.classes)
+        submodel = submodel.restrict(rows)
+        for name, dims in rows.items():
+            for dim, kept in dims.items():
+                delta[name] = delta[name].index_select(dim, index_tensor(kept))
+    update = Update(
+        round=task.round,
+        client=task.client.id,
+        submodel=submodel,
+        delta=delta,
+        num_examples=fitted.num_examples,
+        num_steps=fitted.num_steps,
+        metrics=fitted.metrics,
+    )
+    return update, memory
+
+
+def average_trained(
+    self: _Weighted,
+    model: Model,
+    state: State,
+    clients: Sequence[Client],
+    updates: Iterable[Update],
+) -> State:
+    """Mean over the clients that trained an entry; the others keep their value (HeteroFL, Alg. 1)."""
+    total = sum_of(state.params, clients, updates, self.weighting)
+    return next_round(state, merge(state.params, total))
+
+
+def predict_whole(self: object, model: Model, state: State) -> Predictor:
+    """The whole global model."""
+    return Predictor(model=model, params=state.params)
+
+
+def sum_of(
+    params: Params, clients: Sequence[Client], updates: Iterable[Update], weighting: Weighting
+) -> ExactSum:
+    """The exact weighted sum of a round's deltas."""
+    weights = {c.id: c.num_examples if weighting == "examples" else 1 for c in clients}
+    total = ExactSum(max_weight=max(1, sum(weights.values())))
+    for update in updates:
+        total.fold(update.submodel, update.delta, weights[update.client], params)
+    return total
+
+
+def next_round(state: State, params: Params, **notes: object) -> State:
+    """The state after a round."""
+    return replace(state, params=params, round=state.round + 1, notes={**state.notes, **notes})
+
+
+def _class_rows(
+    model: Model, submodel: SubModel, names: Iterable[str], classes: Tensor
+) -> dict[str, dict[int, Index]]:
+    rows: dict[str, dict[int, Index]] = {}
+    for name in names:
+        ties = model.ties[submodel.views[name].name]
+        dims = {d: classes for d, tie in enumerate(ties) if tie and tie.axis == "classes"}
+        if dims:
+            rows[name] = dict(dims)
+    return rows

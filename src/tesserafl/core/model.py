@@ -1,0 +1,244 @@
+"""A model as every method sees it: axes that can be cut, blocks that can be left out, no names.
+
+    Model = build(sizes) -> nn.Module, plus what `axes.probe` found:
+      widths   axis -> how many units, how many entries of its size one unit is
+      depths   axis -> how many blocks, and the name prefixes that count them
+      ties     parameter -> per dimension, the axis it grows with and the layout of its units
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tesserafl.core import seeds
+from tesserafl.core.errors import ModelError, did_you_mean
+from tesserafl.core.params import Params
+from tesserafl.core.submodel import (
+    Index,
+    SubModel,
+    Units,
+    View,
+    as_index,
+    cut,
+    index_length,
+    index_tensor,
+    whole,
+)
+
+Sizes = Mapping[str, int]
+Build = Callable[[Sizes], nn.Module]
+
+
+class Output(NamedTuple):
+    """What a model's module returns; a module may also return the logits alone."""
+
+    logits: Tensor
+    """[batch, classes], or [batch, time, vocabulary] for language models."""
+    features: Tensor | None
+    """[batch, features]: the representation in front of the head, pooled over time or space."""
+
+
+@dataclass(frozen=True)
+class Tie:
+    """One dimension's layout along an axis: parts one after another, each all units in turn.
+
+    A fused query-key-value projection with 64 entries a head is `parts=(64, 64, 64)`: all heads'
+    queries, all keys, all values. A flattened 7 x 7 map is `parts=(49,)`: one run per channel.
+    """
+
+    axis: str
+    parts: tuple[int, ...]
+    """Entries of one unit in each part."""
+
+    def expand(self, units: Index, num_units: int) -> Index:
+        """Entries of this dimension that belong to the units, of `num_units` in all."""
+        if len(self.parts) == 1 and isinstance(units, slice):
+            return slice(units.start * self.parts[0], units.stop * self.parts[0])
+        runs, offset = [], 0
+        for size in self.parts:
+            runs.append(
+                (index_tensor(units)[:, None] * size + torch.arange(size)).reshape(-1) + offset
+            )
+            offset += num_units * size
+        return as_index(torch.cat(runs))
+
+
+@dataclass(frozen=True)
+class Width:
+    """An axis whose units (channels, whole heads) can be kept or left out."""
+
+    units: int
+    """Number of units."""
+    quantum: int
+    """Entries of the axis's size that make one unit; a size is units x quantum."""
+    cuttable: bool = True
+    """False for classes and the like: probed, so that their rows are known, but never cut."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """An axis whose size is a number of blocks of one structure."""
+
+    blocks: int
+    prefixes: tuple[str, ...]
+    """Parameters of block i begin with one of these, followed by `i.`."""
+
+    def locate(self, name: str) -> tuple[str, int, str] | None:
+        """(prefix, block, rest) of a parameter of these blocks, None for any other."""
+        for prefix in self.prefixes:
+            if name.startswith(prefix):
+                number, dot, rest = name[len(prefix) :].partition(".")
+                if dot and number.isdigit():
+                    return prefix, int(number), rest
+        return None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Model:
+    """Made by `axes.probe`; everything derived is a field, so it is found once."""
+
+    build: Build
+    sizes: Sizes
+    widths: Mapping[str, Width]
+    depths: Mapping[str, Depth]
+    ties: Mapping[str, tuple[Tie | None, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    pretrained: Callable[[], Params] | None = field(default=None, repr=False)
+    """Loads the parameters to start from; None: the module's own initialisation."""
+    save: Callable[[nn.Module, str], None] | None = field(default=None, repr=False)
+    """Writes a trained module to a folder in its family's own format; None: safetensors + sizes."""
+
+    @property
+    def num_entries(self) -> int:
+        """Parameters of the whole model."""
+        return self.whole().num_entries
+
+    def module(self, sizes: Sizes | None = None, *, device: str = "cpu") -> nn.Module:
+        """A fresh module at these sizes (this model's own by default)."""
+        with torch.device(device):
+            return self.build(dict(sizes or self.sizes))
+
+    def init(self, seed: int) -> Params:
+        """Initial parameters: pre-trained ones, or the module's own draw from `seed`."""
+        if self.pretrained is not None:
+            return self.pretrained()
+        with seeds.seeded(seed, "init"):
+            return parameters_of(self.module())
+
+    def whole(self) -> SubModel:
+        """The sub-model that leaves nothing out."""
+        return whole(self.sizes, self.shapes)
+
+    def units(self, axis: str) -> int:
+        """Units of a width axis, or blocks of a depth axis."""
+        if axis in self.widths:
+            return self.widths[axis].units
+        if axis in self.depths:
+            return self.depths[axis].blocks
+        raise ModelError(
+            f"the model has no axis {axis!r}; {did_you_mean(axis, [*self.widths, *self.depths])}"
+        )
+
+    @property
+    def cuttable(self) -> tuple[str, ...]:
+        """Width axes that a method may cut, in the model's order from input to output."""
+        return tuple(axis for axis, width in self.widths.items() if width.cuttable)
+
+    def slice(self, keep: Mapping[str, Units]) -> SubModel:
+        """The sub-model that keeps these units (or blocks) of these axes, all of the others.
+
+        Raises:
+            ModelError: an unknown axis, a unit outside the axis, or blocks that are not
+                interchangeable.
+        """
+        kept = {axis: self._checked(axis, units) for axis, units in keep.items()}
+        widths = {axis: index for axis, index in kept.items() if axis in self.widths}
+        sizes = dict(self.sizes)
+        for axis, index in kept.items():
+            quantum = self.widths[axis].quantum if axis in self.widths else 1
+            sizes[axis] = index_length(index) * quantum
+        views = {}
+        for name, source in self._names(kept).items():
+            index: list[Index] = []
+            for tie, size in zip(self.ties[source], self.shapes[source], strict=True):
+                if tie is not None and tie.axis in widths:
+                    index.append(tie.expand(widths[tie.axis], self.widths[tie.axis].units))
+                else:
+                    index.append(slice(0, size))
+            views[name] = View(source, tuple(index))
+        return SubModel(sizes, views)
+
+    def resized(self, submodel: SubModel) -> Model:
+        """The sub-model as a model in its own right, with axes of its own.
+
+        Pre-trained parameters are cut with it; otherwise it initialises itself at its own sizes.
+        """
+        sizes = dict(submodel.sizes)
+        load = self.pretrained
+        return replace(
+            self,
+            sizes=sizes,
+            widths={
+                axis: replace(width, units=sizes[axis] // width.quantum)
+                for axis, width in self.widths.items()
+            },
+            depths={axis: replace(depth, blocks=sizes[axis]) for axis, depth in self.depths.items()},
+            ties={name: self.ties[view.name] for name, view in submodel.views.items()},
+            shapes={name: view.shape for name, view in submodel.views.items()},
+            pretrained=None if load is None else lambda: cut(load(), submodel),
+        )
+
+    def _checked(self, axis: str, units: Units) -> Index:
+        index, total = as_index(units), self.units(axis)
+        entries = index_tensor(index)
+        if int(entries.min()) < 0 or int(entries.max()) >= total:
+            raise ModelError(
+                f"axis {axis!r} has units 0 to {total - 1}; asked were {int(entries.min())} to "
+                f"{int(entries.max())}"
+            )
+        if entries.unique().numel() != entries.numel():
+            raise ModelError(f"axis {axis!r}: a unit is kept twice; keep each at most once")
+        return index
+
+    def _names(self, kept: Mapping[str, Index]) -> dict[str, str]:
+        """Small parameter -> large parameter, where blocks may be left out."""
+        names = {name: name for name in self.shapes}
+        for axis, depth in self.depths.items():
+            if axis not in kept:
+                continue
+            blocks = index_tensor(kept[axis]).tolist()
+            self._check_interchangeable(axis, depth, blocks)
+            renamed = {}
+            for small, large in names.items():
+                place = depth.locate(small)
+                if place is None:
+                    renamed[small] = large
+                elif place[1] in blocks:
+                    renamed[f"{place[0]}{blocks.index(place[1])}.{place[2]}"] = large
+            names = renamed
+        return names
+
+    def _check_interchangeable(self, axis: str, depth: Depth, blocks: list[int]) -> None:
+        structure: dict[int, dict[tuple[str, str], object]] = {}
+        for name, ties in self.ties.items():
+            if place := depth.locate(name):
+                structure.setdefault(place[1], {})[place[0], place[2]] = (
+                    ties,
+                    [size for tie, size in zip(ties, self.shapes[name], strict=True) if not tie],
+                )
+        for position, block in enumerate(blocks):
+            if structure[block] != structure[position]:
+                raise ModelError(
+                    f"axis {axis!r}: block {block} is built differently from block {position} and "
+                    f"cannot stand in its place; keep block {position} there"
+                )
+
+
+def parameters_of(module: nn.Module) -> Params:
+    """The module's parameters as plain tensors, each tied weight once."""
+    return {name: value.detach().clone() for name, value in module.named_parameters()}

@@ -1,0 +1,135 @@
+"""From settings to data on clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tesserafl.core.errors import DataError
+from tesserafl.data.columns import KINDS, Columns, choose, read_labels, read_vectors
+from tesserafl.data.examples import ClientData, Examples, FederatedData, Spec
+from tesserafl.data.images import read_images
+from tesserafl.data.partitions import BY_CLASS, partition, split
+from tesserafl.data.settings import DataSettings
+from tesserafl.data.sources import read
+from tesserafl.data.tables import Table, sample
+from tesserafl.data.text import Tokenizer, blocks, load_tokenizer, padded, read_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The training or the test part, before it is turned into tensors."""
+
+    table: Table
+    """its rows"""
+    labels: Tensor | None
+    """int64 [n], the class of each row; None: there is no label column"""
+
+
+def load(settings: DataSettings, seed: int) -> FederatedData:
+    """The data that the settings describe, spread over clients; equal seeds give equal data.
+
+    Raises DataError if a source, a label, a partition or a value of the settings is unusable.
+    """
+    whole_train, whole_test = read(settings, seed)
+    columns = choose(settings, whole_train)
+    train, test, class_names = _parts(settings, seed, columns, whole_train, whole_test)
+    members = _members(settings, seed, train)
+    is_text = KINDS[columns.task] == "tokens"
+    tokenizer = load_tokenizer(settings.tokenizer) if is_text else None
+    take_train = _reader(settings, columns, train, tokenizer)
+    test_examples = _reader(settings, columns, test, tokenizer)(torch.arange(len(test.table)))
+    clients = tuple(
+        ClientData(train=take_train(rows), validation=take_train(held_out), test=take_train(own))
+        for rows, held_out, own in members
+    )
+    for client, data in enumerate(clients):
+        if len(data.train) == 0:
+            raise DataError(
+                f"client {client} has no token to predict: its texts are empty; "
+                f"remove empty texts from {train.table.origin}"
+            )
+    shape = tuple(clients[0].train.inputs.shape[1:])
+    test_shape = tuple(test_examples.inputs.shape[1:])
+    if test_shape != shape:
+        raise DataError(
+            f"inputs of the test part are {test_shape}, of the training part {shape}; give both "
+            f"the same shape (images: --data.image-size)"
+        )
+    vocab_size = tokenizer.vocab_size if tokenizer else 0
+    spec = Spec(
+        kind=KINDS[columns.task],
+        task=columns.task,
+        shape=shape,
+        num_classes=vocab_size if columns.task == "causal-lm" else len(class_names),
+        class_names=class_names,
+        vocab_size=vocab_size,
+        pad_id=tokenizer.pad_id if tokenizer else 0,
+    )
+    return FederatedData(spec=spec, clients=clients, test=test_examples)
+
+
+def _parts(
+    settings: DataSettings, seed: int, columns: Columns, train: Table, test: Table
+) -> tuple[Part, Part, tuple[str, ...]]:
+    """Both parts, labels checked and rows sub-sampled, and the names of the classes."""
+    rows = sample(len(train), settings.max_train, seed, "train")
+    test_rows = sample(len(test), settings.max_test, seed, "test")
+    labels, test_labels = None, None
+    names: tuple[str, ...] = ()
+    is_lm = columns.task == "causal-lm"  # then only a partition may read the labels
+    if columns.label is not None and (not is_lm or settings.partition in BY_CLASS):
+        labels, names = read_labels(train, columns.label)
+        labels = labels[rows]
+    if columns.label is not None and not is_lm:
+        test_labels = read_labels(test, columns.label, names)[0][test_rows]
+    return (
+        Part(table=train.take(rows), labels=labels),
+        Part(table=test.take(test_rows), labels=test_labels),
+        () if is_lm else names,
+    )
+
+
+def _members(settings: DataSettings, seed: int, train: Part) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Training, validation and test rows of each client."""
+    ids = None
+    if settings.partition == "column":
+        if not settings.partition_column:
+            raise DataError(
+                f"data.partition=column needs the column that names a row's client; give one of "
+                f"{', '.join(train.table.rows.column_names)} with --data.partition-column"
+            )
+        ids = train.table.column(settings.partition_column).to_pylist()
+        if None in ids:
+            raise DataError(
+                f"{train.table.where(ids.index(None))}: {settings.partition_column!r} is empty; "
+                f"fill it or remove the row"
+            )
+    held = partition(settings, seed, num_rows=len(train.table), labels=train.labels, client_ids=ids)
+    return [
+        split(rows, validation=settings.validation, test=settings.test, seed=seed, client=client)
+        for client, rows in enumerate(held)
+    ]
+
+
+def _reader(
+    settings: DataSettings, columns: Columns, part: Part, tokenizer: Tokenizer | None
+) -> Callable[[Tensor], Examples]:
+    """What turns rows of a part into examples; decoding and tokenising happen here, once."""
+    column = columns.inputs[0]
+    if tokenizer is not None:
+        length, pad_id = settings.sequence_length, tokenizer.pad_id
+        is_lm = columns.task == "causal-lm"
+        tokens = read_tokens(part.table, column, tokenizer, length=length, whole=is_lm)
+        if is_lm:
+            return lambda rows: blocks([tokens[row] for row in rows.tolist()], length, pad_id)
+        inputs = padded(tokens, length, pad_id)
+    elif KINDS[columns.task] == "image":
+        inputs = read_images(part.table, column, settings.image_size)
+    else:
+        inputs = read_vectors(part.table, columns.inputs)
+    assert part.labels is not None, "a classification without labels"
+    return Examples(inputs=inputs, labels=part.labels).take

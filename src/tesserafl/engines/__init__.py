@@ -1,0 +1,1 @@
+"""Where and when clients compute: `local` in this process or in worker processes."""

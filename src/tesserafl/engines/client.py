@@ -1,0 +1,144 @@
+"""What happens on a client: the method's two client hooks around one executed Fit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tesserafl.core import seeds
+from tesserafl.core.fit import Fit, Fitted, Forward, Training
+from tesserafl.core.messages import Memory, Task, Update
+from tesserafl.core.method import Method
+from tesserafl.core.model import Model
+from tesserafl.data.examples import Examples
+from tesserafl.models.scaling import forward_of
+
+
+@dataclass(kw_only=True)
+class ClientWorker:
+    """Does clients' work in this process; keeps a built module per sub-model shape."""
+
+    model: Model
+    method: Method
+    examples: Callable[[int], Examples]
+    """Training examples of a client."""
+    seed: int
+    device: str = "cpu"
+    _modules: dict[tuple[tuple[str, int], ...], nn.Module] = field(default_factory=dict)
+
+    def work(self, task: Task, memory: Memory) -> tuple[Update, Memory]:
+        """Run one task; the same task gives the same bits in every process."""
+        fit = self.method.local(self.model, task, memory)
+        module = self._module(task)
+        forward = forward_of(
+            self.model, task.submodel, module, width_scaling=fit.training.width_scaling
+        )
+        key = (self.seed, task.round, task.client.id)
+        with seeds.seeded(*key, "fit"):  # dropout draws from torch's own generator
+            fitted = execute(
+                fit,
+                forward,
+                self.examples(task.client.id),
+                seeds.generator(*key, "batches"),
+                self.device,
+            )
+        return self.method.report(self.model, task, fitted, memory)
+
+    def _module(self, task: Task) -> nn.Module:
+        key = tuple(sorted(task.submodel.sizes.items()))
+        if key not in self._modules:
+            self._modules[key] = self.model.module(task.submodel.sizes).to(self.device).train()
+        return self._modules[key]
+
+
+def execute(
+    fit: Fit, forward: Forward, examples: Examples, draw: torch.Generator, device: str = "cpu"
+) -> Fitted:
+    """Train `fit.params` on the examples.
+
+    Args:
+        fit: what to train.
+        forward: the sub-model as a function of its parameters.
+        examples: the client's training examples.
+        draw: the order of the examples and the augmentation come from it.
+        device: where to train; the result is on the CPU.
+    """
+    trainable = [name for name in fit.params if fit.trainable is None or name in fit.trainable]
+    params = {name: tensor.to(device) for name, tensor in fit.params.items()}
+    for name in trainable:
+        params[name] = params[name].detach().clone().requires_grad_()
+    leaves = [params[name] for name in trainable]
+    training, classes = fit.training, examples.classes()
+    extra = {name: tensor.to(device) for name, tensor in fit.extra.items()}
+    if training.mask_absent_classes:
+        extra["classes"] = classes.to(device)
+    optimiser = _optimiser(training, leaves)
+    losses: list[Tensor] = []
+    steps = 0
+    for _ in range(training.epochs):
+        losses = []
+        for rows in _batches(len(examples), training.batch_size, draw):
+            inputs, labels = examples.batch(rows)
+            if training.augment and inputs.dim() == 4:
+                inputs = _augment(inputs, draw)
+            loss = fit.objective(forward, params, inputs.to(device), labels.to(device), extra)
+            for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+                leaf.grad = gradient
+            if training.clip_norm is not None:
+                nn.utils.clip_grad_norm_(leaves, training.clip_norm)
+            optimiser.step()
+            losses.append(loss.detach() * len(rows))
+            steps += 1
+    mean = float(torch.stack(losses).sum()) / len(examples)
+    return Fitted(
+        params={name: params[name].detach().cpu() for name in trainable},
+        num_examples=len(examples),
+        num_steps=steps,
+        metrics={"loss": mean},
+        classes=classes,
+    )
+
+
+def _optimiser(training: Training, leaves: list[Tensor]) -> torch.optim.Optimizer:
+    if training.optimiser == "adamw":
+        return torch.optim.AdamW(leaves, lr=training.lr, weight_decay=training.weight_decay)
+    return torch.optim.SGD(
+        leaves,
+        lr=training.lr,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+    )
+
+
+def _batches(total: int, size: int, draw: torch.Generator) -> Iterator[Tensor]:
+    yield from torch.randperm(total, generator=draw).split(size)
+
+
+def _augment(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Flip each image with probability 1/2 and shift it by up to 4 pixels (He et al., 2016, 4.2)."""
+    batch, _, height, width = images.shape
+    flip = torch.rand(batch, generator=draw) < 0.5
+    images = torch.where(flip[:, None, None, None], images.flip(3), images)
+    padded = nn.functional.pad(images, (4, 4, 4, 4), mode="reflect")
+    top, left = torch.randint(0, 9, (2, batch), generator=draw)
+    rows = top[:, None] + torch.arange(height)  # [batch, height]
+    columns = left[:, None] + torch.arange(width)  # [batch, width]
+    position = torch.arange(batch)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[position, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Torch computes with this many threads inside the block; bits depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

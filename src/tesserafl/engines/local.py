@@ -1,0 +1,172 @@
+"""The embedded engine: clients run in this process, or in worker processes with equal bits."""
+
+from __future__ import annotations
+
+import selectors
+import subprocess
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO
+
+from tesserafl.core.errors import MessageError, TesseraError
+from tesserafl.core.messages import Memory, Task, decode_update, encode_task
+from tesserafl.engines.client import ClientWorker
+from tesserafl.engines.frames import read_frame, write_frame
+from tesserafl.engines.seam import Done, Failed, Outcome
+
+
+@dataclass(kw_only=True)
+class InProcess:
+    """One client after another, in this process; a task is worked on when it is polled."""
+
+    worker: ClientWorker
+    memories: dict[int, Memory] = field(default_factory=dict)
+    _waiting: deque[Task] = field(default_factory=deque)
+
+    @property
+    def capacity(self) -> int:
+        """One: the next sub-model is cut when the last update has been folded."""
+        return 1
+
+    def restore(self, memories: Mapping[int, Memory]) -> None:
+        """Give the clients back what a checkpoint held."""
+        self.memories = dict(memories)
+
+    def submit(self, task: Task) -> None:
+        """Queue a task."""
+        self._waiting.append(task)
+
+    def poll(self) -> list[Outcome]:
+        """Work on the oldest task."""
+        task = self._waiting.popleft()
+        begun = time.perf_counter()
+        try:
+            update, memory = self.worker.work(task, self.memories.get(task.client.id, {}))
+        except TesseraError as error:
+            return [Failed(client=task.client.id, reason="error", text=str(error))]
+        if memory:
+            self.memories[task.client.id] = memory
+        return [Done(update=update, seconds=time.perf_counter() - begun)]
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+@dataclass(kw_only=True)
+class _Process:
+    process: subprocess.Popen[bytes]
+    task: Task | None = None
+
+    @property
+    def stdin(self) -> IO[bytes]:
+        assert self.process.stdin is not None
+        return self.process.stdin
+
+    @property
+    def stdout(self) -> IO[bytes]:
+        assert self.process.stdout is not None
+        return self.process.stdout
+
+
+class WorkerPool:
+    """Worker processes that each do one client's work at a time.
+
+    Tasks and updates cross as safetensors frames on the process's standard input and output. A
+    worker that dies is started again; its task fails with reason `crashed`.
+    """
+
+    def __init__(self, command: Sequence[str], hello: bytes, size: int) -> None:
+        self._command, self._hello = list(command), hello
+        self._waiting: deque[Task] = deque()
+        self.memories: dict[int, Memory] = {}
+        self._selector = selectors.DefaultSelector()
+        self._processes = [self._start() for _ in range(size)]
+
+    @property
+    def capacity(self) -> int:
+        """One task a worker."""
+        return len(self._processes)
+
+    def restore(self, memories: Mapping[int, Memory]) -> None:
+        """Give the clients back what a checkpoint held."""
+        self.memories = dict(memories)
+
+    def submit(self, task: Task) -> None:
+        """Hand a task to a free worker, or queue it."""
+        self._waiting.append(task)
+        self._dispatch()
+
+    def poll(self) -> list[Outcome]:
+        """Outcomes of all workers that have one by now; waits for the first."""
+        outcomes: list[Outcome] = []
+        while not outcomes:
+            self._dispatch()
+            for key, _ in self._selector.select():
+                outcome = self._collect(key.data)
+                if outcome is not None:
+                    outcomes.append(outcome)
+        return outcomes
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._processes:
+            self._end(worker)
+        self._processes = []
+        self._selector.close()
+
+    def _start(self) -> _Process:
+        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        worker = _Process(process=process)
+        write_frame(worker.stdin, self._hello)
+        self._selector.register(worker.stdout, selectors.EVENT_READ, worker)
+        return worker
+
+    def _end(self, worker: _Process) -> None:
+        self._selector.unregister(worker.stdout)
+        worker.stdin.close()
+        worker.process.kill()
+        worker.process.wait()
+        worker.stdout.close()
+
+    def _dispatch(self) -> None:
+        for worker in self._processes:
+            if worker.task is None and self._waiting:
+                worker.task = self._waiting.popleft()
+                memory = self.memories.get(worker.task.client.id, {})
+                try:
+                    write_frame(worker.stdin, encode_task(worker.task, memory))
+                except BrokenPipeError:
+                    pass  # its end of file is the next thing that `_collect` reads
+
+    def _collect(self, worker: _Process) -> Outcome | None:
+        task = worker.task
+        frame = read_frame(worker.stdout)
+        if frame is None:
+            return self._replace(worker)
+        assert task is not None
+        worker.task = None
+        if frame.failed:
+            return Failed(client=task.client.id, reason="error", text=frame.body.decode())
+        update, memory = decode_update(frame.body)
+        if (update.client, update.round) != (task.client.id, task.round):
+            raise MessageError(
+                f"a worker answered for client {update.client} in round {update.round}; asked was "
+                f"client {task.client.id} in round {task.round}"
+            )
+        if memory:
+            self.memories[task.client.id] = memory
+        return Done(update=update, seconds=frame.seconds)
+
+    def _replace(self, worker: _Process) -> Outcome | None:
+        task, code = worker.task, worker.process.poll()
+        self._end(worker)
+        if task is None:
+            raise TesseraError(
+                f"a worker process ended with code {code} before it did any work; see its message "
+                f"above, or run with engine.workers 1"
+            )
+        self._processes[self._processes.index(worker)] = self._start()
+        text = f"its worker process ended with code {code}"
+        return Failed(client=task.client.id, reason="crashed", text=text)

@@ -1,0 +1,212 @@
+"""FedBRB's block grid: which units are a group, which entries a block, and the broadcast on it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tesserafl.core.errors import CapacityError, ConfigError
+from tesserafl.core.fit import Training
+from tesserafl.core.messages import Client, Task
+from tesserafl.core.method import State
+from tesserafl.core.model import Model
+from tesserafl.core.submodel import Index, SubModel, View, as_index, cut, index_tensor
+from tesserafl.methods._width import check_ratios, prefix
+
+_SLOPES = ((1, 0), (1, 1), (0, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Every cuttable axis divided into s groups of equally many units."""
+
+    model: Model
+    s: int
+    """The smallest client holds 1/s of every axis."""
+    slopes: Mapping[str, tuple[int, int]]
+    """Per axis the lattice's (a, b): group = a u + b v modulo s."""
+
+    def blocks(self, ratio: float) -> int:
+        """rho: groups per axis that a client of this ratio holds."""
+        return round(ratio * self.s)
+
+    def units(self, axis: str, group: int, rho: int) -> list[int]:
+        """Units of the groups group, group + 1, ..., group + rho - 1, cyclic, ascending."""
+        size = self.model.units(axis) // self.s
+        groups = sorted((group + k) % self.s for k in range(rho))
+        return [unit for g in groups for unit in range(g * size, (g + 1) * size)]
+
+    def order(self, name: str) -> tuple[Tensor | None, ...]:
+        """Per dimension of a parameter: its entries group by group, [s, entries / s].
+
+        None for a dimension that is not cut.
+        """
+        rows: list[Tensor | None] = []
+        for tie in self.model.ties[name]:
+            if tie is None or tie.axis not in self.slopes:
+                rows.append(None)
+                continue
+            total = self.model.units(tie.axis)
+            groups = [as_index(self.units(tie.axis, group, 1)) for group in range(self.s)]
+            rows.append(torch.stack([index_tensor(tie.expand(g, total)) for g in groups]))
+        return tuple(rows)
+
+
+def grid_of(ratios: tuple[float, ...], model: Model) -> Grid:
+    """The grid of the smallest ratio.
+
+    Raises:
+        ConfigError: the smallest ratio is not 1/s, another is no multiple of it, or an axis does
+            not divide into s groups.
+    """
+    check_ratios(ratios)
+    s = round(1.0 / min(ratios))
+    if abs(s * min(ratios) - 1.0) > 1e-6:
+        raise ConfigError(
+            f"FedBRB: the smallest ratio must be 1 over a whole number (1/2, 1/4, 1/8, ...) so that "
+            f"blocks tile the model; got {min(ratios)}; the nearest is {1 / s:g}"
+        )
+    for ratio in ratios:
+        if abs(ratio * s - round(ratio * s)) > 1e-6:
+            raise ConfigError(
+                f"FedBRB: ratio {ratio} is not a multiple of the smallest, 1/{s}; choose among "
+                f"{', '.join(f'{k}/{s}' for k in range(1, s + 1))}"
+            )
+    for axis in model.cuttable:
+        units = model.units(axis)
+        if units % s:
+            allowed = [f"1/{d}" for d in range(1, units + 1) if units % d == 0]
+            raise ConfigError(
+                f"FedBRB: axis {axis!r} has {units} units, which do not divide into {s} groups; "
+                f"choose a smallest ratio among {', '.join(allowed)}, or another width"
+            )
+    return Grid(model=model, s=s, slopes=_lattice(model))
+
+
+def refuse_holders(ratios: tuple[float, ...], model: Model) -> None:
+    """Strict small-to-large: raise CapacityError if a client class would hold the whole model."""
+    for ratio in ratios:
+        held = prefix(model, ratio).num_entries
+        if held >= model.num_entries:
+            raise CapacityError(
+                f"FedBRB: clients of ratio {ratio} would hold {held:,} of the model's "
+                f"{model.num_entries:,} parameters; in the small-to-large setting every client is "
+                f"smaller than the model. Lower the ratio, widen the model, or set "
+                f"method.strict false"
+            )
+
+
+def _lattice(model: Model) -> dict[str, tuple[int, int]]:
+    """(a, b) per axis such that axes that meet in a parameter sweep all pairs of groups.
+
+    Groups a u + b v and c u + d v take all s^2 pairs over (u, v) when a d - b c is a unit modulo s.
+    Any two of (1, 0), (1, 1), (0, 1) do, for every s; so axes that meet get different ones.
+    """
+    meets: dict[str, set[str]] = {axis: set() for axis in model.cuttable}
+    for ties in model.ties.values():
+        axes = [tie.axis for tie in ties if tie is not None and tie.axis in meets]
+        for one, other in itertools.permutations(axes, 2):
+            meets[one].add(other)
+    slopes: dict[str, tuple[int, int]] = {}
+    for axis, others in meets.items():
+        taken = {slopes[other] for other in others if other in slopes}
+        slopes[axis] = next((slope for slope in _SLOPES if slope not in taken), _SLOPES[0])
+    return slopes
+
+
+def glued_views(
+    model: Model,
+    state: State,
+    client: Client,
+    training: Training,
+    grid: Grid,
+    turn: tuple[int, int],
+    rho: int,
+) -> Task:
+    """Variant I: block (p, q) of every layer, although one layer's q need not be the next one's p."""
+    whole = model.slice({axis: grid.units(axis, 0, rho) for axis in model.cuttable})
+    views = {}
+    for small, view in whole.views.items():
+        groups = iter(turn)
+        index: list[Index] = []
+        for tie, plain in zip(model.ties[view.name], view.index, strict=True):
+            if tie is None or tie.axis not in grid.slopes:
+                index.append(plain)
+            else:
+                units = as_index(grid.units(tie.axis, next(groups), rho))
+                index.append(tie.expand(units, model.units(tie.axis)))
+        views[small] = View(view.name, tuple(index))
+    submodel = SubModel(whole.sizes, views)
+    return Task(
+        round=state.round,
+        client=client,
+        submodel=submodel,
+        params=cut(state.params, submodel),
+        training=training,
+    )
+
+
+def broadcast_mean(
+    old: Tensor,
+    mean: Tensor,
+    weights: Tensor,
+    order: Sequence[Tensor | None],
+    *,
+    beta: float,
+    similarity: bool,
+) -> Tensor:
+    """One parameter after in-place averaging and weighted broadcast.
+
+    Args:
+        old: B before the round, any shape.
+        mean: mean delta per entry, float64, 0 where nobody trained.
+        weights: v, the sum of weights per entry, int64.
+        order: per dimension, the entries of each group [s, entries / s], or None.
+        beta: share of the broadcast, 1 - lambda.
+        similarity: multiply a block's weight by exp(-|mean delta|).
+    """
+    trained = old.double() + mean
+    if all(groups is None for groups in order):
+        return trained.to(old.dtype)  # one block: its own mean is the broadcast
+    blocks = _to_blocks(trained, order)
+    weight = _to_blocks(weights.double(), order)
+    if similarity:
+        change = _to_blocks(mean, order).square().sum(dim=tuple(range(1, blocks.dim()))).sqrt()
+        weight = weight * torch.exp(-change).reshape(-1, *[1] * (blocks.dim() - 1))
+    total = weight.sum(dim=0, keepdim=True)
+    average = (weight * blocks).sum(dim=0, keepdim=True) / total.clamp(min=1e-300)
+    # B + beta (B- - B) rather than (1 - beta) B + beta B-: equal blocks stay equal to the bit.
+    spread = torch.where(total > 0, blocks + beta * (average - blocks), blocks)
+    return _from_blocks(spread, order, trained.shape).to(old.dtype)
+
+
+def _to_blocks(tensor: Tensor, order: Sequence[Tensor | None]) -> Tensor:
+    """[blocks, entries of a block per dimension ...], blocks in raster order."""
+    shape: list[int] = []
+    for dim, groups in enumerate(order):
+        if groups is None:
+            shape += [1, tensor.shape[dim]]
+        else:
+            tensor = tensor.index_select(dim, groups.reshape(-1).to(tensor.device))
+            shape += [groups.shape[0], groups.shape[1]]
+    ranks = len(order)
+    split = tensor.reshape(shape).permute(
+        *range(0, 2 * ranks, 2), *range(1, 2 * ranks, 2)
+    )
+    return split.reshape(-1, *shape[1::2])
+
+
+def _from_blocks(blocks: Tensor, order: Sequence[Tensor | None], shape: torch.Size) -> Tensor:
+    ranks = len(order)
+    counts = [1 if groups is None else groups.shape[0] for groups in order]
+    split = blocks.reshape(*counts, *blocks.shape[1:])
+    interleaved = [d for pair in zip(range(ranks), range(ranks, 2 * ranks), strict=True) for d in pair]
+    tensor = split.permute(*interleaved).reshape(shape)
+    for dim, groups in enumerate(order):
+        if groups is not None:
+            tensor = tensor.index_select(dim, groups.reshape(-1).argsort().to(tensor.device))
+    return tensor

@@ -1,0 +1,76 @@
+"""FedAvg: every client trains the whole model, the server averages.
+
+McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+AISTATS 2017, Algorithm 1. https://arxiv.org/abs/1602.05629
+
+At `ratio` 1 it is the ceiling of every sub-model method. Below 1 it is the bar: the global model
+itself is only as wide as the smallest client can hold.
+
+Departures from the paper: deltas are averaged instead of weights, which is the same mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from tesserafl.core.fit import Fit, Training
+from tesserafl.core.messages import Client, Memory, Task
+from tesserafl.core.method import (
+    Predictor,
+    State,
+    Topology,
+    Weighting,
+    average_trained,
+    report_deltas,
+)
+from tesserafl.core.model import Model
+from tesserafl.core.submodel import cut
+from tesserafl.methods._width import check_ratios, prefix
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvg:
+    """One model for all clients, at full width or at the width of the smallest client."""
+
+    ratio: tuple[float, ...] = (1.0,)
+    """width of the model that is trained: the smallest of these, 1 = the global model's width"""
+    weighting: Weighting = "examples"
+    """weight of a client in the mean: its number of examples (as in the paper), or one each"""
+
+    topology: ClassVar[Topology] = "star"
+
+    def init(self, model: Model, seed: int, rounds: int) -> State:
+        """The model at the clients' width, freshly initialised at that width."""
+        return State(params=self._trained(model).init(seed), seed=seed, rounds=rounds)
+
+    def configure(
+        self, model: Model, state: State, clients: Sequence[Client], training: Training
+    ) -> Iterator[Task]:
+        """Everybody gets everything (Alg. 1, server, line 6)."""
+        everything = self._trained(model).whole()
+        for client in clients:
+            yield Task(
+                round=state.round,
+                client=client,
+                submodel=everything,
+                params=cut(state.params, everything),
+                training=training,
+            )
+
+    def local(self, model: Model, task: Task, memory: Memory) -> Fit:
+        """E epochs of SGD (Alg. 1, ClientUpdate); below full width too nothing is cut, so no scale."""
+        return Fit(params=task.params, training=replace(task.training, width_scaling=False))
+
+    report = report_deltas
+    aggregate = average_trained
+
+    def predictor(self, model: Model, state: State) -> Predictor:
+        """The averaged model."""
+        return Predictor(model=self._trained(model), params=state.params)
+
+    def _trained(self, model: Model) -> Model:
+        check_ratios(self.ratio)
+        smallest = min(self.ratio)
+        return model if smallest == 1.0 else model.resized(prefix(model, smallest))

@@ -1,0 +1,129 @@
+"""FedBRB: block-wise rolling and weighted broadcast, when every client is smaller than the model.
+
+Xu et al., "FedBRB: An Effective Solution to the Small-to-Large Scenario in Device-Heterogeneity
+Federated Learning", arXiv 2402.17202; Liao et al., IEEE TMC 25(3), 2025.
+
+    smallest ratio 1/s:  every layer is an s x s grid of blocks B_pq; a client of ratio rho/s trains
+    rho x rho neighbouring blocks; all blocks get their turn (rolling); what was trained is spread
+    to the whole grid (broadcast):
+        B~_pq = mean over the clients that trained B_pq
+        B-    = weighted mean of the trained B~_pq
+        trained block   B_pq <- (1 - beta) B~_pq + beta B-
+        untrained block B_pq <- (1 - beta) B_pq  + beta B-
+
+The text of the paper could not be had. Its own: blocks of the smallest client's size, rolling over
+all blocks, weighted broadcast, no client holds the model. (reconstructed): the order in which blocks
+roll, the broadcast's weights and its annealing. See docs/methods/fedbrb.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from tesserafl.core.fit import Training
+from tesserafl.core.messages import Client, Task, Update
+from tesserafl.core.method import (
+    State,
+    Topology,
+    Weighting,
+    init_whole,
+    next_round,
+    predict_whole,
+    report_deltas,
+    sum_of,
+    train_everything,
+)
+from tesserafl.core.model import Model
+from tesserafl.methods._blocks import Grid, broadcast_mean, glued_views, grid_of, refuse_holders
+from tesserafl.methods._width import ratio_of, width_tasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedBRB:
+    """Small clients train blocks of a large model; what they learn is broadcast to all blocks."""
+
+    ratio: tuple[float, ...] = (0.25,)
+    """width ratios of the client classes, multiples of the smallest; dealt to the clients in turn"""
+    weighting: Weighting = "uniform"
+    """a_i: weight of a client in a block's mean: one each, or its examples"""
+    rolling: Literal["lattice", "diagonal", "independent"] = "lattice"
+    """lattice: every block in s^2 rounds; diagonal: one group for all layers, covers s of s^2
+    blocks; independent: every layer rolls by itself, the client's net is glued from its blocks"""
+    broadcast: float = 0.5
+    """beta: how far a block moves to the mean of all trained blocks in the first round"""
+    anneal: Literal["constant", "cosine"] = "constant"
+    """how beta falls over the rounds; cosine ends at zero"""
+    broadcast_weight: Literal["count", "similarity"] = "count"
+    """weight of a trained block in the broadcast: of its clients, times exp(-|change|) if similarity"""
+    strict: bool = True
+    """refuse a client that would hold the whole model"""
+
+    topology: ClassVar[Topology] = "star"
+
+    def init(self, model: Model, seed: int, rounds: int) -> State:
+        """The global model, after the strict small-to-large check."""
+        grid_of(self.ratio, model)
+        if self.strict:
+            refuse_holders(self.ratio, model)
+        return init_whole(self, model, seed, rounds)
+
+    def configure(
+        self, model: Model, state: State, clients: Sequence[Client], training: Training
+    ) -> Iterator[Task]:
+        """Slot i of the cohort trains the blocks that are its turn in round t."""
+        grid = grid_of(self.ratio, model)
+        if self.rolling == "independent":
+            for slot, client in enumerate(clients):
+                turn = (state.round + slot) % grid.s**2
+                p, q = divmod(turn, grid.s)
+                rho = grid.blocks(ratio_of(self.ratio, client))
+                yield glued_views(model, state, client, training, grid, (p, q), rho)
+            return
+
+        def keep(slot: int, client: Client) -> Mapping[str, Sequence[int]]:
+            rho = grid.blocks(ratio_of(self.ratio, client))
+            return {
+                axis: grid.units(axis, self._group(grid, axis, slot, state.round), rho)
+                for axis in model.cuttable
+            }
+
+        yield from width_tasks(model, state, clients, training, keep)
+
+    local = train_everything
+    report = report_deltas
+
+    def aggregate(
+        self, model: Model, state: State, clients: Sequence[Client], updates: Iterable[Update]
+    ) -> State:
+        """In-place means, then the weighted broadcast, layer by layer."""
+        total = sum_of(state.params, clients, updates, self.weighting)
+        grid, params = grid_of(self.ratio, model), dict(state.params)
+        for name, mean, weights in total.means(state.params):
+            params[name] = broadcast_mean(
+                state.params[name],
+                mean,
+                weights,
+                grid.order(name),
+                beta=self._beta(state),
+                similarity=self.broadcast_weight == "similarity",
+            )
+        return next_round(state, params)
+
+    predictor = predict_whole
+
+    def _group(self, grid: Grid, axis: str, slot: int, t: int) -> int:
+        """g_l(i, t): which of the s groups of an axis is first for slot i in round t."""
+        u = t + slot
+        if self.rolling == "diagonal":
+            return u % grid.s
+        v = t // grid.s + slot // grid.s
+        a, b = grid.slopes[axis]
+        return (a * u + b * v) % grid.s
+
+    def _beta(self, state: State) -> float:
+        if self.anneal == "constant":
+            return self.broadcast
+        return self.broadcast * 0.5 * (1.0 + math.cos(math.pi * state.round / state.rounds))

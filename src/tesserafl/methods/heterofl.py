@@ -1,0 +1,62 @@
+"""HeteroFL: every client trains the first channels of each layer.
+
+Diao, Ding and Tarokh, "HeteroFL: Computation and Communication Efficient Federated Learning for
+Heterogeneous Clients", ICLR 2021, Algorithm 1. https://arxiv.org/abs/2010.01264
+
+The scaler and the masked loss of the paper are `training.width_scaling` and
+`training.mask_absent_classes`, so that every method can be compared with and without them.
+
+Departures from the paper: GroupNorm by default (static BatchNorm is `model.norm batch`); attention
+is cut by whole heads, where the paper keeps a part of every head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tesserafl.core.fit import Training
+from tesserafl.core.messages import Client, Task
+from tesserafl.core.method import (
+    State,
+    Topology,
+    Weighting,
+    average_trained,
+    init_whole,
+    predict_whole,
+    report_deltas,
+    train_everything,
+)
+from tesserafl.core.model import Model
+from tesserafl.core.submodel import Units
+from tesserafl.methods._width import kept_units, ratio_of, width_tasks
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeteroFL:
+    """Nested sub-models: a client of ratio r keeps the first ceil(r K) units of an axis."""
+
+    ratio: tuple[float, ...] = (0.25,)
+    """width ratios of the client classes, dealt to the clients in turn"""
+    weighting: Weighting = "uniform"
+    """weight of a client in the mean: one each (as in the papers' code), or its examples"""
+
+    topology: ClassVar[Topology] = "star"
+    init = init_whole
+
+    def configure(
+        self, model: Model, state: State, clients: Sequence[Client], training: Training
+    ) -> Iterator[Task]:
+        """The same prefix in every round (Alg. 1, line 5)."""
+
+        def keep(slot: int, client: Client) -> Mapping[str, Units]:
+            ratio = ratio_of(self.ratio, client)
+            return {axis: range(kept_units(model, axis, ratio)) for axis in model.cuttable}
+
+        return width_tasks(model, state, clients, training, keep)
+
+    local = train_everything
+    report = report_deltas
+    aggregate = average_trained
+    predictor = predict_whole

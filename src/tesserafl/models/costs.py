@@ -1,0 +1,74 @@
+"""What training a sub-model costs a client, counted on the `meta` device: no memory, no time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from tesserafl.core.fit import CrossEntropy, Training
+from tesserafl.core.model import Model
+from tesserafl.core.submodel import SubModel
+from tesserafl.models.scaling import forward_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Of one client's training step on a batch."""
+
+    num_entries: int
+    """Parameters that the client holds."""
+    bytes_each_way: int
+    """Bytes of these parameters, down and up alike."""
+    flops_per_example: float
+    """Forward and backward, multiply and add counted as two."""
+    activation_bytes: int
+    """What autograd keeps for the backward pass of one batch."""
+    peak_bytes: int
+    """Predicted peak of training: parameters, their copy in the module and the received ones,
+    gradients, the optimiser's buffers, activations."""
+
+
+def costs_of(
+    model: Model, submodel: SubModel, training: Training, inputs: Tensor, labels: Tensor
+) -> Costs:
+    """Count a step of `training` on a batch like `inputs` [batch, ...] and `labels`.
+
+    Matrix products and convolutions are counted; element-wise work is not.
+    """
+    module = model.module(submodel.sizes, device="meta").train()
+    forward = forward_of(model, submodel, module, width_scaling=training.width_scaling)
+    params = {
+        name: torch.empty(view.shape, device="meta", requires_grad=True)
+        for name, view in submodel.views.items()
+    }
+    own = {tensor.untyped_storage()._cdata for tensor in params.values()}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # a storage that died would hand its id to the next one
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    batch = inputs.to("meta"), labels.to("meta")
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        loss = CrossEntropy()(forward, params, *batch, {})
+        torch.autograd.grad(loss, list(params.values()))
+    parameter_bytes = sum(tensor.numel() * tensor.element_size() for tensor in params.values())
+    activations = sum(kept.values())
+    buffers = {"adamw": 2, "sgd": 1 if training.momentum else 0}[training.optimiser]
+    return Costs(
+        num_entries=submodel.num_entries,
+        bytes_each_way=parameter_bytes,
+        flops_per_example=counter.get_total_flops() / len(inputs),
+        activation_bytes=activations,
+        peak_bytes=parameter_bytes * (4 + buffers) + activations,
+    )

@@ -1,0 +1,1 @@
+"""Runs: configuration, rounds, evaluation, checkpoints, events and reports."""

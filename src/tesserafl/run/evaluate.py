@@ -1,0 +1,67 @@
+"""Measure a predictor: the full model as it is, nothing scaled, nothing left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tesserafl.core.metrics import Metrics, measure
+from tesserafl.core.method import Predictor
+from tesserafl.core.params import Params
+from tesserafl.data.examples import Examples, FederatedData
+from tesserafl.models.normalisation import collect_statistics, has_statistics
+from tesserafl.models.scaling import forward_of
+
+_BATCH = 500
+_TEXT_BATCH = 32
+
+
+@dataclass(kw_only=True)
+class Evaluator:
+    """Evaluates on one device; keeps the built module."""
+
+    data: FederatedData
+    device: str = "cpu"
+    _modules: dict[tuple[tuple[str, int], ...], nn.Module] = field(default_factory=dict)
+
+    def evaluate(
+        self, predictor: Predictor, examples: Examples, params: Params | None = None
+    ) -> Metrics:
+        """Metrics over the examples; `params` replaces the predictor's own."""
+        model = predictor.model
+        module = self._module(predictor)
+        values = {n: t.to(self.device) for n, t in (params or predictor.params).items()}
+        if has_statistics(module):
+            self.fill_statistics(module, values)
+        module.eval()
+        forward = forward_of(model, model.whole(), module, width_scaling=False)
+        total = Metrics()
+        with torch.no_grad():
+            for inputs, labels in self._batches(examples):
+                total += measure(
+                    forward(values, inputs.to(self.device)).logits, labels.to(self.device)
+                )
+        return total
+
+    def fill_statistics(self, module: nn.Module, params: Params) -> None:
+        """Static BatchNorm (HeteroFL): statistics over all clients' training data."""
+        inputs = (
+            inputs.to(self.device)
+            for client in self.data.clients
+            for inputs, _ in self._batches(client.train)
+        )
+        collect_statistics(module, params, inputs)
+
+    def _module(self, predictor: Predictor) -> nn.Module:
+        key = tuple(sorted(predictor.model.sizes.items()))
+        if key not in self._modules:
+            self._modules[key] = predictor.model.module().to(self.device)
+        return self._modules[key]
+
+    def _batches(self, examples: Examples) -> Iterator[tuple[Tensor, Tensor]]:
+        size = _TEXT_BATCH if self.data.spec.kind == "tokens" else _BATCH
+        for rows in torch.arange(len(examples)).split(size):
+            yield examples.batch(rows)

@@ -1,0 +1,168 @@
+"""The typed configuration of a run, and its way to JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from tesserafl.core.errors import ConfigError, did_you_mean
+from tesserafl.core.fit import Training
+from tesserafl.data.settings import DataSettings
+from tesserafl.methods import METHODS, FedBRB, MethodSettings
+from tesserafl.models import MLP, MODELS, ModelSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """Where and how clients are computed; does not change the result, but for threads and device."""
+
+    workers: int = 1
+    """processes that train clients; 1 trains them in the main process. Any number, the same bits"""
+    threads: int = 1
+    """threads of one worker's matrix products; another number may change the last bits"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where clients train; auto takes a GPU if there is one"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a run depends on; a run folder holds it as config.json."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=MLP)
+    method: MethodSettings = field(default_factory=FedBRB)
+    training: Training = field(default_factory=Training)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    rounds: int = 60
+    """communication rounds"""
+    clients_per_round: int = 10
+    """clients that are asked in a round, drawn without replacement"""
+    dropout: float = 0.0
+    """probability that a client that was asked does not answer"""
+    client_memory_mib: tuple[float, ...] = ()
+    """memory that training may take on the client classes, dealt like method.ratio; empty: no limit"""
+    seed: int = 0
+    """the seed of everything: partition, initialisation, participation, batches, schedules"""
+    evaluate_every: int = 5
+    """rounds between evaluations of the global model; the last round is always evaluated"""
+    checkpoint_every: int = 5
+    """rounds between checkpoints; the last round always has one"""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "clients_per_round", "evaluate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout must be in [0, 1); got {self.dropout}")
+        for name in ("workers", "threads"):
+            if getattr(self.engine, name) < 1:
+                raise ConfigError(
+                    f"engine.{name} must be at least 1; got {getattr(self.engine, name)}"
+                )
+
+
+REGISTRIES: dict[str, Mapping[str, type[Any]]] = {"method": METHODS, "model": MODELS}
+"""Settings whose class is chosen by name."""
+
+
+def name_of(section: str, settings: object) -> str:
+    """The registered name of a method's or model's settings."""
+    for name, kind in REGISTRIES[section].items():
+        if type(settings) is kind:
+            return name
+    raise ConfigError(f"{type(settings).__name__} is not a registered {section}")
+
+
+def to_json(experiment: Experiment) -> dict[str, Any]:
+    """Plain values that `from_json` turns back into an equal experiment."""
+    plain: dict[str, Any] = {}
+    for spec in dataclasses.fields(experiment):
+        value = getattr(experiment, spec.name)
+        if spec.name in REGISTRIES:
+            value = {"name": name_of(spec.name, value), **_plain(value)}
+        elif dataclasses.is_dataclass(value):
+            value = _plain(value)
+        plain[spec.name] = list(value) if isinstance(value, tuple) else value
+    return plain
+
+
+def from_json(values: Mapping[str, Any], base: Experiment | None = None) -> Experiment:
+    """An experiment from plain values; what is not named keeps the base's value.
+
+    Raises:
+        ConfigError: an unknown key (the nearest is suggested) or a value of the wrong kind.
+    """
+    base = base or Experiment()
+    changes: dict[str, Any] = {}
+    for key, value in _known(values, Experiment, "").items():
+        current = getattr(base, key)
+        if key in REGISTRIES:
+            changes[key] = _choose(key, value, current)
+        elif dataclasses.is_dataclass(current):
+            changes[key] = _replace(current, value, key)
+        else:
+            changes[key] = _validated(Experiment, key, value, key)
+    return dataclasses.replace(base, **changes)
+
+
+def choose(section: str, name: str, current: Any) -> Any:
+    """Default settings of the method or model `name`; fields that `current` shares are kept."""
+    registry = REGISTRIES[section]
+    if name not in registry:
+        raise ConfigError(f"unknown {section} {name!r}; {did_you_mean(name, registry)}")
+    kind = registry[name]
+    if type(current) is kind:
+        return current
+    shared = {"ratio"} & {spec.name for spec in dataclasses.fields(kind)}
+    return kind(**{n: getattr(current, n) for n in shared if hasattr(current, n)})
+
+
+def _choose(section: str, value: Any, current: Any) -> Any:
+    if isinstance(value, str):
+        return choose(section, value, current)
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{section} must be a table with a name; got {value!r}")
+    rest = {key: item for key, item in value.items() if key != "name"}
+    chosen = choose(section, value["name"], current) if "name" in value else current
+    return _replace(chosen, rest, section)
+
+
+def _replace(current: Any, values: Any, path: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path} must be a table of settings; got {values!r}")
+    known = _known(values, type(current), f"{path}.")
+    changes = {k: _validated(type(current), k, v, f"{path}.{k}") for k, v in known.items()}
+    return dataclasses.replace(current, **changes)
+
+
+def _known(values: Mapping[str, Any], kind: type, prefix: str) -> Mapping[str, Any]:
+    names = {spec.name for spec in dataclasses.fields(kind)}
+    for key in values:
+        if key not in names:
+            raise ConfigError(f"unknown setting {prefix}{key!s}; {did_you_mean(str(key), names)}")
+    return values
+
+
+def _validated(kind: type, name: str, value: Any, path: str) -> Any:
+    expected = typing.get_type_hints(kind)[name]
+    try:
+        return TypeAdapter(expected).validate_python(value)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(f"{path} = {value!r} is not allowed: {problem['msg']}") from error
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for spec in dataclasses.fields(settings):
+        value = getattr(settings, spec.name)
+        if isinstance(value, Path):
+            value = str(value)
+        plain[spec.name] = list(value) if isinstance(value, tuple) else value
+    return plain

@@ -1,0 +1,206 @@
+"""A run from its first round, or its newest checkpoint, to its report."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tesserafl.core.errors import CheckpointError
+from tesserafl.core.method import Predictor, State
+from tesserafl.core.params import sha256
+from tesserafl.core.submodel import Coverage
+from tesserafl.engines.client import threads
+from tesserafl.engines.seam import Engine
+from tesserafl.run import checkpoint as checkpoints
+from tesserafl.run.checkpoint import Checkpoint
+from tesserafl.run.evaluate import Evaluator
+from tesserafl.run.events import Event, EventLog
+from tesserafl.run.experiment import Experiment, from_json, name_of, to_json
+from tesserafl.run.export import export_model
+from tesserafl.run.files import read_json, write_json
+from tesserafl.run.report import write_partition, write_report
+from tesserafl.run.rounds import CostTable, check_memory, play_round
+from tesserafl.run.setup import Setup, device_of, make_engine, prepare
+
+Listener = Callable[[Event], None]
+"""Called with every event as it is written, for progress bars."""
+
+
+def start(experiment: Experiment, folder: Path, listener: Listener | None = None) -> dict[str, Any]:
+    """Run an experiment into a new or empty folder; returns the summary.
+
+    Raises:
+        CheckpointError: the folder already holds something.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(
+            f"{folder} is not empty; choose another --out, remove it, or continue that run with: "
+            f"tessera resume {folder}"
+        )
+    setup = prepare(experiment)  # before anything is written: a bad setting leaves no folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", to_json(experiment))
+    return _play(setup, folder, listener)
+
+
+def resume(folder: Path, listener: Listener | None = None) -> dict[str, Any]:
+    """Continue a run from its newest checkpoint; a finished run returns its summary."""
+    experiment = from_json(read_json(folder / "config.json"))
+    if (folder / "summary.json").exists():
+        summary: dict[str, Any] = read_json(folder / "summary.json")
+        return summary
+    return _play(prepare(experiment), folder, listener)
+
+
+def _play(setup: Setup, folder: Path, listener: Listener | None) -> dict[str, Any]:
+    write_partition(folder, setup)
+    with (
+        threads(setup.experiment.engine.threads),
+        contextlib.closing(make_engine(setup)) as engine,
+        contextlib.closing(EventLog(folder / "events.jsonl")) as log,
+    ):
+        run = _Run(setup=setup, engine=engine, folder=folder, log=log, listener=listener)
+        return run.to_the_end()
+
+
+@dataclass(kw_only=True)
+class _Run:
+    setup: Setup
+    engine: Engine
+    folder: Path
+    log: EventLog
+    listener: Listener | None
+    totals: dict[str, float] = field(
+        default_factory=lambda: {
+            "bytes_down": 0,
+            "bytes_up": 0,
+            "flops": 0.0,
+            "seconds": 0.0,
+            "params_largest_client": 0,
+        }
+    )
+
+    def to_the_end(self) -> dict[str, Any]:
+        experiment = self.setup.experiment
+        costs = CostTable(setup=self.setup)
+        evaluator = Evaluator(data=self.setup.data, device=device_of(experiment))
+        state, coverage = self._begin()
+        check_memory(self.setup, state, costs)
+        while state.round < experiment.rounds:
+            state, notes = play_round(self.setup, self.engine, state, coverage, costs)
+            for key, amount in notes.amounts.items():
+                self.totals[key] += amount
+            self.totals["params_largest_client"] = max(
+                self.totals["params_largest_client"], costs.largest_client
+            )
+            self._emit(
+                {
+                    "kind": "round",
+                    "round": state.round,
+                    "asked": len(notes.clients) + len(notes.failures),
+                    "answered": len(notes.clients),
+                    "loss": notes.loss,
+                    "coverage": coverage.share,
+                    **self.totals,
+                    "clients": sorted(notes.clients, key=lambda row: int(row["client"])),
+                    "failures": sorted(notes.failures, key=lambda row: int(row["client"])),
+                }
+            )
+            last = state.round == experiment.rounds
+            if last or state.round % experiment.evaluate_every == 0:
+                self._evaluate(state, evaluator)
+            if last or state.round % experiment.checkpoint_every == 0:
+                self._checkpoint(state, coverage)
+        return self._finish(state, coverage, evaluator)
+
+    def _begin(self) -> tuple[State, Coverage]:
+        experiment, model = self.setup.experiment, self.setup.model
+        checkpoint = checkpoints.latest(self.folder / "checkpoints")
+        if checkpoint is None:
+            self.log.cut(0)
+            state = experiment.method.init(model, experiment.seed, experiment.rounds)
+            coverage = Coverage(self._predictor(state).model.shapes)
+            self._emit(
+                {
+                    "kind": "start",
+                    "experiment": to_json(experiment),
+                    "params_full": self._predictor(state).model.num_entries,
+                    "clients": [asdict(client) for client in self.setup.clients],
+                }
+            )
+        else:
+            self.log.cut(checkpoint.events_bytes)
+            self.engine.restore(checkpoint.memories)
+            self.totals = dict(checkpoint.totals)
+            state = checkpoint.state
+            coverage = Coverage(self._predictor(state).model.shapes)
+            coverage.counts = checkpoint.coverage
+        return state, coverage
+
+    def _predictor(self, state: State) -> Predictor:
+        return self.setup.experiment.method.predictor(self.setup.model, state)
+
+    def _evaluate(self, state: State, evaluator: Evaluator) -> None:
+        metrics = evaluator.evaluate(self._predictor(state), self.setup.data.test)
+        self._emit(
+            {
+                "kind": "evaluate",
+                "round": state.round,
+                "accuracy": metrics.accuracy,
+                "loss": metrics.loss,
+                **self.totals,
+            }
+        )
+
+    def _checkpoint(self, state: State, coverage: Coverage) -> None:
+        self.log.sync()
+        checkpoint = Checkpoint(
+            state=state,
+            coverage=coverage.counts,
+            memories=self.engine.memories,
+            totals=self.totals,
+            events_bytes=self.log.num_bytes,
+        )
+        checkpoints.save(self.folder / "checkpoints", checkpoint)
+
+    def _finish(self, state: State, coverage: Coverage, evaluator: Evaluator) -> dict[str, Any]:
+        predictor, data = self._predictor(state), self.setup.data
+        metrics = zeroed = evaluator.evaluate(predictor, data.test)
+        if coverage.share < 1.0:
+            kept = coverage.zero_untrained(predictor.params)
+            zeroed = evaluator.evaluate(predictor, data.test, kept)
+        local = [
+            evaluator.evaluate(predictor, c.test).accuracy for c in data.clients if len(c.test)
+        ]
+        summary: dict[str, Any] = {
+            "run": str(self.folder),
+            "method": name_of("method", self.setup.experiment.method),
+            "rounds": state.round,
+            "accuracy": metrics.accuracy,
+            "accuracy_untrained_zeroed": zeroed.accuracy,
+            "loss": metrics.loss,
+            "params_full": predictor.model.num_entries,
+            "params_largest_client": int(self.totals["params_largest_client"]),
+            "coverage": coverage.share,
+            "bytes_down": int(self.totals["bytes_down"]),
+            "bytes_up": int(self.totals["bytes_up"]),
+            "flops": self.totals["flops"],
+            "seconds": self.totals["seconds"],
+            "state_sha256": sha256(state.params),
+        }
+        if local:
+            summary["accuracy_clients"] = local
+        export_model(predictor, self.folder / "model", data)
+        self._emit({"kind": "finish", **summary})
+        self.log.sync()
+        write_report(self.folder, self.setup)
+        write_json(self.folder / "summary.json", summary)
+        return summary
+
+    def _emit(self, event: Event) -> None:
+        self.log.write(event)
+        if self.listener is not None:
+            self.listener(event)

@@ -1,0 +1,112 @@
+"""From an experiment to the things that run: data, model, clients, and an engine to train them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+
+from tesserafl.core import seeds
+from tesserafl.core.errors import ConfigError
+from tesserafl.core.messages import Client
+from tesserafl.core.model import Model
+from tesserafl.data import load
+from tesserafl.data.examples import Examples, FederatedData
+from tesserafl.engines.client import ClientWorker
+from tesserafl.engines.local import InProcess, WorkerPool
+from tesserafl.engines.seam import Engine
+from tesserafl.methods import MethodSettings
+from tesserafl.run.experiment import Experiment, to_json
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """An experiment with its data loaded and its model probed."""
+
+    experiment: Experiment
+    data: FederatedData
+    model: Model
+    clients: tuple[Client, ...]
+
+    def cohort(self, round: int) -> list[Client]:
+        """The clients that are asked in a round, in the order in which they are asked."""
+        draw = seeds.generator(self.experiment.seed, round, "cohort")
+        picked = torch.randperm(len(self.clients), generator=draw)
+        return [self.clients[i] for i in picked[: self.experiment.clients_per_round].tolist()]
+
+    def answers(self, round: int, client: Client) -> bool:
+        """Whether a client that was asked answers."""
+        draw = seeds.generator(self.experiment.seed, round, client.id, "answers")
+        return float(torch.rand((), generator=draw)) >= self.experiment.dropout
+
+
+def prepare(experiment: Experiment) -> Setup:
+    """Load the data, probe the model, describe the clients; the same in every process."""
+    data = load(experiment.data, experiment.seed)
+    return Setup(
+        experiment=experiment,
+        data=data,
+        model=experiment.model.build_model(data.spec),
+        clients=clients_of(experiment, data),
+    )
+
+
+def clients_of(experiment: Experiment, data: FederatedData) -> tuple[Client, ...]:
+    """What the server knows of every client."""
+    limits = experiment.client_memory_mib
+    if experiment.clients_per_round > len(data.clients):
+        raise ConfigError(
+            f"clients_per_round is {experiment.clients_per_round}, but there are only "
+            f"{len(data.clients)} clients; lower it or raise data.num_clients"
+        )
+    return tuple(
+        Client(
+            id=number,
+            num_examples=len(client.train),
+            memory_bytes=int(limits[number % len(limits)] * _MIB) if limits else None,
+        )
+        for number, client in enumerate(data.clients)
+    )
+
+
+def device_of(experiment: Experiment) -> str:
+    """The device that clients train on; ConfigError if it is not there."""
+    asked, found = experiment.engine.device, torch.cuda.is_available()
+    if asked == "cuda" and not found:
+        raise ConfigError("engine.device is 'cuda', but torch finds no GPU; use 'auto' or 'cpu'")
+    return "cuda" if asked == "cuda" or (asked == "auto" and found) else "cpu"
+
+
+def client_worker(setup: Setup) -> ClientWorker:
+    """Does the work of this experiment's clients in this process."""
+    method: MethodSettings = setup.experiment.method
+
+    def examples(client: int) -> Examples:
+        return setup.data.clients[client].train
+
+    return ClientWorker(
+        model=setup.model,
+        method=method,
+        examples=examples,
+        seed=setup.experiment.seed,
+        device=device_of(setup.experiment),
+    )
+
+
+def make_engine(setup: Setup) -> Engine:
+    """In this process for one worker, else a pool of `python -m tesserafl.run.worker`."""
+    workers = setup.experiment.engine.workers
+    if workers == 1:
+        return InProcess(worker=client_worker(setup))
+    alone = replace(
+        setup.experiment, engine=replace(setup.experiment.engine, workers=1)
+    )
+    return WorkerPool(
+        [sys.executable, "-m", "tesserafl.run.worker"],
+        json.dumps(to_json(alone)).encode(),
+        min(workers, setup.experiment.clients_per_round),
+    )
