@@ -149,8 +149,9 @@ def read_vectors(table: Table, columns: tuple[str, ...]) -> Tensor:
     import numpy as np
     import pyarrow as pa
 
+    nested = len(columns) == 1 and pa.types.is_nested(table.column(columns[0]).type)
     try:
-        if len(columns) == 1 and pa.types.is_nested(table.column(columns[0]).type):
+        if nested:
             vectors = np.array(table.column(columns[0]).to_pylist(), dtype=np.float32)
         else:
             numbers = [table.column(c).cast(pa.float64(), safe=False).to_numpy() for c in columns]
@@ -163,7 +164,7 @@ def read_vectors(table: Table, columns: tuple[str, ...]) -> Tensor:
     bad = np.argwhere(~np.isfinite(vectors))
     if len(bad):
         row, feature = bad[0].tolist()
-        name = columns[feature] if len(columns) > 1 else f"{columns[0]}[{feature}]"
+        name = f"{columns[0]}[{feature}]" if nested else columns[feature]
         raise DataError(
             f"{table.where(row)}: {name!r} is missing or not a finite float32; fill it or remove "
             f"the row"

@@ -63,6 +63,11 @@ def partition(
         raise DataError(f"data.partition={kind!r} is unknown; {did_you_mean(kind, PARTITIONS)}")
     if settings.num_clients < 1:
         raise DataError(f"data.num_clients must be at least 1; got {settings.num_clients}")
+    if kind != "column" and settings.num_clients > num_rows:
+        raise DataError(
+            f"data.num_clients={settings.num_clients} is more than the {num_rows} training rows; "
+            f"lower data.num_clients, or raise data.max_train"
+        )
     from datasets import Dataset
 
     # The partitioners cut in the order of the rows, so a shuffle comes first.

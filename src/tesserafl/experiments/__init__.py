@@ -1,0 +1,34 @@
+"""Named experiments: functions that return a configuration, or the rows of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tesserafl.experiments import comparison as _comparison
+from tesserafl.experiments import paper_fedbrb as _paper_fedbrb
+from tesserafl.experiments.quickstart import quickstart
+from tesserafl.run.experiment import Experiment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """An experiment of `tessera run NAME`."""
+
+    base: Callable[[Path | None], Experiment]
+    """The configuration on packaged data, or at the paper's size on a folder's."""
+    rows: Callable[[Experiment], Mapping[str, Experiment]] | None = None
+    """For a study: its rows, from the configuration that the command line changed."""
+
+    @property
+    def summary(self) -> str:
+        """The first line of the experiment's description."""
+        return (self.base.__doc__ or "").strip().splitlines()[0]
+
+
+EXPERIMENTS: dict[str, Named] = {
+    "quickstart": Named(base=quickstart),
+    "comparison": Named(base=_comparison.comparison, rows=_comparison.rows),
+    "paper_fedbrb": Named(base=_paper_fedbrb.paper_fedbrb, rows=_paper_fedbrb.rows),
+}

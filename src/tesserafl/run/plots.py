@@ -17,6 +17,7 @@ from tesserafl.run.files import write_atomic
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 Quantity = Literal["rounds", "bytes", "flops", "seconds", "percent", "plain"]
 """What an axis or a number counts; decides its unit."""
@@ -31,11 +32,12 @@ _STYLES = ("-", "--", "-.", ":")
 _MAX_CLASSES = 20
 _MAX_BUBBLES = 60
 """Clients up to which each is a column of circles; beyond that, cells."""
-_UNITS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "bytes": (1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB")),
-    "flops": (1000, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")),
-    "seconds": (60, ("s", "min", "h")),
+_UNITS: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "bytes": (1024, 1, ("B", "KiB", "MiB", "GiB", "TiB", "PiB")),
+    "flops": (1000, 1, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")),
+    "seconds": (60, 2, ("s", "min", "h")),
 }
+"""Quantity -> size of a step, how many of the next unit there must be to use it, names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +62,9 @@ class Panel:
 
 def unit_of(largest: float, quantity: str) -> tuple[float, str]:
     """What to divide by, and the name of the unit, for values up to `largest`."""
-    step, names = _UNITS.get(quantity, (1, ("",)))
+    step, least, names = _UNITS.get(quantity, (1, 1, ("",)))
     place = 0
-    # A value is called 120 s, not 2 min: the next unit begins where it needs no more digits.
-    while place + 1 < len(names) and largest >= 2 * float(step) ** (place + 1) * (step == 60 or 0.5):
+    while place + 1 < len(names) and largest >= least * float(step) ** (place + 1):
         place += 1
     return float(step) ** place, names[place]
 
@@ -76,8 +77,10 @@ def human(value: float | None, quantity: Quantity) -> str:
         return f"{100 * value:.1f} %"
     divisor, unit = unit_of(value, quantity)
     scaled = value / divisor
-    if quantity in ("rounds", "plain") or divisor == 1 and quantity == "bytes":
-        text = f"{scaled:.4g}" if quantity == "plain" else f"{scaled:,.0f}"
+    if quantity == "plain":
+        text = f"{scaled:.4g}"
+    elif quantity == "rounds" or unit == "B":
+        text = f"{scaled:,.0f}"
     else:
         text = f"{scaled:.{max(0, 2 - (scaled >= 10) - (scaled >= 100))}f}"
     return f"{text} {unit}".rstrip()
@@ -95,17 +98,23 @@ def panels_figure(panels: Sequence[Panel], *, width: float = 10.5, height: float
         joined = first if panel.up == panels[0].up == "percent" else None
         axes = figure.add_subplot(1, len(panels), number + 1, sharey=joined)
         first = first or axes
-        divisor, unit = unit_of(max((max(line.x, default=0) for line in panel.lines), default=0),
-                                panel.across)
+        divisor, unit = unit_of(
+            max((max(line.x, default=0) for line in panel.lines), default=0), panel.across
+        )
         scale = 100.0 if panel.up == "percent" else 1.0
         for line in panel.lines:
             place = labels.index(line.label)
             color = PALETTE[place % len(PALETTE)]
             xs, ys = [x / divisor for x in line.x], [scale * y for y in line.y]
             handles[line.label] = axes.plot(
-                xs, ys, color=color, linewidth=1.6, markersize=4,
+                xs,
+                ys,
+                color=color,
+                linewidth=1.6,
+                markersize=4,
                 linestyle=_STYLES[place // len(PALETTE) % len(_STYLES)],
-                marker=_MARKERS[place % len(_MARKERS)], markevery=max(1, -(-len(xs) // 12)),
+                marker=_MARKERS[place % len(_MARKERS)],
+                markevery=max(1, -(-len(xs) // 12)),
             )[0]
             if line.spread is not None:
                 around = [scale * spread for spread in line.spread]
@@ -119,8 +128,13 @@ def panels_figure(panels: Sequence[Panel], *, width: float = 10.5, height: float
             axes.yaxis.set_major_formatter("{x:g} %")
     if len(labels) > 1:
         legend = figure.legend(
-            list(handles.values()), list(handles), loc="outside lower center", ncols=columns,
-            frameon=False, fontsize=8, labelcolor=_INK,
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize=8,
+            labelcolor=_INK,
         )
         for text in legend.get_texts():
             text.set_parse_math(False)
@@ -159,9 +173,15 @@ def partition_figure(counts: list[list[int]], class_names: list[str]) -> Figure:
     else:
         red, green, blue = (int(PALETTE[0][i : i + 2], 16) / 255 for i in (1, 3, 5))
         below.imshow(
-            [[(red, green, blue, counts[x][y] and 0.12 + 0.88 * counts[x][y] / largest)
-              for x in range(clients)] for y in range(classes)],
-            aspect="auto", interpolation="nearest",
+            [
+                [
+                    (red, green, blue, counts[x][y] and 0.12 + 0.88 * counts[x][y] / largest)
+                    for x in range(clients)
+                ]
+                for y in range(classes)
+            ],
+            aspect="auto",
+            interpolation="nearest",
         )
         note = f"strength of a cell: examples, the strongest is {largest:,}"
     below.set_xlim(-0.7, clients - 0.3)

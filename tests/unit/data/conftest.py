@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
 from pyarrow import parquet
-
-SaveRows = Callable[..., Path]
+from tiny_data import SaveRows
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +28,3 @@ def save_parquet(tmp_path: Path) -> SaveRows:
         return folder
 
     return save
-
-
-def png(pixels: np.ndarray, kind: str = "PNG") -> dict[str, object]:
-    """An image as Hugging Face data sets store it."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
-    return {"bytes": file.getvalue(), "path": None}
-
-
-def random_pixels(num: int, *shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (num, *shape), dtype=np.uint8)

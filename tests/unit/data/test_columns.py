@@ -27,7 +27,12 @@ def made(**columns: object) -> Table:
         ({"img": IMAGE, "fine_label": [0, 1]}, "image-classification", ("img",), "fine_label"),
         ({"text": ["a", "b"], "labels": [0, 1]}, "text-classification", ("text",), "labels"),
         ({"text": ["a", "b"], "role": ["x", "y"]}, "causal-lm", ("text",), None),
-        ({"x": [1, 2], "y": [0.5, 1], "label": [0, 1]}, "vector-classification", ("x", "y"), "label"),
+        (
+            {"x": [1, 2], "y": [0.5, 1], "label": [0, 1]},
+            "vector-classification",
+            ("x", "y"),
+            "label",
+        ),
     ],
 )
 def test_the_task_is_read_off_the_columns(
@@ -72,7 +77,7 @@ def test_names_are_numbered_in_sorted_order_and_the_test_part_follows() -> None:
     labels, names = read_labels(made(label=["dog", "ant", "dog"]), "label")
     assert labels.tolist() == [1, 0, 1] and names == ("ant", "dog")
     assert read_labels(made(label=["dog"]), "label", names)[0].tolist() == [1]
-    with pytest.raises(DataError, match="row 1: 'label' is 'cat'.*allowed: ant, dog"):
+    with pytest.raises(DataError, match=r"row 1: 'label' is 'cat'.*allowed: ant, dog"):
         read_labels(made(label=["ant", "cat"]), "label", names)
 
 

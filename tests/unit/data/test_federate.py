@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SaveRows, png, random_pixels
+from tiny_data import SaveRows, png, random_pixels
 
 from tesserafl.core.errors import DataError
 from tesserafl.data import DataSettings, Examples, FederatedData, load
@@ -137,7 +137,7 @@ def test_language_modelling_can_be_partitioned_by_class(save_parquet: SaveRows) 
 
 
 def test_partition_columns_are_checked(save_parquet: SaveRows) -> None:
-    save_parquet("train", text=["a", ""], who=["p", None])
+    save_parquet("train", text=["a", "b"], who=["p", None])
     folder = save_parquet("test", text=["b"])
     settings = DataSettings(path=folder, partition="column")
     with pytest.raises(DataError, match=r"one of text, who with --data\.partition-column"):
@@ -146,10 +146,15 @@ def test_partition_columns_are_checked(save_parquet: SaveRows) -> None:
         load(replace(settings, partition_column="who"), seed=0)
     with pytest.raises(DataError, match="no column 'whom'"):
         load(replace(settings, partition_column="whom"), seed=0)
-    with pytest.raises(DataError, match="client 1 has no token to predict"):
-        load(replace(settings, partition_column="text"), seed=0) if False else load(
-            replace(settings, partition="iid", num_clients=2), seed=0
-        )
+
+
+def test_a_client_without_a_token_to_predict_is_named(save_parquet: SaveRows) -> None:
+    save_parquet("train", text=["a", ""], who=["p", "q"])
+    settings = DataSettings(
+        path=save_parquet("test", text=["b"]), partition="column", partition_column="who"
+    )
+    with pytest.raises(DataError, match=r"client 1 has no token to predict.*train\.parquet"):
+        load(settings, seed=0)
 
 
 def test_nothing_heavy_is_imported_with_the_package() -> None:

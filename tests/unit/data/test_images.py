@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import SaveRows, png, random_pixels
+from tiny_data import SaveRows, png, random_pixels
 
 from tesserafl.core.errors import DataError
 from tesserafl.data.images import read_images

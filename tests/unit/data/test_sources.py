@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SaveRows, png, random_pixels
 from PIL import Image
+from tiny_data import SaveRows, png, random_pixels
 
 from tesserafl.core.errors import DataError
 from tesserafl.data import SOURCES, DataSettings

@@ -19,7 +19,7 @@ def test_bytes_end_with_the_end_and_are_cut() -> None:
     tokenizer = ByteTokenizer()
     assert [ids.tolist() for ids in tokenizer.encode(["ab", ""], None)] == [[97, 98, 257], [257]]
     assert [ids.tolist() for ids in tokenizer.encode(["abc", "a"], 2)] == [[97, 98], [97, 257]]
-    assert tokenizer.encode(["é"], None)[0].tolist() == [0xC3, 0xA9, 257]
+    assert tokenizer.encode(["\u00e9"], None)[0].tolist() == [0xC3, 0xA9, 257]
 
 
 @given(st.lists(st.text(max_size=8), min_size=1, max_size=5), st.integers(1, 6))
@@ -75,7 +75,7 @@ def test_a_local_hugging_face_tokenizer(tokenizer_folder: Path) -> None:
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.tokenizer=.*save_pretrained"):
+    with pytest.raises(DataError, match=r"(?s)data\.tokenizer=.*save_pretrained"):
         load_tokenizer(tmp_path)
     with pytest.raises(DataError, match="not a folder"):
         load_tokenizer(tmp_path / "absent")

@@ -1,0 +1,37 @@
+"""All width methods on one data set, between the bar and the ceiling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from tesserafl.experiments._sizes import base_for
+from tesserafl.methods import FedAvg, FedBRB, FederatedDropout, FedEcover, FedRolex, HeteroFL
+from tesserafl.run.experiment import Experiment
+
+
+def comparison(path: Path | None = None) -> Experiment:
+    """What the rows share; `--method.ratio` is the clients' width in all of them."""
+    return base_for(path, FedBRB(ratio=(0.25,)))
+
+
+def rows(base: Experiment) -> Mapping[str, Experiment]:
+    """FedAvg at full width (the ceiling), at the clients' width (the bar), and every method.
+
+    A method that is given on the command line keeps its own settings in its row.
+    """
+    ratio = base.method.ratio
+    methods = {
+        "fedavg-full": FedAvg(ratio=(1.0,)),
+        "fedavg-small": FedAvg(ratio=ratio),
+        "heterofl": HeteroFL(ratio=ratio),
+        "federated_dropout": FederatedDropout(ratio=ratio),
+        "fedrolex": FedRolex(ratio=ratio),
+        "fedecover": FedEcover(ratio=ratio),
+        "fedbrb": FedBRB(ratio=ratio),
+    }
+    for label, method in methods.items():
+        if type(method) is type(base.method) and label not in ("fedavg-full", "fedavg-small"):
+            methods[label] = base.method
+    return {label: replace(base, method=method) for label, method in methods.items()}

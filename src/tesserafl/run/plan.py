@@ -1,0 +1,116 @@
+"""What a run would cost, before it runs: no training, no memory for activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+
+from tesserafl.core.messages import Client
+from tesserafl.core.method import State
+from tesserafl.core.submodel import Coverage
+from tesserafl.run.rounds import CostTable
+from tesserafl.run.setup import Setup
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientClass:
+    """What the clients of one ratio (and one memory size) would hold and do."""
+
+    ratio: float
+    num_clients: int
+    num_entries: int
+    """Parameters that a client holds."""
+    share: float
+    """Of the global model's parameters."""
+    bytes_each_way: int
+    flops_per_step: float
+    """Of one optimiser step on a full batch."""
+    activation_bytes: int
+    peak_bytes: int
+    memory_bytes: int | None
+    """What the clients have; None: no limit."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the predicted peak is within the clients' memory."""
+        return self.memory_bytes is None or self.peak_bytes <= self.memory_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The classes of clients and how the coverage grows."""
+
+    num_entries: int
+    """Parameters of the global model."""
+    axes: dict[str, int]
+    """Axis -> units (or blocks)."""
+    classes: tuple[ClientClass, ...]
+    coverage: dict[int, float]
+    """Rounds -> share of the global model's entries that were trained at least once."""
+
+
+def make_plan(setup: Setup, coverage_rounds: Sequence[int] = (1, 2, 5, 10, 20, 50, 100)) -> Plan:
+    """Plan an experiment; `coverage_rounds` beyond its rounds are left out."""
+    experiment, model = setup.experiment, setup.model
+    state = experiment.method.init(model, experiment.seed, experiment.rounds)
+    whole = experiment.method.predictor(model, state).model
+    # On `meta` a cut costs nothing: only who gets which part is wanted.
+    state = replace(state, params={n: t.to("meta") for n, t in state.params.items()})
+    wanted = sorted({r for r in coverage_rounds if r < experiment.rounds} | {experiment.rounds})
+    return Plan(
+        num_entries=whole.num_entries,
+        axes={axis: model.units(axis) for axis in (*model.widths, *model.depths)},
+        classes=tuple(_classes(setup, state, whole.num_entries)),
+        coverage=_coverage(setup, state, Coverage(whole.shapes), wanted),
+    )
+
+
+def _classes(setup: Setup, state: State, whole: int) -> list[ClientClass]:
+    experiment, costs = setup.experiment, CostTable(setup=setup)
+    ratios = experiment.method.ratio
+    groups: dict[tuple[float, int | None], list[Client]] = {}
+    for client in setup.clients:
+        key = (ratios[client.id % len(ratios)], client.memory_bytes)
+        groups.setdefault(key, []).append(client)
+    classes = []
+    for (ratio, memory), members in groups.items():
+        task = next(
+            iter(
+                experiment.method.configure(setup.model, state, members[:1], experiment.training)
+            )
+        )
+        cost = costs.of(task.submodel)
+        classes.append(
+            ClientClass(
+                ratio=ratio,
+                num_clients=len(members),
+                num_entries=cost.num_entries,
+                share=cost.num_entries / whole,
+                bytes_each_way=cost.bytes_each_way,
+                flops_per_step=cost.flops_per_example * experiment.training.batch_size,
+                activation_bytes=cost.activation_bytes,
+                peak_bytes=cost.peak_bytes,
+                memory_bytes=memory,
+            )
+        )
+    return classes
+
+
+def _coverage(
+    setup: Setup, state: State, coverage: Coverage, wanted: Sequence[int]
+) -> dict[int, float]:
+    experiment, shares = setup.experiment, {}
+    for number in range(1, wanted[-1] + 1):
+        cohort = setup.cohort(state.round)
+        tasks = experiment.method.configure(setup.model, state, cohort, experiment.training)
+        coverage.add([task.submodel for task in tasks if setup.answers(state.round, task.client)])
+        state = experiment.method.aggregate(setup.model, state, cohort, iter(()))
+        if number in wanted:
+            shares[number] = coverage.share
+        if coverage.share == 1.0:
+            shares |= {r: 1.0 for r in wanted if r >= number}
+            break
+    return shares
+
+
