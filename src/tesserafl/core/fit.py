@@ -41,8 +41,6 @@ class Training:
     mask_absent_classes: bool = False
     """HeteroFL's masked loss: logits of classes that a client does not have are set to zero, and
     only owners of a class report its output rows"""
-    width_scaling: bool = True
-    """multiply a cut layer's weights by full/kept inputs in training, as HeteroFL's scaler"""
     augment: bool = False
     """random flips and shifts of images in training"""
 
@@ -113,6 +111,13 @@ class CrossEntropy:
         )
 
 
+WidthScaling = Literal["none", "output", "parameters"]
+"""A cut layer sums fewer inputs than the full one. `none` leaves it so. `output` multiplies it by
+full/kept (HeteroFL's scaler), which makes its steps (full/kept)^2 larger in function space.
+`parameters` trains full/kept times the weights and reports the change divided by that: the client
+then learns at the pace of a small network of its own."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fit:
     """What an engine executes for one client, alone or batched with others of the same shape."""
@@ -125,6 +130,8 @@ class Fit:
     """The loss."""
     trainable: frozenset[str] | None = None
     """Names that are trained; None: all. The others stay as they are and are not reported."""
+    width_scaling: WidthScaling = "none"
+    """How a cut layer makes up for the inputs that it does not sum."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors that the objective reads."""
 

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal, Protocol
 from torch import Tensor
 
 from tesserafl.core.exactsum import ExactSum
-from tesserafl.core.fit import Fit, Fitted, Training
+from tesserafl.core.fit import Fit, Fitted, Training, WidthScaling
 from tesserafl.core.messages import Client, Memory, Options, Task, Update
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params, subtract
@@ -105,6 +105,11 @@ class _Weighted(Protocol):
     def weighting(self) -> Weighting: ...
 
 
+class _Scaled(Protocol):
+    @property
+    def width_scaling(self) -> WidthScaling: ...
+
+
 # Hooks that many methods share. A method takes one as its own by `local = train_everything`.
 
 
@@ -116,6 +121,11 @@ def init_whole(self: object, model: Model, seed: int, rounds: int) -> State:
 def train_everything(self: object, model: Model, task: Task, memory: Memory) -> Fit:
     """Plain local training of all parameters on cross-entropy."""
     return Fit(params=task.params, training=task.training)
+
+
+def train_scaled(self: _Scaled, model: Model, task: Task, memory: Memory) -> Fit:
+    """Training of a cut model, whose layers make up for the inputs that they lack."""
+    return Fit(params=task.params, training=task.training, width_scaling=self.width_scaling)
 
 
 def report_deltas(

@@ -1,9 +1,9 @@
 """A model as every method sees it: axes that can be cut, blocks that can be left out, no names.
 
-    Model = build(sizes) -> nn.Module, plus what `axes.probe` found:
-      widths   axis -> how many units, how many entries of its size one unit is
-      depths   axis -> how many blocks, and the name prefixes that count them
-      ties     parameter -> per dimension, the axis it grows with and the layout of its units
+Model = build(sizes) -> nn.Module, plus what `axes.probe` found:
+  widths   axis -> how many units, how many entries of its size one unit is
+  depths   axis -> how many blocks, and the name prefixes that count them
+  ties     parameter -> per dimension, the axis it grows with and the layout of its units
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ class Width:
     """Number of units."""
     quantum: int
     """Entries of the axis's size that make one unit; a size is units x quantum."""
+    size: str
+    """The key in `sizes` that counts them; axes that share one keep equally many units."""
     cuttable: bool = True
     """False for classes and the like: probed, so that their rows are known, but never cut."""
 
@@ -125,10 +127,8 @@ class Model:
 
     def init(self, seed: int) -> Params:
         """Initial parameters: pre-trained ones, or the module's own draw from `seed`."""
-        if self.pretrained is not None:
-            return self.pretrained()
-        with seeds.seeded(seed, "init"):
-            return parameters_of(self.module())
+        with seeds.seeded(seed, "init"):  # a pre-trained trunk may come with a new head
+            return parameters_of(self.module()) if self.pretrained is None else self.pretrained()
 
     def whole(self) -> SubModel:
         """The sub-model that leaves nothing out."""
@@ -152,25 +152,28 @@ class Model:
     def slice(self, keep: Mapping[str, Units]) -> SubModel:
         """The sub-model that keeps these units (or blocks) of these axes, all of the others.
 
+        Where only some of the axes that share a size are given, the others keep the same units as
+        the first of them.
+
         Raises:
-            ModelError: an unknown axis, a unit outside the axis, or blocks that are not
-                interchangeable.
+            ModelError: an unknown axis, a unit outside the axis, unequal numbers of units on axes
+                that share a size, or blocks that are not interchangeable.
         """
         kept = {axis: self._checked(axis, units) for axis, units in keep.items()}
-        widths = {axis: index for axis, index in kept.items() if axis in self.widths}
+        widths = self._with_sharers(kept)
         sizes = dict(self.sizes)
-        for axis, index in kept.items():
-            quantum = self.widths[axis].quantum if axis in self.widths else 1
-            sizes[axis] = index_length(index) * quantum
+        for axis, index in widths.items():
+            sizes[self.widths[axis].size] = index_length(index) * self.widths[axis].quantum
+        sizes |= {axis: index_length(kept[axis]) for axis in self.depths if axis in kept}
         views = {}
         for name, source in self._names(kept).items():
-            index: list[Index] = []
+            dims: list[Index] = []
             for tie, size in zip(self.ties[source], self.shapes[source], strict=True):
                 if tie is not None and tie.axis in widths:
-                    index.append(tie.expand(widths[tie.axis], self.widths[tie.axis].units))
+                    dims.append(tie.expand(widths[tie.axis], self.widths[tie.axis].units))
                 else:
-                    index.append(slice(0, size))
-            views[name] = View(source, tuple(index))
+                    dims.append(slice(0, size))
+            views[name] = View(source, tuple(dims))
         return SubModel(sizes, views)
 
     def resized(self, submodel: SubModel) -> Model:
@@ -184,10 +187,12 @@ class Model:
             self,
             sizes=sizes,
             widths={
-                axis: replace(width, units=sizes[axis] // width.quantum)
+                axis: replace(width, units=sizes[width.size] // width.quantum)
                 for axis, width in self.widths.items()
             },
-            depths={axis: replace(depth, blocks=sizes[axis]) for axis, depth in self.depths.items()},
+            depths={
+                axis: replace(depth, blocks=sizes[axis]) for axis, depth in self.depths.items()
+            },
             ties={name: self.ties[view.name] for name, view in submodel.views.items()},
             shapes={name: view.shape for name, view in submodel.views.items()},
             pretrained=None if load is None else lambda: cut(load(), submodel),
@@ -201,9 +206,27 @@ class Model:
                 f"axis {axis!r} has units 0 to {total - 1}; asked were {int(entries.min())} to "
                 f"{int(entries.max())}"
             )
-        if entries.unique().numel() != entries.numel():
+        if len(set(entries.tolist())) != entries.numel():
             raise ModelError(f"axis {axis!r}: a unit is kept twice; keep each at most once")
         return index
+
+    def _with_sharers(self, kept: Mapping[str, Index]) -> dict[str, Index]:
+        """Kept units of every width axis that shares a size with one of `kept`."""
+        leaders: dict[str, str] = {}
+        for axis in kept:
+            if axis in self.widths:
+                leader = leaders.setdefault(self.widths[axis].size, axis)
+                asked, first = index_length(kept[axis]), index_length(kept[leader])
+                if asked != first:
+                    raise ModelError(
+                        f"axes {leader!r} and {axis!r} share the size {self.widths[axis].size!r} "
+                        f"and must keep equally many units; asked were {first} and {asked}"
+                    )
+        return {
+            axis: kept.get(axis, kept[leaders[width.size]])
+            for axis, width in self.widths.items()
+            if width.size in leaders
+        }
 
     def _names(self, kept: Mapping[str, Index]) -> dict[str, str]:
         """Small parameter -> large parameter, where blocks may be left out."""
@@ -242,3 +265,22 @@ class Model:
 def parameters_of(module: nn.Module) -> Params:
     """The module's parameters as plain tensors, each tied weight once."""
     return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def fan_in_dims(module: nn.Module) -> dict[str, int]:
+    """Own parameter -> the dimension that runs over inputs, for modules that multiply by a matrix.
+
+    The one place that knows how such weights lie. Empty for any other module.
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return {name: 1 for name in names if getattr(module, name) is not None}
+    if isinstance(module, nn.RNNBase):
+        return {name: 1 for name, _ in module.named_parameters() if name.startswith("weight_")}
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return {"weight": 1}
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return {"weight": 0}
+    if type(module).__name__ == "Conv1D":  # transformers' transposed linear layer (GPT-2)
+        return {"weight": 0}
+    return {}

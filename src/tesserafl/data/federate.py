@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tesserafl.core.errors import DataError
 from tesserafl.data.columns import KINDS, Columns, choose, read_labels, read_vectors
-from tesserafl.data.examples import ClientData, Examples, FederatedData, Spec
+from tesserafl.data.examples import ClientData, Examples, FederatedData, Kind, Spec
 from tesserafl.data.images import read_images
 from tesserafl.data.partitions import BY_CLASS, partition, split
 from tesserafl.data.settings import DataSettings
@@ -70,6 +70,11 @@ def load(settings: DataSettings, seed: int) -> FederatedData:
         pad_id=tokenizer.pad_id if tokenizer else 0,
     )
     return FederatedData(spec=spec, clients=clients, test=test_examples)
+
+
+def kind_of(settings: DataSettings) -> Kind:
+    """What the inputs of the settings' data are, without decoding any; raises DataError."""
+    return KINDS[choose(settings, read(settings, 0)[0]).task]
 
 
 def _parts(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from tesserafl.core.fit import Fit, Fitted, Forward, Training
 from tesserafl.core.messages import Memory, Task, Update
 from tesserafl.core.method import Method
 from tesserafl.core.model import Model
+from tesserafl.core.params import Params
 from tesserafl.data.examples import Examples
-from tesserafl.models.scaling import forward_of
+from tesserafl.models.scaling import forward_of, own_scales
 
 
 @dataclass(kw_only=True)
@@ -34,18 +35,20 @@ class ClientWorker:
         """Run one task; the same task gives the same bits in every process."""
         fit = self.method.local(self.model, task, memory)
         module = self._module(task)
-        forward = forward_of(
-            self.model, task.submodel, module, width_scaling=fit.training.width_scaling
-        )
+        forward = forward_of(self.model, task.submodel, module, fit.width_scaling)
+        scales: dict[str, float] = {}
+        if fit.width_scaling == "parameters":
+            scales = own_scales(self.model, task.submodel, module)
+            fit = replace(fit, params=_scaled(fit.params, scales))
         key = (self.seed, task.round, task.client.id)
+        examples = self.examples(task.client.id)
         with seeds.seeded(*key, "fit"):  # dropout draws from torch's own generator
             fitted = execute(
-                fit,
-                forward,
-                self.examples(task.client.id),
-                seeds.generator(*key, "batches"),
-                self.device,
+                fit, forward, examples, seeds.generator(*key, "batches"), self.device
             )
+        if scales:
+            back = {name: 1.0 / scale for name, scale in scales.items()}
+            fitted = replace(fitted, params=_scaled(fitted.params, back))
         return self.method.report(self.model, task, fitted, memory)
 
     def _module(self, task: Task) -> nn.Module:
@@ -53,6 +56,10 @@ class ClientWorker:
         if key not in self._modules:
             self._modules[key] = self.model.module(task.submodel.sizes).to(self.device).train()
         return self._modules[key]
+
+
+def _scaled(params: Params, scales: Mapping[str, float]) -> Params:
+    return {name: t * scales[name] if name in scales else t for name, t in params.items()}
 
 
 def execute(

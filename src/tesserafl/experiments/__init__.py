@@ -23,8 +23,8 @@ class Named:
 
     @property
     def summary(self) -> str:
-        """The first line of the experiment's description."""
-        return (self.base.__doc__ or "").strip().splitlines()[0]
+        """The first line of the experiment's description; a file has none."""
+        return (self.base.__doc__ or "an experiment from a file").strip().splitlines()[0]
 
 
 EXPERIMENTS: dict[str, Named] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from tesserafl.core.fit import Training
@@ -32,7 +33,7 @@ def base_for(path: Path | None, method: MethodSettings) -> Experiment:
     kind = kind_of(data)
     if kind == "image":
         training = Training(lr=0.05, momentum=0.9, epochs=5, batch_size=20, clip_norm=5.0)
-        return _with(common, CNN(channels=(64, 128, 256)), training)
+        return replace(common, model=CNN(channels=(64, 128, 256)), training=training)
     if kind == "tokens":
         training = Training(optimiser="adamw", lr=5e-4, epochs=1, batch_size=16, clip_norm=1.0)
         options = {
@@ -41,11 +42,11 @@ def base_for(path: Path | None, method: MethodSettings) -> Experiment:
             "num_hidden_layers": 4,
             "intermediate_size": 1024,
         }
-        return _with(common, HuggingFace(config="bert", options=options), training)
-    return _with(common, MLP(hidden=(256, 256), norm="layer"), Training(lr=0.05, epochs=2))
-
-
-def _with(experiment: Experiment, model: CNN | MLP | HuggingFace, training: Training) -> Experiment:
-    from dataclasses import replace
-
-    return replace(experiment, model=model, training=training)
+        return replace(
+            common, model=HuggingFace(config="bert", options=options), training=training
+        )
+    return replace(
+        common,
+        model=MLP(hidden=(256, 256), norm="layer"),
+        training=Training(lr=0.05, epochs=2),
+    )

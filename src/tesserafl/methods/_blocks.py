@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,10 @@ from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Task
 from tesserafl.core.method import State
 from tesserafl.core.model import Model
+from tesserafl.core.params import Params
 from tesserafl.core.submodel import Index, SubModel, View, as_index, cut, index_tensor
 from tesserafl.methods._width import check_ratios, prefix
+from tesserafl.models.scaling import own_scales
 
 _SLOPES = ((1, 0), (1, 1), (0, 1))
 
@@ -148,6 +151,28 @@ def glued_views(
         params=cut(state.params, submodel),
         training=training,
     )
+
+
+def tiled_init(grid: Grid, seed: int) -> Params:
+    """The smallest client's own initialisation in every block: the global model begins as it.
+
+    Weights are divided by s along their inputs, so that s equal blocks sum to what one small layer
+    gives (digest 4.4: W = 1_{s x s} (x) B / s). A pre-trained model is not touched.
+    """
+    model = grid.model
+    if model.pretrained is not None:
+        return model.init(seed)
+    smallest = model.slice({axis: grid.units(axis, 0, 1) for axis in model.cuttable})
+    small = model.resized(smallest).init(seed)
+    scales = own_scales(model, smallest, model.module(smallest.sizes, device="meta"))
+    params = {}
+    for name, shape in model.shapes.items():
+        order = grid.order(name)
+        counts = [1 if groups is None else groups.shape[0] for groups in order]
+        block = small[name] / scales.get(name, 1.0)
+        blocks = block.expand(math.prod(counts), *block.shape)
+        params[name] = _from_blocks(blocks, order, torch.Size(shape)).contiguous()
+    return params
 
 
 def broadcast_mean(

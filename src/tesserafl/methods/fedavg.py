@@ -12,11 +12,11 @@ Departures from the paper: deltas are averaged instead of weights, which is the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from tesserafl.core.fit import Fit, Training
-from tesserafl.core.messages import Client, Memory, Task
+from tesserafl.core.fit import Training
+from tesserafl.core.messages import Client, Task
 from tesserafl.core.method import (
     Predictor,
     State,
@@ -24,6 +24,7 @@ from tesserafl.core.method import (
     Weighting,
     average_trained,
     report_deltas,
+    train_everything,
 )
 from tesserafl.core.model import Model
 from tesserafl.core.submodel import cut
@@ -59,10 +60,7 @@ class FedAvg:
                 training=training,
             )
 
-    def local(self, model: Model, task: Task, memory: Memory) -> Fit:
-        """E epochs of SGD (Alg. 1, ClientUpdate); below full width too nothing is cut, so no scale."""
-        return Fit(params=task.params, training=replace(task.training, width_scaling=False))
-
+    local = train_everything
     report = report_deltas
     aggregate = average_trained
 

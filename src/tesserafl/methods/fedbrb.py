@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from tesserafl.core.fit import Training
+from tesserafl.core.fit import Training, WidthScaling
 from tesserafl.core.messages import Client, Task, Update
 from tesserafl.core.method import (
     State,
@@ -34,10 +34,17 @@ from tesserafl.core.method import (
     predict_whole,
     report_deltas,
     sum_of,
-    train_everything,
+    train_scaled,
 )
 from tesserafl.core.model import Model
-from tesserafl.methods._blocks import Grid, broadcast_mean, glued_views, grid_of, refuse_holders
+from tesserafl.methods._blocks import (
+    Grid,
+    broadcast_mean,
+    glued_views,
+    grid_of,
+    refuse_holders,
+    tiled_init,
+)
 from tesserafl.methods._width import ratio_of, width_tasks
 
 
@@ -58,16 +65,24 @@ class FedBRB:
     """how beta falls over the rounds; cosine ends at zero"""
     broadcast_weight: Literal["count", "similarity"] = "count"
     """weight of a trained block in the broadcast: of its clients, times exp(-|change|) if similarity"""
+    init_blocks: Literal["tiled", "independent"] = "tiled"
+    """tiled: all blocks begin equal, the model as its smallest client; independent: the model's own
+    initialisation, whose blocks the first broadcasts average away"""
     strict: bool = True
     """refuse a client that would hold the whole model"""
+    width_scaling: WidthScaling = "output"
+    """how a cut layer makes up for the inputs it lacks: none, output (HeteroFL's scaler) or
+    parameters (as output, at the learning pace of a small network)"""
 
     topology: ClassVar[Topology] = "star"
 
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """The global model, after the strict small-to-large check."""
-        grid_of(self.ratio, model)
+        grid = grid_of(self.ratio, model)
         if self.strict:
             refuse_holders(self.ratio, model)
+        if self.init_blocks == "tiled":
+            return State(params=tiled_init(grid, seed), seed=seed, rounds=rounds)
         return init_whole(self, model, seed, rounds)
 
     def configure(
@@ -92,7 +107,7 @@ class FedBRB:
 
         yield from width_tasks(model, state, clients, training, keep)
 
-    local = train_everything
+    local = train_scaled
     report = report_deltas
 
     def aggregate(

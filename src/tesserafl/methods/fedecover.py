@@ -19,7 +19,7 @@ import torch
 
 from tesserafl.core import seeds
 from tesserafl.core.errors import ConfigError
-from tesserafl.core.fit import Training
+from tesserafl.core.fit import Training, WidthScaling
 from tesserafl.core.messages import Client, Task, Update
 from tesserafl.core.method import (
     State,
@@ -30,7 +30,7 @@ from tesserafl.core.method import (
     predict_whole,
     report_deltas,
     sum_of,
-    train_everything,
+    train_scaled,
 )
 from tesserafl.core.model import Model
 from tesserafl.core.submodel import Units, merge
@@ -49,6 +49,9 @@ class FedEcover:
     """eta_g: share of the mean delta that the server takes in the first round"""
     step_decay: float = 1.0
     """gamma: factor on the step after each quarter of the rounds ("GSD"); 1 = no decay"""
+    width_scaling: WidthScaling = "output"
+    """how a cut layer makes up for the inputs it lacks: none, output (HeteroFL's scaler) or
+    parameters (as output, at the learning pace of a small network)"""
 
     topology: ClassVar[Topology] = "star"
     init = init_whole
@@ -73,7 +76,7 @@ class FedEcover:
 
         return width_tasks(model, state, clients, training, keep)
 
-    local = train_everything
+    local = train_scaled
     report = report_deltas
 
     def aggregate(

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from tesserafl.core import seeds
-from tesserafl.core.fit import Training
+from tesserafl.core.fit import Training, WidthScaling
 from tesserafl.core.messages import Client, Task
 from tesserafl.core.method import (
     State,
@@ -27,7 +27,7 @@ from tesserafl.core.method import (
     init_whole,
     predict_whole,
     report_deltas,
-    train_everything,
+    train_scaled,
 )
 from tesserafl.core.model import Model
 from tesserafl.core.submodel import Units
@@ -42,6 +42,9 @@ class FederatedDropout:
     """width ratios of the client classes, dealt to the clients in turn"""
     weighting: Weighting = "uniform"
     """weight of a client in the mean: one each (as in the papers' code), or its examples"""
+    width_scaling: WidthScaling = "output"
+    """how a cut layer makes up for the inputs it lacks: none, output (HeteroFL's scaler) or
+    parameters (as output, at the learning pace of a small network)"""
 
     topology: ClassVar[Topology] = "star"
     init = init_whole
@@ -60,7 +63,7 @@ class FederatedDropout:
 
         return width_tasks(model, state, clients, training, keep)
 
-    local = train_everything
+    local = train_scaled
     report = report_deltas
     aggregate = average_trained
     predictor = predict_whole

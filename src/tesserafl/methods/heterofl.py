@@ -3,8 +3,8 @@
 Diao, Ding and Tarokh, "HeteroFL: Computation and Communication Efficient Federated Learning for
 Heterogeneous Clients", ICLR 2021, Algorithm 1. https://arxiv.org/abs/2010.01264
 
-The scaler and the masked loss of the paper are `training.width_scaling` and
-`training.mask_absent_classes`, so that every method can be compared with and without them.
+The masked loss of the paper is `training.mask_absent_classes`, so that every method can be compared
+with and without it.
 
 Departures from the paper: GroupNorm by default (static BatchNorm is `model.norm batch`); attention
 is cut by whole heads, where the paper keeps a part of every head.
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tesserafl.core.fit import Training
+from tesserafl.core.fit import Training, WidthScaling
 from tesserafl.core.messages import Client, Task
 from tesserafl.core.method import (
     State,
@@ -26,7 +26,7 @@ from tesserafl.core.method import (
     init_whole,
     predict_whole,
     report_deltas,
-    train_everything,
+    train_scaled,
 )
 from tesserafl.core.model import Model
 from tesserafl.core.submodel import Units
@@ -41,6 +41,9 @@ class HeteroFL:
     """width ratios of the client classes, dealt to the clients in turn"""
     weighting: Weighting = "uniform"
     """weight of a client in the mean: one each (as in the papers' code), or its examples"""
+    width_scaling: WidthScaling = "output"
+    """how a cut layer makes up for the inputs it lacks: none, output (HeteroFL's scaler) or
+    parameters (as output, at the learning pace of a small network)"""
 
     topology: ClassVar[Topology] = "star"
     init = init_whole
@@ -56,7 +59,7 @@ class HeteroFL:
 
         return width_tasks(model, state, clients, training, keep)
 
-    local = train_everything
+    local = train_scaled
     report = report_deltas
     aggregate = average_trained
     predictor = predict_whole

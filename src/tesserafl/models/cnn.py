@@ -16,13 +16,13 @@ from tesserafl.models.normalisation import Norm, norm_layer
 if TYPE_CHECKING:
     from tesserafl.data.examples import Spec
 
-# Shapes: images [batch, C, H, W]; layer i: [batch, channels_i, H / 2^i, W / 2^i];
+# Shapes: images [batch, C, H, W]; after layer i: [batch, channels_i, H / 2^i, W / 2^i];
 # pooled [batch, channels_last]; logits [batch, classes]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CNN:
-    """3x3 convolution, normalisation, ReLU and 2x2 pooling, repeated; then a linear head."""
+    """3x3 convolution, 2x2 pooling, normalisation and ReLU, repeated; then a linear head."""
 
     channels: tuple[int, ...] = (64, 128, 256)
     """channels of each layer of the global model"""
@@ -62,8 +62,9 @@ class _Net(nn.Module):
     def forward(self, images: Tensor) -> Output:
         maps = images
         for position, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            if position:
-                maps = nn.functional.max_pool2d(maps, 2)
-            maps = torch.relu(norm(conv(maps)))
+            maps = conv(maps)
+            if position < len(self.convs) - 1:
+                maps = nn.functional.max_pool2d(maps, 2)  # before the norm: a quarter of its work
+            maps = torch.relu(norm(maps))
         features = maps.mean(dim=(2, 3))
         return Output(self.head(features), features)

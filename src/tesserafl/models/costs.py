@@ -39,7 +39,7 @@ def costs_of(
     Matrix products and convolutions are counted; element-wise work is not.
     """
     module = model.module(submodel.sizes, device="meta").train()
-    forward = forward_of(model, submodel, module, width_scaling=training.width_scaling)
+    forward = forward_of(model, submodel, module, "none")
     params = {
         name: torch.empty(view.shape, device="meta", requires_grad=True)
         for name, view in submodel.views.items()

@@ -14,12 +14,13 @@ import numpy as np
 
 from tesserafl.core.errors import CheckpointError
 from tesserafl.run.files import write_atomic
-from tesserafl.run.plots import Line, Panel, Quantity, figure_html, human, panels_figure
+from tesserafl.run.plots import Line, Panel, Quantity, human, panels_figure, unit_of
 from tesserafl.run.report import (
     COSTS,
     Cost,
     Record,
     data_label,
+    figure_html,
     page_html,
     partition_label,
     ratio_label,
@@ -32,14 +33,15 @@ if TYPE_CHECKING:
 
 _COLUMNS: dict[str, tuple[str, Quantity]] = {
     "accuracy": ("accuracy at the end", "percent"),
-    "accuracy_untrained_zeroed": ("untrained zeroed", "percent"),
+    "accuracy_untrained_zeroed": ("accuracy zeroed", "percent"),
     **{f"accuracy_at_{cost}": (f"accuracy at {{{cost}}}", "percent") for cost in COSTS},
-    "largest_client": ("largest client / widest model", "percent"),
-    "coverage": ("coverage", "percent"),
-    "bytes": ("bytes down and up", "bytes"),
-    "flops": ("FLOPs", "flops"),
+    "largest_client": ("held", "percent"),
+    "coverage": ("covered", "percent"),
+    "bytes": ("sent", "bytes"),
+    "flops": ("work", "flops"),
     "seconds": ("time", "seconds"),
 }
+_CAPTION = "Bands: +- one standard deviation. Dotted: the equal cost of the table's columns."
 _LABELLED = {"seed", "method.ratio", "data.source", "data.path", "data.name", "data.subset"} | {
     f"data.{name}" for name in ("partition", "alpha", "classes_per_client", "partition_column")
 }
@@ -69,6 +71,11 @@ class Row:
     curves: Mapping[Cost, Line]
     """mean accuracy against each cost, where all runs of the row have it"""
 
+    @property
+    def name(self) -> str:
+        """The label in one line."""
+        return _name(self.label)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -86,12 +93,25 @@ class Comparison:
         from rich.text import Text
 
         headers, rows = self._cells()
-        table = Table(caption=self._note())
-        for number, header in enumerate(headers):
-            words = number < len(self.rows[0].label)
-            table.add_column(header, justify="left" if words else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))
+        words = len(self.rows[0].label)
+        table = Table(
+            box=None,
+            padding=(0, 1, 0, 0),
+            title="accuracy and shares in %",
+            caption=self._note(),
+        )
+        table.add_column("", min_width=12, overflow="fold")
+        for number, header in list(enumerate(headers))[words:]:
+            short = header.removeprefix("accuracy ").removesuffix(", %")
+            parts = [
+                part for row in rows for part in row[number].replace(" +-", "\n+-").split("\n")
+            ]
+            parts += [word[:6] for word in short.split()]
+            width = max(map(len, parts))
+            table.add_column(short, justify="right", width=width, overflow="fold")
+        for row, cells in zip(self.rows, rows, strict=True):
+            texts = [cell.replace(" +- ", "\n+- ") for cell in cells[words:]]
+            table.add_row(*map(Text, [row.name, *texts]))
         return table
 
     def as_markdown(self) -> str:
@@ -119,22 +139,25 @@ class Comparison:
     def write_page(self, path: Path) -> Path:
         """A page of its own with the table and accuracy against rounds, bytes and FLOPs."""
         headers, rows = self._cells()
+        words = len(self.rows[0].label)
+        named = [[row.name, *cells[words:]] for row, cells in zip(self.rows, rows, strict=True)]
         panels = [
             Panel(
                 title="Test accuracy" if cost == "rounds" else "",
                 across=cost,
                 up="percent",
                 lines=[row.curves[cost] for row in self.rows],
+                mark=self.equal_cost.get(cost),
             )
             for cost in COSTS
         ]
         title = f"Comparison of {sum(len(row.runs) for row in self.rows)} runs"
         folders = "\n".join(escape(run) for row in self.rows for run in row.runs)
-        drawn = figure_html(panels_figure(panels), "accuracy", "Bands: +- one standard deviation.")
+        drawn = figure_html(panels_figure(panels), "accuracy", _CAPTION)
         parts = [
             f"<h1>{title}</h1><p>{escape(self._note())}</p>",
             drawn if self.equal_cost else "<p>No run has been evaluated yet.</p>",
-            table_html(headers, rows, len(self.rows[0].label)),
+            table_html(["", *headers[words:]], named, 1),
             f"<details><summary>The runs</summary><pre>{folders}</pre></details>",
         ]
         body = "\n".join(parts).replace("+-", "&plusmn;")
@@ -142,24 +165,29 @@ class Comparison:
         return path
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
-        shown = [key for key in _COLUMNS if any(row.values.get(key) for row in self.rows)]
-        costs = {cost: human(value, cost) for cost, value in self.equal_cost.items()}
-        costs["rounds"] = f"{costs.get('rounds')} rounds"
-        headers = [_COLUMNS[key][0].format_map(costs) for key in shown]
-        rows = [
-            [*row.label.values(), str(len(row.runs))]
-            + [_text(row.values[key], _COLUMNS[key][1], len(row.runs)) for key in shown]
-            for row in self.rows
-        ]
-        return [*self.rows[0].label, "n", *headers], rows
+        costs = {str(cost): human(value, cost) for cost, value in self.equal_cost.items()}
+        headers = [*self.rows[0].label, "n"]
+        cells = [[*row.label.values(), str(len(row.runs))] for row in self.rows]
+        for key, (header, quantity) in _COLUMNS.items():
+            column = [row.values.get(key) for row in self.rows]
+            largest = max((value.mean for value in column if value), default=None)
+            if largest is None:
+                continue
+            divisor, unit = (0.01, "%") if quantity == "percent" else unit_of(largest, quantity)
+            headers.append(f"{header.format_map(costs)}, {unit}")
+            for line, value, row in zip(cells, column, self.rows, strict=True):
+                line.append(_text(value, divisor, len(row.runs), deviates=quantity == "percent"))
+        return headers, cells
 
     def _note(self) -> str:
-        alike = ", ".join(f"{key} {value}" for key, value in self.common.items())
+        alike = "; ".join(f"{key} {value}" for key, value in self.common.items())
         several = any(len(row.runs) > 1 for row in self.rows)
         spread = "Mean +- sample standard deviation over n seeds. " if several else ""
-        return f"{spread}Accuracy at equal cost is interpolated between evaluations." + (
-            f" All rows: {alike}." if alike else ""
-        )
+        return (
+            f"{spread}Accuracy at equal cost is interpolated between evaluations. Zeroed: entries "
+            f"that nobody trained are 0. Held: the largest client's share of the widest model. "
+            f"Covered: share of the model ever trained. Sent: down and up."
+        ) + (f" All rows: {alike}." if alike else "")
 
 
 def compare(folders: Sequence[Path]) -> Comparison:
@@ -194,8 +222,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
 def _run_folders(folders: Sequence[Path]) -> list[Path]:
     found: dict[Path, Path] = {}
     for folder in folders:
-        inside = [folder] if (folder / "config.json").exists() else sorted(folder.glob("*/"))
-        runs = [run for run in inside if (run / "config.json").exists()]
+        runs = [run for run in (folder, *sorted(folder.glob("*/"))) if _is_run(run)]
         if not runs:
             raise CheckpointError(
                 f"{folder} is not a run folder (config.json and events.jsonl) and holds none; "
@@ -205,6 +232,10 @@ def _run_folders(folders: Sequence[Path]) -> list[Path]:
     if not found:
         raise CheckpointError("no run was given; name at least one run folder")
     return list(found.values())
+
+
+def _is_run(folder: Path) -> bool:
+    return all((folder / name).exists() for name in ("config.json", "events.jsonl"))
 
 
 def _row(
@@ -220,8 +251,7 @@ def _row(
     values["bytes"] = _spread(end["bytes_down"] + end["bytes_up"] for end in begun)
     for key in ("coverage", "flops", "seconds"):
         values[key] = _spread(end[key] for end in begun)
-    name = ", ".join(f"ratio {v}" if k == "ratio" else v for k, v in label.items() if v)
-    curves = {cost: _mean_curve(name, group, cost) for cost in COSTS}
+    curves = {cost: _mean_curve(_name(label), group, cost) for cost in COSTS}
     runs = tuple(str(record.folder) for record in group)
     return Row(label=label, runs=runs, values=values, curves=curves)
 
@@ -230,30 +260,33 @@ def _labels(groups: list[list[Record]]) -> tuple[list[dict[str, str]], dict[str,
     """What tells the rows apart, and what they share."""
     configs = [group[0].config for group in groups]
     flat = [_flat(config) for config in configs]
-    labels = []
-    for group, config, own in zip(groups, configs, flat, strict=True):
-        unfinished = sum(record.finish is None for record in group)
-        labels.append(
-            {
-                "method": str(config["method"]["name"]),
-                "ratio": ratio_label(config["method"]),
-                "data": data_label(config["data"]),
-                "partition": partition_label(config["data"]),
-                "model": str(config["model"]["name"]),
-                "settings": ", ".join(f"{k}={own[k]}" for k in own if _differs(k, own, flat)),
-                "state": f"{unfinished} of {len(group)} unfinished" if unfinished else "",
-            }
-        )
-    if len({tuple(label.values()) for label in labels}) < len(labels):
-        for label, group in zip(labels, groups, strict=True):
-            label["run"] = ", ".join(record.folder.name for record in group)
+    labels = [
+        {
+            "method": str(config["method"]["name"]),
+            "ratio": ratio_label(config["method"]),
+            "data": data_label(config["data"]),
+            "partition": partition_label(config["data"]),
+            "model": str(config["model"]["name"]),
+            "settings": ", ".join(f"{key}={own[key]}" for key in own if _differs(key, own, flat)),
+        }
+        for config, own in zip(configs, flat, strict=True)
+    ]
     same = {key: value for key, value in labels[0].items() if all(o[key] == value for o in labels)}
-    if len(same) == len(labels[0]):
+    if len(groups) == 1:
         del same["method"]
-    for label in labels:
-        for key in same:
-            del label[key]
+    labels = [{key: value for key, value in o.items() if key not in same} for o in labels]
+    states = [sum(record.finish is None for record in group) for group in groups]
+    names = {_name(label) for label in labels}
+    for label, group, unfinished in zip(labels, groups, states, strict=True):
+        if len(names) < len(groups) or "" in names:
+            label["run"] = ", ".join(record.folder.name for record in group)
+        if any(states):
+            label["state"] = f"{unfinished} of {len(group)} unfinished" if unfinished else ""
     return labels, {key: value for key, value in same.items() if value}
+
+
+def _name(label: Mapping[str, str]) -> str:
+    return ", ".join(f"ratio {v}" if k == "ratio" else v for k, v in label.items() if v)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -299,10 +332,11 @@ def _mean_curve(label: str, group: Sequence[Record], cost: Cost) -> Line:
     return Line(label=label, x=grid, y=every.mean(axis=0).tolist(), spread=spread)
 
 
-def _text(value: Spread | None, quantity: Quantity, num_runs: int) -> str:
+def _text(value: Spread | None, divisor: float, num_runs: int, *, deviates: bool) -> str:
     if value is None:
         return "-"
-    text = human(value.mean, quantity)
-    if value.std and quantity == "percent":
-        text = f"{100 * value.mean:.1f} +- {100 * value.std:.1f} %"
+    mean = value.mean / divisor
+    text = f"{mean:.1f}" if deviates or mean >= 10 else f"{mean:.2f}"
+    if value.std and deviates:
+        text += f" +- {value.std / divisor:.1f}"
     return text if value.n == num_runs else f"{text} (n={value.n})"

@@ -37,7 +37,7 @@ class Evaluator:
         if has_statistics(module):
             self.fill_statistics(module, values)
         module.eval()
-        forward = forward_of(model, model.whole(), module, width_scaling=False)
+        forward = forward_of(model, model.whole(), module, "none")
         total = Metrics()
         with torch.no_grad():
             for inputs, labels in self._batches(examples):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -109,6 +111,22 @@ def from_json(values: Mapping[str, Any], base: Experiment | None = None) -> Expe
         else:
             changes[key] = _validated(Experiment, key, value, key)
     return dataclasses.replace(base, **changes)
+
+
+def from_file(path: Path) -> Experiment:
+    """An experiment from a TOML file, or from the config.json of a run folder.
+
+    Raises:
+        ConfigError: the file is missing, not TOML or JSON, or holds an unknown setting.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+    return from_json(values)
 
 
 def choose(section: str, name: str, current: Any) -> Any:

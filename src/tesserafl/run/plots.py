@@ -27,7 +27,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8
 
 _INK = "#1d2125"
 """Text and axes; becomes the page's own text colour in an SVG."""
-_MARKERS = "osD^vPX"
+_MARKERS = "osD^vPX*"
 _STYLES = ("-", "--", "-.", ":")
 _MAX_CLASSES = 20
 _MAX_BUBBLES = 60
@@ -58,6 +58,8 @@ class Panel:
     across: Quantity
     up: Quantity
     lines: Sequence[Line]
+    mark: float | None = None
+    """a value across that gets a dotted line"""
 
 
 def unit_of(largest: float, quantity: str) -> tuple[float, str]:
@@ -77,9 +79,13 @@ def human(value: float | None, quantity: Quantity) -> str:
         return f"{100 * value:.1f} %"
     divisor, unit = unit_of(value, quantity)
     scaled = value / divisor
+    if quantity == "seconds" and 0 < value < 1:
+        return f"{1000 * value:.0f} ms"
     if quantity == "plain":
         text = f"{scaled:.4g}"
-    elif quantity == "rounds" or unit == "B":
+    elif quantity == "rounds":
+        text = f"{scaled:,.0f} round{'s' * (scaled != 1)}"
+    elif unit == "B":
         text = f"{scaled:,.0f}"
     else:
         text = f"{scaled:.{max(0, 2 - (scaled >= 10) - (scaled >= 100))}f}"
@@ -90,8 +96,8 @@ def panels_figure(panels: Sequence[Panel], *, width: float = 10.5, height: float
     """Panels side by side (inches), one legend below them; a line looks the same in all panels."""
     labels = list(dict.fromkeys(line.label for panel in panels for line in panel.lines))
     columns = max(1, min(len(labels), int(width * 13 / (max(map(len, labels), default=0) + 7))))
-    rows = -(-len(labels) // columns) if len(labels) > 1 else 0
-    figure = _figure(width, height + 0.22 * rows)
+    legend_rows = -(-len(labels) // columns) if len(labels) > 1 else 0
+    figure = _figure(width, height + 0.22 * legend_rows)
     handles = {}
     first: Axes | None = None
     for number, panel in enumerate(panels):
@@ -118,13 +124,17 @@ def panels_figure(panels: Sequence[Panel], *, width: float = 10.5, height: float
             )[0]
             if line.spread is not None:
                 around = [scale * spread for spread in line.spread]
-                low = [y - s for y, s in zip(ys, around, strict=True)]
-                high = [y + s for y, s in zip(ys, around, strict=True)]
-                axes.fill_between(xs, low, high, color=color, alpha=0.18, linewidth=0)
+                below = [y - s for y, s in zip(ys, around, strict=True)]
+                above = [y + s for y, s in zip(ys, around, strict=True)]
+                axes.fill_between(xs, below, above, color=color, alpha=0.18, linewidth=0)
         name = {"bytes": "bytes down and up", "flops": "clients' work"}.get(panel.across, "rounds")
         _dress(axes, panel.title, f"{name} ({unit})" if unit else name)
         axes.set_xlim(left=0)
+        if panel.mark is not None:
+            axes.axvline(panel.mark / divisor, color=_INK, alpha=0.6, linewidth=1, linestyle=":")
         if panel.up == "percent":
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -2.0), min(high, 102.0))
             axes.yaxis.set_major_formatter("{x:g} %")
     if len(labels) > 1:
         legend = figure.legend(
@@ -152,7 +162,7 @@ def partition_figure(counts: list[list[int]], class_names: list[str]) -> Figure:
     if not 1 < len(counts[0]) <= _MAX_CLASSES:
         return _sizes_figure(sizes)
     clients, classes = len(counts), len(counts[0])
-    width, height = min(10.5, max(5.5, 1.4 + 0.34 * clients)), 1.5 + 0.26 * classes
+    width, height = min(10.5, max(6.5, 1.4 + 0.34 * clients)), 1.5 + 0.26 * classes
     figure = _figure(width, height + 0.8)
     above, below = figure.subplots(
         2, 1, sharex=True, gridspec_kw={"height_ratios": [0.7, 0.26 * classes]}
@@ -169,13 +179,13 @@ def partition_figure(counts: list[list[int]], class_names: list[str]) -> Figure:
             c=[PALETTE[y % len(PALETTE)] for _, y in places],
             linewidths=0,
         )
-        note = f"area of a circle: examples, the largest is {largest:,}"
+        note = f"client (a circle's area is its examples, at most {largest:,})"
     else:
-        red, green, blue = (int(PALETTE[0][i : i + 2], 16) / 255 for i in (1, 3, 5))
+        red, green, blue = 0.16, 0.53, 0.78  # strong enough on white and on black
         below.imshow(
             [
                 [
-                    (red, green, blue, counts[x][y] and 0.12 + 0.88 * counts[x][y] / largest)
+                    (red, green, blue, counts[x][y] and 0.2 + 0.8 * counts[x][y] / largest)
                     for x in range(clients)
                 ]
                 for y in range(classes)
@@ -183,15 +193,15 @@ def partition_figure(counts: list[list[int]], class_names: list[str]) -> Figure:
             aspect="auto",
             interpolation="nearest",
         )
-        note = f"strength of a cell: examples, the strongest is {largest:,}"
+        note = f"client (a cell's strength is its examples, at most {largest:,})"
     below.set_xlim(-0.7, clients - 0.3)
     below.set_ylim(classes - 0.4, -0.6)
     names = class_names or [str(number) for number in range(classes)]
     below.set_yticks(range(classes), [_short(name) for name in names], parse_math=False)
-    _dress(above, f"Examples of each client and class ({note})", "")
-    _dress(below, "", "client")
+    _dress(above, "Examples of each client, and of each class", "")
+    _dress(below, "", note)
     above.tick_params(labelbottom=False)
-    below.grid(visible=clients <= _MAX_BUBBLES, color=_INK, alpha=0.08, linewidth=0.6)
+    below.grid(axis="y", visible=False)
     return figure
 
 
@@ -202,7 +212,6 @@ def svg_of(figure: Figure, prefix: str) -> str:
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
     svg = re.sub(r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", svg)
     numbers: dict[str, int] = {}
 
@@ -211,7 +220,8 @@ def svg_of(figure: Figure, prefix: str) -> str:
         return f"{match[1]}{prefix}-{number}{match[3]}"
 
     svg = re.sub(r'( id="|href="#|url\(#)([^")]+)(["\)])', renamed, svg)
-    return svg.replace(_INK, "currentColor").strip()
+    svg = svg.replace(_INK, "currentColor")
+    return svg.replace(PALETTE[0], f"var(--first, {PALETTE[0]})").strip()
 
 
 def write_png(figure: Figure, path: Path) -> None:
@@ -253,13 +263,13 @@ def _dress(axes: Axes, title: str, xlabel: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set(color=_INK, linewidth=0.6)
-    axes.xaxis.set_major_locator(_ticks(6, integer=xlabel in ("rounds", "client", "")))
+    axes.xaxis.set_major_locator(_ticks(6, integer="(" not in xlabel or "client" in xlabel))
 
 
 def _ticks(number: int, *, integer: bool = True) -> MaxNLocator:
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(number, integer=integer)
+    return MaxNLocator(number, integer=integer, min_n_ticks=1)
 
 
 def _short(name: str) -> str:

@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 Cost = Literal["rounds", "bytes", "flops"]
 COSTS: tuple[Cost, ...] = ("rounds", "bytes", "flops")
-"""What accuracy is held against: rounds, bytes down and up, FLOPs of the clients; all cumulative."""
+"""What accuracy is held against: rounds, bytes down and up, the clients' FLOPs; cumulative."""
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1d2125;--soft:#5c6670;--line:#d9dde1;--paper:#fff}
 @media screen and (prefers-color-scheme:dark){
-:root{--ink:#e4e7ea;--soft:#a3acb5;--line:#3a4148;--paper:#15181b}}
+:root{--ink:#e4e7ea;--soft:#a3acb5;--line:#3a4148;--paper:#15181b;--first:#3b9ade}}
 body{margin:0 auto;max-width:68rem;padding:1.5rem;background:var(--paper);color:var(--ink);
 font:15px/1.5 system-ui,sans-serif}
 h1{font-size:1.5rem;margin:0}h2{font-size:1.1rem;margin:2rem 0 .5rem}
 p,small,figcaption,dt{color:var(--soft)}p{margin:.3rem 0}
-dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr));gap:1rem;margin:1.5rem 0}
+dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:1rem;margin:1.5rem 0}
 dl div{border-top:2px solid var(--line);padding-top:.4rem}dt{font-size:.8rem;line-height:1.3}
 dd{margin:0;font-size:1.3rem;font-variant-numeric:tabular-nums}
 figure{margin:1rem 0;overflow-x:auto}figcaption{font-size:.85rem}
@@ -48,9 +48,11 @@ svg *{stroke-linejoin:round;stroke-linecap:butt}
 div.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .9rem .25rem 0;text-align:right;border-bottom:1px solid var(--line)}
 th{font-weight:600;font-size:.85rem;vertical-align:bottom;line-height:1.3}
-.words{text-align:left}td{white-space:nowrap}td.words{white-space:normal}
+table.many{font-size:.87rem}table.many th,table.many td{padding-right:.7rem}
+.words{text-align:left}td{white-space:nowrap}td.words{white-space:normal;min-width:8rem}
 pre{overflow-x:auto;font-size:.85rem}code{font-size:.9em}
 @media print{body{padding:0;max-width:none;font-size:11px}svg{min-width:0}
+div.wide{overflow:visible}td{white-space:normal}table.many{font-size:8px}
 figure,tr,dl div{break-inside:avoid}h2{break-after:avoid}}
 """
 
@@ -112,21 +114,22 @@ def read_record(folder: Path) -> Record:
 def write_report(folder: Path, setup: Setup | None = None) -> Path:
     """Write `report.html` into a run folder; the run may still be going on.
 
-    With a setup the partition is counted afresh, else it comes from `partition.json`, if there.
+    The partition comes from `partition.json`; with a setup that is written if it is not there.
 
     Raises:
         CheckpointError: the folder is not a run, or cannot be written.
     """
     record = read_record(folder)
-    if setup is not None:
+    if setup is not None and not (folder / "partition.json").exists():
         write_partition(folder, setup)
     parts = [_heading(record), _headline(record), _curves(record)]
     if (folder / "partition.json").exists():
-        drawn = partition_figure(**read_json(folder / "partition.json"))
+        held = read_json(folder / "partition.json")
+        drawn = partition_figure(held["counts"], held["class_names"])
         parts.append(f"<h2>Who holds what</h2>{figure_html(drawn, 'partition')}")
     parts += [_client_classes(record), _failures(record), _configuration(record)]
     path = folder / "report.html"
-    write_atomic(path, page_html(f"{record.config['method']['name']}", "\n".join(parts)).encode())
+    write_atomic(path, page_html(record.config["method"]["name"], "\n".join(parts)).encode())
     return path
 
 
@@ -139,9 +142,9 @@ def write_partition(folder: Path, setup: Setup) -> None:
     else:
         labels = [examples.labels[examples.labels >= 0] for examples in train]
         counts = [own.bincount(minlength=spec.num_classes).tolist() for own in labels]
-    value = {"counts": counts, "class_names": list(spec.class_names)}
-    write_json(folder / "partition.json", value)
-    write_png(partition_figure(**value), folder / "partition.png")
+    names = list(spec.class_names)
+    write_json(folder / "partition.json", {"counts": counts, "class_names": names})
+    write_png(partition_figure(counts, names), folder / "partition.png")
 
 
 def page_html(title: str, body: str) -> str:
@@ -158,7 +161,8 @@ def figure_html(figure: Any, name: str, caption: str = "") -> str:
     """A figure in a page, no larger than it was drawn; `name` makes its ids unique."""
     width = f"{figure.get_size_inches()[0] * 6:.4g}rem"
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure style="--width:{width}">{svg_of(figure, name)}{below}</figure>'
+    opening = f'<figure role="img" aria-label="{name}" style="--width:{width}">'
+    return f"{opening}{svg_of(figure, name)}{below}</figure>"
 
 
 def table_html(headers: Sequence[str], rows: Sequence[Sequence[str]], num_words: int = 0) -> str:
@@ -170,7 +174,8 @@ def table_html(headers: Sequence[str], rows: Sequence[Sequence[str]], num_words:
         return "<tr>" + "".join(f"<{tag}{k}>{escape(cell)}</{tag}>" for k, cell in both) + "</tr>"
 
     lines = "\n".join(line("td", row) for row in rows)
-    return f'<div class="wide"><table>{line("th", headers)}\n{lines}</table></div>'
+    many = ' class="many"' if len(headers) > 9 else ""
+    return f'<div class="wide"><table{many}>{line("th", headers)}\n{lines}</table></div>'
 
 
 def ratio_label(method: Mapping[str, Any]) -> str:
@@ -196,7 +201,7 @@ def _heading(record: Record) -> str:
     ratio = ratio_label(config["method"])
     title = config["method"]["name"] + (f", ratio {ratio}" if ratio else "")
     clients = len(record.start.get("clients", ())) or config["data"]["num_clients"]
-    rounds = f"{config['rounds']} rounds"
+    rounds = human(config["rounds"], "rounds")
     if record.finish is None:
         rounds = f"{done} of {rounds} (not finished)"
     facts = (
@@ -216,7 +221,7 @@ def _headline(record: Record) -> str:
         ("accuracy", known["accuracy"], "percent"),
         ("accuracy, untrained entries zeroed", known["accuracy_untrained_zeroed"], "percent"),
         ("test loss", known["loss"], "plain"),
-        ("coverage: share of the model ever trained", known["coverage"], "percent"),
+        ("coverage: share ever trained", known["coverage"], "percent"),
         ("largest client's share of the model", largest / full if largest else None, "percent"),
         ("bytes down to the clients", known["bytes_down"], "bytes"),
         ("bytes up from the clients", known["bytes_up"], "bytes"),
@@ -281,7 +286,7 @@ def _client_classes(record: Record) -> str:
             [
                 str(len({row["client"] for row in rows})),
                 f"{entries:,}",
-                human(entries / record.outcome["params_full"], "percent"),
+                human(entries / record.start["params_full"], "percent"),
                 human(mean["bytes_down"], "bytes"),
                 human(mean["bytes_up"], "bytes"),
                 human(mean["flops"], "flops"),
@@ -290,7 +295,7 @@ def _client_classes(record: Record) -> str:
         )
     headers = ["clients", "parameters", "share of model", "bytes down", "bytes up", "FLOPs", "time"]
     silent = len(record.start.get("clients", seen)) - len(seen)
-    note = f" {silent} clients have not answered in any round." if silent > 0 else ""
+    note = f" Clients that have not answered in any round: {silent}." if silent > 0 else ""
     return (
         f"<h2>Classes of clients</h2>{table_html(headers, lines)}"
         f"<p>By parameters held; bytes, FLOPs and time are means per client and round.{note}</p>"

@@ -1,0 +1,3 @@
+"""TesseraFL: train models larger than any participant can hold, from many small devices."""
+
+__version__ = "0.1.0"

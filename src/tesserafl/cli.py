@@ -1,0 +1,353 @@
+"""The command line. `tessera --help` answers at once: heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, make_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from tesserafl import __version__
+
+if TYPE_CHECKING:
+    from tesserafl.experiments import Named
+    from tesserafl.run.experiment import Experiment
+    from tesserafl.run.plan import Plan
+
+COMMANDS = {
+    "run": "NAME|FILE  run a named experiment, a TOML file or a run folder's config.json",
+    "resume": "RUN     continue a run or a study that was interrupted",
+    "plan": "NAME|FILE  what a run would cost each client, and how coverage grows; trains nothing",
+    "list": "WHAT       methods, models, data or experiments",
+    "compare": "RUN... tables and plots of several runs at equal rounds, bytes and FLOPs",
+    "report": "RUN     write the report of a run folder anew",
+    "doctor": "        check this machine and installation",
+}
+
+EPILOG = """`tessera run NAME --help` lists every setting of that experiment.
+TESSERA_TRACEBACK=1 shows where an error comes from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of the command itself."""
+
+    out: Path | None = None
+    """the run folder; default runs/NAME, runs/NAME-2, ..."""
+    json: bool = False
+    """print the summary as one JSON object on the last line"""
+    repeats: int = 1
+    """run with this many seeds, counted up from --seed"""
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """A command on one run folder."""
+
+    run: tyro.conf.Positional[Path]
+    """the run folder"""
+    json: bool = False
+    """print the summary as one JSON object on the last line"""
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """A command on several run folders."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """run folders, or folders of run folders"""
+    out: Path | None = None
+    """write the table and plots as one HTML page"""
+    json: bool = False
+    """print the rows as one JSON object"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `tessera`; exits with 1 after an error of the user's, 2 after a wrong call."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_help())
+        return
+    if args[0] in ("-V", "--version"):
+        print(f"tessera {__version__}")
+        return
+    from tesserafl.core.errors import TesseraError, did_you_mean
+
+    if args[0] not in COMMANDS:
+        _fail(f"unknown command {args[0]!r}; {did_you_mean(args[0], COMMANDS)}", 2)
+    # Hash-ordered sets and TF32 must not decide bits; set before torch computes anything.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        _COMMANDS[args[0]](args[1:])
+    except TesseraError as error:
+        if os.environ.get("TESSERA_TRACEBACK"):
+            traceback.print_exc()
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; continue with: tessera resume RUN", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has gone, as in `| head`
+
+
+def _help() -> str:
+    lines = [f"tessera {__version__}: federated training of models larger than any participant", ""]
+    lines += [f"  tessera {name:8} {text}" for name, text in COMMANDS.items()]
+    return "\n".join([*lines, "", EPILOG])
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _run(args: list[str]) -> None:
+    from tesserafl.run.runner import start
+    from tesserafl.run.study import repeated, start_study
+
+    name, named, options, experiment = _configured("run", args)
+    folder = options.out or _fresh(Path("runs") / name)
+    rows = dict(named.rows(experiment)) if named.rows else {name: experiment}
+    rows = repeated(rows, options.repeats)
+    with _progress() as progress:
+        if named.rows or options.repeats > 1:
+            summary = start_study(rows, folder, progress.announce, progress.listen)
+        else:
+            summary = start(experiment, folder, progress.listen)
+    _show(summary, folder, options.json)
+
+
+def _resume(args: list[str]) -> None:
+    from tesserafl.run.runner import resume
+    from tesserafl.run.study import is_study, resume_study
+
+    folder, as_json = _folder_and_json("resume", args)
+    with _progress() as progress:
+        if is_study(folder):
+            summary = resume_study(folder, progress.announce, progress.listen)
+        else:
+            summary = resume(folder, progress.listen)
+    _show(summary, folder, as_json)
+
+
+def _plan(args: list[str]) -> None:
+    from tesserafl.run.plan import make_plan
+    from tesserafl.run.setup import prepare
+
+    _, _, options, experiment = _configured("plan", args)
+    plan = make_plan(prepare(experiment))
+    if options.json:
+        print(json.dumps(asdict(plan)))
+    else:
+        _print_plan(plan)
+
+
+def _list(args: list[str]) -> None:
+    from rich.console import Console
+
+    from tesserafl.core.errors import did_you_mean
+    from tesserafl.data import PARTITIONS, SOURCES
+    from tesserafl.experiments import EXPERIMENTS
+    from tesserafl.methods import METHODS
+    from tesserafl.models import MODELS
+
+    def described(kinds: Any) -> dict[str, str]:
+        modules = {name: sys.modules[kind.__module__].__doc__ or "" for name, kind in kinds.items()}
+        return {name: text.strip().splitlines()[0] for name, text in modules.items()}
+
+    sections = {
+        "methods": lambda: described(METHODS),
+        "models": lambda: described(MODELS),
+        "data": lambda: {**SOURCES, **{f"partition {k}": v for k, v in PARTITIONS.items()}},
+        "experiments": lambda: {name: named.summary for name, named in EXPERIMENTS.items()},
+    }
+    if not args or args[0] not in sections:
+        given = args[0] if args else ""
+        _fail(f"tessera list {given}: {did_you_mean(given, sections)}", 2)
+    console = Console(soft_wrap=True, highlight=False)
+    entries = sections[args[0]]()
+    width = max(map(len, entries))
+    for name, text in entries.items():
+        console.print(f"[bold]{name:{width}}[/bold]  {text}")
+
+
+def _compare(args: list[str]) -> None:
+    from rich.console import Console
+
+    from tesserafl.run.compare import compare
+
+    options = tyro.cli(CompareOptions, args=args, prog="tessera compare")
+    comparison = compare(options.runs)
+    if options.out is not None:
+        comparison.write_page(options.out)
+    if options.json:
+        print(json.dumps(comparison.as_json()))
+    else:
+        Console().print(comparison.as_table())
+
+
+def _report(args: list[str]) -> None:
+    from tesserafl.run.report import write_report
+
+    folder, _ = _folder_and_json("report", args)
+    print(write_report(folder))
+
+
+def _doctor(args: list[str]) -> None:
+    from tesserafl.run.doctor import examine
+
+    healthy = True
+    for finding in examine():
+        healthy = healthy and finding.good
+        print(f"{'ok  ' if finding.good else 'BAD '} {finding.what}: {finding.found}")
+    if not healthy:
+        raise SystemExit(1)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "run": _run,
+    "resume": _resume,
+    "plan": _plan,
+    "list": _list,
+    "compare": _compare,
+    "report": _report,
+    "doctor": _doctor,
+}
+
+
+def _configured(command: str, args: list[str]) -> tuple[str, Named, RunOptions, Experiment]:
+    """The experiment that the arguments name, with their overrides."""
+    from tesserafl.core.errors import did_you_mean
+    from tesserafl.experiments import EXPERIMENTS, Named
+    from tesserafl.run.experiment import REGISTRIES, Experiment, choose, from_file
+
+    if not args or args[0].startswith("-"):
+        known = ", ".join(EXPERIMENTS)
+        _fail(f"tessera {command} needs an experiment ({known}) or a file; see tessera --help", 2)
+    name, rest = args[0], args[1:]
+    if name.endswith((".toml", ".json")):
+        base = from_file(Path(name))
+        name, named = Path(name).stem, Named(base=lambda path: base)
+    elif name in EXPERIMENTS:
+        named = EXPERIMENTS[name]
+    else:
+        _fail(f"unknown experiment {name!r}; {did_you_mean(name, EXPERIMENTS)}", 1)
+    path = _taken(list(rest), "data.path")
+    experiment = named.base(Path(path) if path else None)
+    for section in REGISTRIES:
+        chosen = _taken(rest, section)
+        if chosen is not None:
+            current = getattr(experiment, section)
+            experiment = replace(experiment, **{section: choose(section, chosen, current)})
+
+    # Made here, not at the top: the types of an experiment import torch.
+    unprefixed = tyro.conf.arg(name="")
+    everything = make_dataclass(
+        "Everything",
+        [
+            ("options", Annotated[RunOptions, unprefixed]),
+            ("experiment", Annotated[Experiment, unprefixed]),
+        ],
+    )
+    parsed = tyro.cli(
+        everything,
+        args=rest,
+        default=everything(RunOptions(), experiment),
+        prog=f"tessera {command} {name}",
+        description=f"{named.summary}\n\nChoose others with --method NAME, --model NAME.",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return name, named, parsed.options, parsed.experiment
+
+
+def _taken(args: list[str], flag: str) -> str | None:
+    """Remove `--flag value` or `--flag=value` from the arguments; the value, or None."""
+    for position, argument in enumerate(args):
+        if argument == f"--{flag}" and position + 1 < len(args):
+            value = args[position + 1]
+            del args[position : position + 2]
+            return value
+        if argument.startswith(f"--{flag}="):
+            return args.pop(position).partition("=")[2]
+    return None
+
+
+def _folder_and_json(command: str, args: list[str]) -> tuple[Path, bool]:
+    options = tyro.cli(FolderOptions, args=args, prog=f"tessera {command}")
+    return options.run, options.json
+
+
+def _fresh(folder: Path) -> Path:
+    candidate, number = folder, 1
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def _progress() -> Any:
+    from tesserafl.run.progress import Progress
+
+    return Progress()
+
+
+def _show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
+    from rich.console import Console
+
+    from tesserafl.run.compare import compare
+
+    console = Console()
+    if as_json:
+        print(json.dumps(summary))
+        return
+    if "rows" in summary:
+        console.print(compare([folder]).as_table())
+        console.print(f"Comparison: {folder / 'comparison.html'}", soft_wrap=True)
+        return
+    share = summary["params_largest_client"] / summary["params_full"]
+    console.print(
+        f"{summary['method']}: accuracy {summary['accuracy']:.4f} after {summary['rounds']} rounds; "
+        f"the largest client held {summary['params_largest_client']:,} of "
+        f"{summary['params_full']:,} parameters ({share:.1%})",
+        soft_wrap=True,
+        highlight=False,
+    )
+    console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+def _print_plan(plan: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    axes = ", ".join(f"{axis} {units}" for axis, units in plan.axes.items())
+    console.print(f"Global model: {plan.num_entries:,} parameters; units per axis: {axes}")
+    table = Table("ratio", "clients", "parameters", "share", "MB each way", "MFLOP a step")
+    table.add_column("peak MiB")
+    table.add_column("has MiB")
+    table.add_column("fits")
+    for kind in plan.classes:
+        memory = "-" if kind.memory_bytes is None else f"{kind.memory_bytes / 2**20:.1f}"
+        table.add_row(
+            f"{kind.ratio:g}",
+            str(kind.num_clients),
+            f"{kind.num_entries:,}",
+            f"{kind.share:.1%}",
+            f"{kind.bytes_each_way / 1e6:.3g}",
+            f"{kind.flops_per_step / 1e6:.3g}",
+            f"{kind.peak_bytes / 2**20:.2f}",
+            memory,
+            "yes" if kind.fits else "NO",
+        )
+    console.print(table)
+    grown = ", ".join(f"{share:.1%} after {rounds}" for rounds, share in plan.coverage.items())
+    console.print(f"Coverage of the global model by round: {grown}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Parts of one axis that may keep different units, although their sizes must be equal.
+
+GPT-2's embedding size counts both the residual stream and the entries inside attention: permuting
+the heads inside leaves the output unchanged, with the stream as it was. Cut alike, only diagonal
+blocks of a weight [embed, embed] would ever be trained; so each group becomes an axis of its own.
+
+A group is found without knowing any name. A unit made NaN where it is produced (a linear layer's
+outputs, a gain, an embedding) makes exactly that unit NaN where a linear layer reads it, unless
+something in between mixes units: so places that see the same unit are linked. A linked set is a
+group if it passes the permutation test alone; what does not pass stays with the axis itself.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tesserafl.core.model import Tie, fan_in_dims
+from tesserafl.core.permute import (
+    TINY_UNITS,
+    Instance,
+    Layout,
+    PermutationTest,
+    Place,
+    passes,
+)
+from tesserafl.core.submodel import index_tensor
+
+
+def independent_groups(
+    test: PermutationTest, axis: str, quantum: int, layout: Layout
+) -> dict[str, Layout]:
+    """Name -> its part of the layout, for every group that can be permuted alone.
+
+    The first is named like the axis and holds whatever does not pass alone; the others are named
+    `axis.module` after the innermost module that holds them.
+    """
+    instance = test.tiny_instance(axis, quantum)
+    here = {place: parts for place, parts in layout.items() if place[0] in instance.params}
+    readers = _readers(instance.module, here)
+    groups = _merge_alike(
+        members
+        for members in _linked(test, instance, here, readers)
+        if len(members) < len(here) and passes(instance, {p: here[p] for p in members}, TINY_UNITS)
+    )
+    grouped = {place for members in groups for place in members}
+    if groups and not any(place in readers for place in here.keys() - grouped):
+        groups.remove(max(groups, key=len))  # what nothing reads may go along with any group
+    owners: dict[Place, str] = {}
+    for members in groups:
+        name = _unused(f"{axis}.{_container(members)}", owners.values())
+        owners |= {(test.role(parameter), dim): name for parameter, dim in members}
+    found: dict[str, Layout] = {axis: {}}
+    for (parameter, dim), parts in layout.items():
+        owner = owners.get((test.role(parameter), dim), axis)
+        found.setdefault(owner, {})[parameter, dim] = parts
+    return found
+
+
+def _readers(module: nn.Module, here: Layout) -> dict[Place, list[nn.Module]]:
+    """Places that are the inputs of linear layers, with the modules that read through them."""
+    names = {id(value): name for name, value in module.named_parameters()}
+    readers: dict[Place, list[nn.Module]] = {}
+    for part in module.modules():
+        for own, dim in fan_in_dims(part).items():
+            place = names[id(part.get_parameter(own))], dim
+            if place in here:
+                readers.setdefault(place, []).append(part)
+    return readers
+
+
+def _linked(
+    test: PermutationTest,
+    instance: Instance,
+    here: Layout,
+    readers: dict[Place, list[nn.Module]],
+) -> Iterator[list[Place]]:
+    """Sets of places that one unit's values pass through unmixed, each with a reader."""
+    links = {place: place for place in here}
+
+    def find(place: Place) -> Place:
+        while links[place] != place:
+            place = links[place]
+        return place
+
+    blocks: dict[Place, Place] = {}
+    for name, dim in here:  # blocks of a depth must stay interchangeable
+        links[find((name, dim))] = find(blocks.setdefault((test.role(name), dim), (name, dim)))
+    for path, part in instance.module.named_modules():
+        if isinstance(part, nn.MultiheadAttention):  # calls no modules that could be watched
+            heads = [("in_proj_weight", 0), ("in_proj_bias", 0), ("out_proj.weight", 1)]
+            inside = [p for own, dim in heads if (p := (f"{path}.{own}".lstrip("."), dim)) in here]
+            for place in inside[1:]:
+                links[find(place)] = find(inside[0])
+    for place in here:
+        if place in readers and not _is_embedding(instance.module, place[0]):
+            continue
+        for reader, channels in _poisoned(instance, here, place, readers).items():
+            if channels <= _unit(here[reader]):
+                links[find(place)] = find(reader)
+    sets: dict[Place, list[Place]] = {}
+    for place in here:
+        sets.setdefault(find(place), []).append(place)
+    for members in sets.values():
+        if len(members) > 1 and any(place in readers for place in members):
+            yield members
+
+
+def _is_embedding(module: nn.Module, name: str) -> bool:
+    # Tied to the head, it is read through the head and produced by the embedding.
+    return isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+
+
+def _poisoned(
+    instance: Instance, here: Layout, place: Place, readers: dict[Place, list[nn.Module]]
+) -> dict[Place, set[int]]:
+    """Which input channels of which readers become NaN when one unit of `place` is NaN."""
+    name, dim = place
+    index = torch.tensor(sorted(_unit(here[place])))
+    params = instance.params | {name: instance.params[name].index_fill(dim, index, math.nan)}
+    hit: dict[Place, set[int]] = {}
+
+    def watch(reader: Place, part: nn.Module, args: tuple[Tensor, ...]) -> None:
+        channel = 1 if isinstance(part, nn.modules.conv._ConvNd) else -1
+        channels = args[0].isnan().movedim(channel, 0).flatten(1).any(dim=1).nonzero()
+        if len(channels):
+            hit.setdefault(reader, set()).update(channels.flatten().tolist())
+
+    hooks = [
+        part.register_forward_pre_hook(lambda part, args, reader=reader: watch(reader, part, args))
+        for reader, parts in readers.items()
+        for part in parts
+    ]
+    try:
+        with torch.no_grad():
+            functional_call(instance.module, params, (instance.inputs,))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return hit
+
+
+def _unit(parts: tuple[int, ...]) -> set[int]:
+    """Entries of the middle unit."""
+    return set(index_tensor(Tie("", parts).expand(slice(1, 2), TINY_UNITS)).tolist())
+
+
+def _merge_alike(found: Iterable[list[Place]]) -> list[list[Place]]:
+    """Groups of repeated modules as one, unless they meet in a parameter.
+
+    The two inner layers of a bottleneck meet in the weight between them: they stay two.
+    """
+    merged: list[list[Place]] = []
+    for members in found:
+        roles = {(_numberless(name), dim) for name, dim in members}
+        names = {name for name, _ in members}
+        for group in merged:
+            if roles == {(_numberless(name), dim) for name, dim in group} and names.isdisjoint(
+                name for name, _ in group
+            ):
+                group += members
+                break
+        else:
+            merged.append(members)
+    return merged
+
+
+def _container(members: list[Place]) -> str:
+    """Last name of the innermost module that holds all of a group."""
+    paths = [_numberless(name).split(".")[:-1] for name, _ in members]
+    shared = [
+        level[0]
+        for level in zip(*paths, strict=False)
+        if level[0] != "*" and all(part == level[0] for part in level)
+    ]
+    # Layers of one plain nn.Sequential share no name: the first layer's number serves.
+    return shared[-1] if shared else members[0][0].split(".")[-2:][0]
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _unused(name: str, taken: Iterable[str]) -> str:
+    names = set(taken)
+    return next(
+        n for i in range(1, len(names) + 2) if (n := f"{name}{i}" if i > 1 else name) not in names
+    )

@@ -1,0 +1,157 @@
+"""Which fields of a transformers config are sizes, by their standard names alone.
+
+    embed        hidden_size; where heads share it out, whole heads at a time
+    heads        num_key_value_heads (and their queries), where head_dim is a field of its own
+    mlp          intermediate_size, or 4 x hidden_size where it is None
+    layers       num_hidden_layers
+    stage0, ...  hidden_sizes        layers0, ...  depths        embedding  embedding_size
+    projection   projection_dim
+
+Sub-configs come with a prefix: `text.embed`, `vision.layers`. A family that calls a field otherwise
+says so itself, in its `attribute_map`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Config = Any
+"""A transformers config; the library is not imported here."""
+
+_MLP_FIELDS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim")
+_EMBED_FOLLOWERS = ("pooler_output_size", "word_embed_proj_dim")
+_SUB_CONFIGS = {"text.": "text_config", "vision.": "vision_config"}
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One size of a config."""
+
+    axis: str
+    size: int
+    quantum: int | None
+    """Entries of one unit, where the config says so."""
+    turn: Callable[[Config, int], None]
+    """Sets the size on a config of the same family."""
+
+
+def knobs_of(config: Config) -> list[Knob]:
+    """Every size that the config's fields name, in the order from input to output."""
+    knobs = list(_own_knobs(config))
+    parts = {p: getattr(config, f) for p, f in _SUB_CONFIGS.items() if hasattr(config, f)}
+    for prefix, part in parts.items():
+        for knob in _own_knobs(part):
+            knobs.append(
+                Knob(prefix + knob.axis, knob.size, knob.quantum, _within(prefix, knob.turn))
+            )
+    if parts and isinstance(getattr(config, "projection_dim", None), int):
+        knobs.append(Knob("projection", config.projection_dim, None, _field("projection_dim")))
+    return knobs
+
+
+def resized(config: Config, knobs: Mapping[str, Knob], sizes: Mapping[str, int]) -> Config:
+    """A copy of the config at these sizes; sizes without a knob are left to the caller."""
+    config = copy.deepcopy(config)
+    for axis, size in sizes.items():
+        if axis in knobs and size != knobs[axis].size:
+            knobs[axis].turn(config, size)
+    return config
+
+
+def _own_knobs(config: Config) -> Iterator[Knob]:
+    stages = getattr(config, "hidden_sizes", None)
+    depths = getattr(config, "depths", None)
+    hidden = getattr(config, "hidden_size", None)
+    if isinstance(getattr(config, "embedding_size", None), int):
+        yield Knob("embedding", config.embedding_size, None, _field("embedding_size"))
+    if isinstance(stages, list | tuple):
+        for stage, size in enumerate(stages):
+            yield Knob(f"stage{stage}", size, None, _element("hidden_sizes", stage))
+    elif isinstance(hidden, int):
+        yield from _transformer_widths(config, hidden)
+    if isinstance(depths, list | tuple):
+        for stage, size in enumerate(depths):
+            yield Knob(f"layers{stage}", size, None, _element("depths", stage))
+    elif isinstance(getattr(config, "num_hidden_layers", None), int):
+        yield Knob("layers", config.num_hidden_layers, None, _set_layers)
+
+
+def _transformer_widths(config: Config, hidden: int) -> Iterator[Knob]:
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        yield Knob("embed", hidden, None, _embed(config, hidden, None))
+    else:
+        groups = getattr(config, "num_key_value_heads", None) or heads
+        if _has_own_head_dim(config):
+            yield Knob("embed", hidden, None, _embed(config, hidden, None))
+            yield Knob("heads", groups, 1, _heads(heads // groups))
+        else:
+            unit = hidden // groups
+            yield Knob("embed", hidden, unit, _embed(config, hidden, (unit, heads // groups)))
+    field = next((name for name in _MLP_FIELDS if hasattr(config, name)), None)
+    if field:
+        yield Knob("mlp", getattr(config, field) or 4 * hidden, None, _field(field))
+
+
+def _has_own_head_dim(config: Config) -> bool:
+    computed = isinstance(getattr(type(config), "head_dim", None), property)
+    return isinstance(getattr(config, "head_dim", None), int) and not computed
+
+
+def _within(prefix: str, turn: Callable[[Config, int], None]) -> Callable[[Config, int], None]:
+    return lambda config, size: turn(getattr(config, _SUB_CONFIGS[prefix]), size)
+
+
+def _field(name: str) -> Callable[[Config, int], None]:
+    return lambda config, size: setattr(config, name, size)
+
+
+def _element(name: str, position: int) -> Callable[[Config, int], None]:
+    def turn(config: Config, size: int) -> None:
+        values = list(getattr(config, name))
+        values[position] = size
+        setattr(config, name, values)
+
+    return turn
+
+
+def _embed(
+    config: Config, hidden: int, unit: tuple[int, int] | None
+) -> Callable[[Config, int], None]:
+    """`unit`: (entries, query heads) of the heads that share one key, or None if independent."""
+    followers = [name for name in _EMBED_FOLLOWERS if getattr(config, name, None) == hidden]
+    # A feed-forward size that was left open is 4 x the full size, and no part of this axis.
+    open_mlp = [name for name in _MLP_FIELDS if getattr(config, name, 0) is None][:1]
+
+    def turn(config: Config, size: int) -> None:
+        config.hidden_size = size
+        for name in followers:
+            setattr(config, name, size)
+        for name in open_mlp:
+            if getattr(config, name) is None:
+                setattr(config, name, 4 * hidden)
+        if unit is not None:
+            _heads(unit[1])(config, size // unit[0])
+
+    return turn
+
+
+def _heads(queries: int) -> Callable[[Config, int], None]:
+    def turn(config: Config, size: int) -> None:
+        if getattr(config, "num_key_value_heads", None) is not None:
+            config.num_key_value_heads = size
+        config.num_attention_heads = size * queries
+
+    return turn
+
+
+def _set_layers(config: Config, size: int) -> None:
+    before = config.num_hidden_layers
+    for name, value in vars(config).items():
+        # Kinds of layers, one a layer: a longer model repeats them from the start.
+        if isinstance(value, list) and len(value) == before and "layer" in name:
+            setattr(config, name, [value[i % before] for i in range(size)])
+    config.num_hidden_layers = size

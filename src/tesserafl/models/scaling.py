@@ -1,0 +1,84 @@
+"""Width scaling: a cut layer sums fewer inputs, so its weights are multiplied by full / kept.
+
+HeteroFL divides a cut layer's output by the ratio in training (Diao et al., ICLR 2021, "Scaler").
+If all blocks of inputs look alike, the full output is exactly full / kept times the cut one, bias
+excluded: so the weights are scaled, never the biases, inside the call and without model surgery.
+In front of a normalisation it is inert.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tesserafl.core.fit import Forward, WidthScaling
+from tesserafl.core.model import Model, Output, fan_in_dims
+from tesserafl.core.params import Params
+from tesserafl.core.submodel import SubModel
+
+
+def fan_in_scales(model: Model, submodel: SubModel, module: nn.Module) -> dict[str, float]:
+    """full / kept inputs of every linear layer whose inputs are cut.
+
+    Keys are the small module's parameter aliases: a weight that an embedding shares with the head
+    is scaled under the head's name alone.
+    """
+    sources = _sources(module)
+    scales: dict[str, float] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        for own, dim in fan_in_dims(part).items():
+            alias = f"{path}.{own}" if path else own
+            view = submodel.views[sources[alias]]
+            full, kept = model.shapes[view.name][dim], view.shape[dim]
+            if full != kept:
+                scales[alias] = full / kept
+    return scales
+
+
+def own_scales(model: Model, submodel: SubModel, module: nn.Module) -> dict[str, float]:
+    """`fan_in_scales` of the weights that have one use, by parameter name.
+
+    A weight that is shared has no scale of its own: its uses need different ones.
+    """
+    sources = _sources(module)
+    uses = list(sources.values())
+    scales = fan_in_scales(model, submodel, module)
+    return {alias: s for alias, s in scales.items() if uses.count(sources[alias]) == 1}
+
+
+def forward_of(
+    model: Model, submodel: SubModel, module: nn.Module, width_scaling: WidthScaling
+) -> Forward:
+    """The sub-model as a function of its parameters; `module` was built at its sizes.
+
+    Inputs [batch, ...] -> `Output`. Nothing is added to a plain call where nothing is cut. With
+    `parameters` the caller has scaled the weights of `own_scales`; shared ones are scaled here.
+    """
+    scales = {} if width_scaling == "none" else fan_in_scales(model, submodel, module)
+    if width_scaling == "parameters":
+        own = own_scales(model, submodel, module)
+        scales = {alias: scale for alias, scale in scales.items() if alias not in own}
+    sources = _sources(module)
+    tied = {alias: name for alias, name in sources.items() if alias != name and scales}
+
+    def forward(params: Params, inputs: Tensor) -> Output:
+        if not scales:
+            return _output(functional_call(module, params, (inputs,)))
+        # Both names of a tied weight are given, since only one use of it may be scaled.
+        given = params | {alias: params[name] for alias, name in tied.items()}
+        given |= {alias: given[alias] * scale for alias, scale in scales.items()}
+        return _output(functional_call(module, given, (inputs,), tie_weights=not tied))
+
+    return forward
+
+
+def _sources(module: nn.Module) -> dict[str, str]:
+    """Parameter alias -> the name under which the parameter counts."""
+    names = {id(value): name for name, value in module.named_parameters()}
+    return {
+        alias: names[id(value)] for alias, value in module.named_parameters(remove_duplicate=False)
+    }
+
+
+def _output(out: Output | Tensor) -> Output:
+    return Output(out, None) if isinstance(out, Tensor) else out
