@@ -64,7 +64,7 @@ def test_resume_after_a_cut_between_any_two_events(tmp_path, undisturbed, events
 
 
 def test_kill_9_of_the_process_and_resume(tmp_path):
-    settings = {**SMALL, "rounds": 120, "checkpoint_every": 1}
+    settings = {**SMALL, "rounds": 40, "checkpoint_every": 1}
     folder, config = tmp_path / "run", tmp_path / "config.json"
     config.write_text(json.dumps(settings))
     command = [sys.executable, "-m", "tesserafl.cli"]

@@ -170,16 +170,26 @@ def _merge_alike(found: Iterable[list[Place]]) -> list[list[Place]]:
     return merged
 
 
-def _container(members: list[Place]) -> str:
-    """Last name of the innermost module that holds all of a group."""
-    paths = [_numberless(name).split(".")[:-1] for name, _ in members]
-    shared = [
-        level[0]
-        for level in zip(*paths, strict=False)
-        if level[0] != "*" and all(part == level[0] for part in level)
-    ]
-    # Layers of one plain nn.Sequential share no name: the first layer's number serves.
-    return shared[-1] if shared else members[0][0].split(".")[-2:][0]
+def _container(members: list[Place], root: list[str]) -> str:
+    """Last name of the innermost module that holds all of a group, unless that is the whole model.
+
+    Then the name of the module that holds the group's first layer, or of that layer.
+    """
+    paths = [name.split(".")[:-1] for name, _ in members]
+    shared = [_numberless(part) for part in _shared(paths)]
+    own = paths[0][len(root) :]
+    names = [part for part in shared[len(root) :] if part != "*"] or [*own[-2:], paths[0][-1]]
+    return names[-1] if len(shared) > len(root) else names[0]
+
+
+def _shared(paths: list[list[str]]) -> list[str]:
+    """The common beginning, with `*` for numbers that differ."""
+    shared = []
+    for level in zip(*paths, strict=False):
+        if len(set(level)) > 1 and not all(part.isdigit() for part in level):
+            break
+        shared.append(level[0] if len(set(level)) == 1 else "*")
+    return shared
 
 
 def _numberless(name: str) -> str:

@@ -130,7 +130,9 @@ class PermutationTest:
         widths = [axis for axis in self.sizes if axis not in self.depths]
         for axis in widths:
             size, q = self.sizes[axis], self.quanta.get(axis)
-            sizes = [TINY_UNITS * q] if q else [d for d in divisors(size) if d >= _TINY_SIZE]
+            sizes = [_TINY_SIZE << shift for shift in range(size.bit_length())]
+            if axis not in outputs:
+                sizes = [TINY_UNITS * q] if q else [d for d in divisors(size) if d >= _TINY_SIZE]
             for small in (s for s in sizes if s < size):
                 # The same parameters: a shortcut where two widths differ must not vanish.
                 shapes = self._shapes({**self.tiny, axis: small})

@@ -94,23 +94,16 @@ class Comparison:
 
         headers, rows = self._cells()
         words = len(self.rows[0].label)
-        table = Table(
-            box=None,
-            padding=(0, 1, 0, 0),
-            title="accuracy and shares in %",
-            caption=self._note(),
-        )
+        broken = [[cell.replace(" +- ", "\n+- ") for cell in cells[words:]] for cells in rows]
+        table = Table(box=None, padding=(0, 1, 0, 0), title="accuracy and shares in %")
+        table.caption = self._note()
         table.add_column("", min_width=12, overflow="fold")
-        for number, header in list(enumerate(headers))[words:]:
+        for header, column in zip(headers[words:], zip(*broken, strict=True), strict=True):
             short = header.removeprefix("accuracy ").removesuffix(", %")
-            parts = [
-                part for row in rows for part in row[number].replace(" +-", "\n+-").split("\n")
-            ]
-            parts += [word[:6] for word in short.split()]
-            width = max(map(len, parts))
-            table.add_column(short, justify="right", width=width, overflow="fold")
-        for row, cells in zip(self.rows, rows, strict=True):
-            texts = [cell.replace(" +- ", "\n+- ") for cell in cells[words:]]
+            # Numbers are never cut; a long word of a header may be.
+            parts = "\n".join(column).split("\n") + [word[:6] for word in short.split()]
+            table.add_column(short, justify="right", width=max(map(len, parts)), overflow="fold")
+        for row, texts in zip(self.rows, broken, strict=True):
             table.add_row(*map(Text, [row.name, *texts]))
         return table
 
@@ -181,12 +174,10 @@ class Comparison:
 
     def _note(self) -> str:
         alike = "; ".join(f"{key} {value}" for key, value in self.common.items())
-        several = any(len(row.runs) > 1 for row in self.rows)
-        spread = "Mean +- sample standard deviation over n seeds. " if several else ""
         return (
-            f"{spread}Accuracy at equal cost is interpolated between evaluations. Zeroed: entries "
-            f"that nobody trained are 0. Held: the largest client's share of the widest model. "
-            f"Covered: share of the model ever trained. Sent: down and up."
+            "Mean +- sample standard deviation over n seeds. At equal cost: interpolated between "
+            "evaluations. Zeroed: entries that nobody trained are 0. Held: the largest client's "
+            "share of the widest model. Covered: share ever trained. Sent: down and up."
         ) + (f" All rows: {alike}." if alike else "")
 
 
@@ -210,8 +201,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
         if ends:
             reached[cost] = min(ends)
     labels, common = _labels(list(groups.values()))
-    everyone = [record.outcome for group in groups.values() for record in group]
-    widest = max((o["params_full"] for o in everyone if o["params_full"]), default=None)
+    full = [record.outcome["params_full"] for group in groups.values() for record in group]
+    widest = max(filter(None, full), default=None)
     rows = tuple(
         _row(label, group, reached, widest)
         for label, group in zip(labels, groups.values(), strict=True)
@@ -252,8 +243,8 @@ def _row(
     for key in ("coverage", "flops", "seconds"):
         values[key] = _spread(end[key] for end in begun)
     curves = {cost: _mean_curve(_name(label), group, cost) for cost in COSTS}
-    runs = tuple(str(record.folder) for record in group)
-    return Row(label=label, runs=runs, values=values, curves=curves)
+    runs = (str(record.folder) for record in group)
+    return Row(label=label, runs=tuple(runs), values=values, curves=curves)
 
 
 def _labels(groups: list[list[Record]]) -> tuple[list[dict[str, str]], dict[str, str]]:

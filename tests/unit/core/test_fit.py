@@ -20,9 +20,7 @@ def logits_of(params: Params, inputs: Tensor) -> Output:
 
 
 def loss(logits: list[list[float]], labels: list[int], **extra: Tensor) -> float:
-    return float(
-        CrossEntropy()(logits_of, {}, torch.tensor(logits), torch.tensor(labels), extra)
-    )
+    return float(CrossEntropy()(logits_of, {}, torch.tensor(logits), torch.tensor(labels), extra))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +68,7 @@ def test_cross_entropy_is_the_mean_over_the_labels_that_count() -> None:
 
 
 def test_logits_of_absent_classes_are_set_to_zero_not_to_minus_infinity() -> None:
-    # The client has classes 0 and 1: logits (ln 3, 0, 9) become (ln 3, 0, 0), softmax (3, 1, 1) / 5.
+    # The client has classes 0 and 1: (ln 3, 0, 9) become (ln 3, 0, 0), softmax (3, 1, 1) / 5.
     row = [math.log(3.0), 0.0, 9.0]
     assert loss([row], [0], classes=torch.tensor([0, 1])) == pytest.approx(math.log(5 / 3))
 
@@ -91,7 +89,7 @@ def test_every_token_of_a_text_counts_once() -> None:
     assert float(value) == pytest.approx(math.log(4))
 
 
-def test_a_batch_without_a_label_that_counts_gives_no_nan() -> None:
+def test_a_batch_without_a_label_that_counts_gives_no_nan_gradient() -> None:
     # Otherwise one all-padding batch turns a client's whole part into NaN.
     logits = torch.zeros(1, 4, requires_grad=True)
     CrossEntropy()(logits_of, {}, logits, torch.tensor([IGNORED]), {}).backward()

@@ -243,7 +243,10 @@ WRONG: dict[str, tuple[str, Callable[[dict[str, Any]], None]]] = {
     "a list is a matrix": ("update", lambda b: b["submodel"]["lists"].__setitem__(0, [[0], [1]])),
     "a list is too large": ("update", lambda b: b["submodel"]["lists"].__setitem__(0, [HUGE])),
     "a list is negative": ("update", lambda b: b["submodel"]["lists"].__setitem__(0, [-1, 0, 1])),
-    "a list before the first": ("update", lambda b: b["submodel"]["views"]["bias"].__setitem__(1, [-1])),
+    "a list before the first": (
+        "update",
+        lambda b: b["submodel"]["views"]["bias"].__setitem__(1, [-1]),
+    ),
     "a slice runs backwards": (
         "update",
         lambda b: b["submodel"]["views"]["head"].__setitem__(1, [[5, 2], [0, 3]]),
@@ -263,6 +266,13 @@ WRONG: dict[str, tuple[str, Callable[[dict[str, Any]], None]]] = {
 def test_json_that_does_not_describe_a_message_is_refused(what: str) -> None:
     kind, change = WRONG[what]
     must_be_refused(kind, with_body(kind, change))
+
+
+@each_kind
+def test_a_missing_group_is_refused(kind: str) -> None:
+    body, groups = unpack(KINDS[kind][1])
+    for missing in groups:
+        must_be_refused(kind, pack(body, {n: g for n, g in groups.items() if n != missing}))
 
 
 JSON = st.recursive(

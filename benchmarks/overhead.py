@@ -1,0 +1,215 @@
+"""What the engine adds to the clients' own work, and what cutting and merging a large model costs.
+
+    python benchmarks/overhead.py [--threads 1] [--rounds 7] [--out overhead.json]
+
+Everything is measured in one run, alternating, and reported as the median of ratios:
+
+    engine   a FedAvg round of the embedded engine / a bare PyTorch loop that does the same work
+             (same batches, loss and optimiser, a float32 mean) on a CNN, 10 clients a round
+    cut      cutting 8 sub-models (4 x 1/4 width, 3 x 1/2, 1 x whole) out of GPT-2 small, 124 M
+    merge    folding their deltas into the exact sum and taking the mean
+             both / the time to copy the same bytes once
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tesserafl.core import seeds
+from tesserafl.core.exactsum import ExactSum
+from tesserafl.core.fit import Training
+from tesserafl.core.submodel import Coverage, cut, merge
+from tesserafl.data.examples import ClientData, Examples, FederatedData, Spec
+from tesserafl.engines.client import ClientWorker, threads
+from tesserafl.engines.local import InProcess
+from tesserafl.methods import FedAvg
+from tesserafl.models import CNN, HuggingFace
+from tesserafl.run.experiment import Experiment
+from tesserafl.run.rounds import CostTable, play_round
+from tesserafl.run.setup import Setup, clients_of
+
+
+def main() -> None:
+    """Measure, print, and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args()
+    with threads(options.threads):
+        results: dict[str, Any] = {"threads": options.threads}
+        results["engine"] = engine(options.rounds)
+        results["gpt2"] = cut_and_merge(max(3, options.rounds // 2))
+    print(json.dumps(results, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def engine(rounds: int) -> dict[str, float]:
+    """Median seconds of both and the median of their ratios, round by round."""
+    setup = _setup()
+    worker = ClientWorker(
+        model=setup.model,
+        method=setup.experiment.method,
+        examples=lambda client: setup.data.clients[client].train,
+        seed=0,
+    )
+    local, coverage = InProcess(worker=worker), Coverage(setup.model.shapes)
+    costs, bare = CostTable(setup=setup), _bare_loop(setup)
+    state = setup.experiment.method.init(setup.model, 0, 1000)
+    play_round(setup, local, state, coverage, costs)  # warm: modules built, FLOPs counted
+    bare(0)
+    engine_seconds, bare_seconds = [], []
+    for number in range(rounds):
+        engine_seconds.append(
+            _seconds(lambda: play_round(setup, local, state, coverage, costs))  # same cohort
+        )
+        bare_seconds.append(_seconds(lambda number=number: bare(number)))
+    ratios = [a / b for a, b in zip(engine_seconds, bare_seconds, strict=True)]
+    return {
+        "engine_seconds": statistics.median(engine_seconds),
+        "bare_seconds": statistics.median(bare_seconds),
+        "ratio": statistics.median(ratios),
+    }
+
+
+def _setup() -> Setup:
+    """PEERS' cnn workload in our terms: 100 clients, 96 grey 28 x 28 images each, 5 epochs."""
+    draw = seeds.generator(0, "benchmark")
+    spec = Spec(
+        kind="image",
+        task="image-classification",
+        shape=(1, 28, 28),
+        num_classes=10,
+        class_names=tuple("0123456789"),
+        vocab_size=0,
+        pad_id=0,
+    )
+
+    def examples(count: int) -> Examples:
+        return Examples(
+            inputs=torch.randint(0, 256, (count, 1, 28, 28), dtype=torch.uint8, generator=draw),
+            labels=torch.randint(0, 10, (count,), generator=draw),
+        )
+
+    data = FederatedData(
+        spec=spec,
+        clients=tuple(
+            ClientData(train=examples(96), validation=examples(0), test=examples(0))
+            for _ in range(100)
+        ),
+        test=examples(10),
+    )
+    experiment = Experiment(
+        model=CNN(channels=(16, 32)),
+        method=FedAvg(),
+        training=Training(lr=0.05, epochs=5, batch_size=32),
+    )
+    return Setup(
+        experiment=replace(experiment, data=replace(experiment.data, num_clients=100)),
+        data=data,
+        model=experiment.model.build_model(spec),
+        clients=clients_of(experiment, data),
+    )
+
+
+def _bare_loop(setup: Setup) -> Callable[[int], None]:
+    """The same round as a researcher would write it tightly: one module, one running mean."""
+    training = setup.experiment.training
+    with seeds.seeded(0, "init"):
+        module = setup.model.module().train()
+    weights = [value.detach().clone() for value in module.parameters()]
+
+    def round_of(number: int) -> None:
+        total = [torch.zeros_like(weight) for weight in weights]
+        cohort = setup.cohort(0)
+        examples = sum(client.num_examples for client in cohort)
+        for client in cohort:
+            with torch.no_grad():
+                for value, weight in zip(module.parameters(), weights, strict=True):
+                    value.copy_(weight)
+            optimiser = torch.optim.SGD(module.parameters(), lr=training.lr)
+            train = setup.data.clients[client.id].train
+            draw = seeds.generator(0, 0, client.id, "batches")
+            for _ in range(training.epochs):
+                for rows in torch.randperm(len(train), generator=draw).split(training.batch_size):
+                    inputs, labels = train.batch(rows)
+                    optimiser.zero_grad()
+                    F.cross_entropy(module(inputs).logits, labels).backward()
+                    optimiser.step()
+            with torch.no_grad():
+                for value, mean in zip(module.parameters(), total, strict=True):
+                    mean.add_(value, alpha=client.num_examples / examples)
+        weights[:] = total
+
+    return round_of
+
+
+def cut_and_merge(repeats: int) -> dict[str, float]:
+    """GPT-2 small: seconds, and as multiples of copying the same bytes once."""
+    spec = Spec(
+        kind="tokens",
+        task="causal-lm",
+        shape=(64,),
+        num_classes=50257,
+        class_names=(),
+        vocab_size=50257,
+        pad_id=50256,
+    )
+    model = HuggingFace(config="gpt2").build_model(spec)
+    params = model.init(0)
+    submodels = []
+    for client, ratio in enumerate([0.25] * 4 + [0.5] * 3 + [1.0]):
+        keep = {}
+        for axis in model.cuttable:
+            units = model.units(axis)
+            kept = round(units * ratio)
+            keep[axis] = sorted((client + unit) % units for unit in range(kept))
+        submodels.append(model.slice(keep))
+    entries = sum(submodel.num_entries for submodel in submodels)
+    source, target = torch.empty(entries), torch.empty(entries)
+    cuts, folds, copies = [], [], []
+    for _ in range(repeats):
+        copies.append(_seconds(lambda: target.copy_(source)))
+        spent_cutting = spent_folding = 0.0
+        total = ExactSum(max_weight=len(submodels))
+        for submodel in submodels:
+            begun = time.perf_counter()
+            part = cut(params, submodel)
+            spent_cutting += time.perf_counter() - begun
+            begun = time.perf_counter()
+            total.fold(submodel, part, 1, params)
+            spent_folding += time.perf_counter() - begun
+        spent_folding += _seconds(lambda total=total: merge(params, total))
+        cuts.append(spent_cutting)
+        folds.append(spent_folding)
+    return {
+        "parameters": model.num_entries,
+        "entries_moved": entries,
+        "copy_seconds": statistics.median(copies),
+        "copy_gigabytes_per_second": 8e-9 * entries / statistics.median(copies),
+        "cut_seconds": statistics.median(cuts),
+        "cut_over_copy": statistics.median(a / b for a, b in zip(cuts, copies, strict=True)),
+        "merge_seconds": statistics.median(folds),
+        "merge_over_copy": statistics.median(a / b for a, b in zip(folds, copies, strict=True)),
+    }
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    action()
+    return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,453 @@
+"""Laws that every method keeps. A new method joins by one line in CUT and one in WHOLE."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tesserafl.core import seeds
+from tesserafl.core.errors import UpdateError
+from tesserafl.core.exactsum import check_delta
+from tesserafl.core.fit import Training
+from tesserafl.core.messages import Client, Task, Update
+from tesserafl.core.method import State, Weighting
+from tesserafl.core.model import Model
+from tesserafl.core.params import sha256
+from tesserafl.core.submodel import Coverage, cut, index_tensor
+from tesserafl.data.examples import Examples, Spec
+from tesserafl.engines.client import ClientWorker, execute
+from tesserafl.methods import (
+    METHODS,
+    FedAvg,
+    FedBRB,
+    FederatedDropout,
+    FedEcover,
+    FedRolex,
+    HeteroFL,
+    MethodSettings,
+)
+from tesserafl.methods._width import kept_units
+from tesserafl.models import CNN, MLP
+from tesserafl.models.scaling import forward_of
+from tesserafl.run import checkpoint
+
+RATIO = (0.5, 0.25)
+"""Every axis of the models below divides into 4."""
+
+CUT: dict[str, MethodSettings] = {
+    "fedavg": FedAvg(ratio=RATIO),
+    "heterofl": HeteroFL(ratio=RATIO),
+    "federated_dropout": FederatedDropout(ratio=RATIO),
+    "fedrolex": FedRolex(ratio=RATIO),
+    "fedecover": FedEcover(ratio=RATIO),
+    "fedbrb": FedBRB(ratio=RATIO),
+    # Further settings of the same methods.
+    "heterofl by examples, unscaled": HeteroFL(
+        ratio=RATIO, weighting="examples", width_scaling="none"
+    ),
+    "fedecover decaying": FedEcover(ratio=RATIO, step=0.5, step_decay=0.5),
+    "fedbrb diagonal": FedBRB(ratio=RATIO, rolling="diagonal", init_blocks="independent"),
+    "fedbrb glued": FedBRB(ratio=RATIO, rolling="independent", anneal="cosine"),
+    "fedbrb similar": FedBRB(
+        ratio=RATIO, broadcast_weight="similarity", width_scaling="parameters"
+    ),
+}
+WHOLE: dict[str, MethodSettings] = {
+    "fedavg": FedAvg(weighting="uniform"),
+    "heterofl": HeteroFL(ratio=(1.0,)),
+    "federated_dropout": FederatedDropout(ratio=(1.0,)),
+    "fedrolex": FedRolex(ratio=(1.0,)),
+    "fedecover": FedEcover(ratio=(1.0,)),
+    "fedbrb": FedBRB(ratio=(1.0,), strict=False),
+    "heterofl in parameters": HeteroFL(ratio=(1.0,), width_scaling="parameters"),
+    "fedrolex by class": FedRolex(ratio=(1.0, 1.0)),
+    "fedbrb diagonal": FedBRB(ratio=(1.0,), strict=False, rolling="diagonal", broadcast=1.0),
+    "fedbrb glued": FedBRB(ratio=(1.0,), strict=False, rolling="independent", broadcast=0.0),
+    "fedbrb similar": FedBRB(ratio=(1.0,), strict=False, broadcast_weight="similarity"),
+}
+
+VECTORS = Spec(kind="vector", task="vector-classification", shape=(6,), num_classes=3)
+IMAGES = Spec(kind="image", task="image-classification", shape=(1, 6, 6), num_classes=3)
+FAMILIES = {
+    "mlp": (MLP(hidden=(8, 12)), VECTORS),
+    "mlp with norms": (MLP(hidden=(16, 8), norm="layer"), VECTORS),
+    "cnn": (CNN(channels=(8, 16), group_size=2), IMAGES),
+}
+CLIENTS = tuple(Client(id=i, num_examples=5 + 3 * i) for i in range(6))
+TRAINING = Training(lr=0.1, batch_size=4, momentum=0.5, clip_norm=5.0)
+MASKED = replace(TRAINING, mask_absent_classes=True)
+
+EVERYWHERE = [(name, family) for family in FAMILIES for name in METHODS]
+"""The papers' methods on every model; further settings on one are enough."""
+
+each_method = pytest.mark.parametrize("name", CUT)
+each_pair = pytest.mark.parametrize(
+    ("name", "family"), [*EVERYWHERE, *((name, "mlp") for name in CUT if name not in METHODS)]
+)
+
+
+@cache
+def model_of(family: str) -> Model:
+    settings, spec = FAMILIES[family]
+    return settings.build_model(spec)
+
+
+@cache
+def examples_of(kind: str, client: int) -> Examples:
+    """Two of the three classes, told apart by which third of the inputs is bright."""
+    count = CLIENTS[client].num_examples
+    draw = seeds.generator(0, client, kind, "examples")
+    labels = (torch.arange(count) % 2 + client) % 3
+    bright = torch.nn.functional.one_hot(labels, 3).float()
+    if kind == "vector":
+        inputs = bright.repeat(1, 2) * 2 - 1 + 0.3 * torch.randn(count, 6, generator=draw)
+    else:
+        noise = torch.randint(0, 60, (count, 1, 6, 6), generator=draw)
+        inputs = (bright.repeat_interleave(2, 1)[:, None, None] * 180 + noise).to(torch.uint8)
+    return Examples(inputs=inputs, labels=labels)
+
+
+@dataclass
+class Federation:
+    """A synchronous loop over the hooks, with every source of difference under the test's hand."""
+
+    method: MethodSettings
+    family: str
+    seed: int = 0
+    training: Training = TRAINING
+
+    @property
+    def model(self) -> Model:
+        return model_of(self.family)
+
+    def init(self, rounds: int = 4) -> State:
+        return self.method.init(self.model, self.seed, rounds)
+
+    def tasks(self, state: State, clients: Sequence[Client] = CLIENTS[:4]) -> Iterator[Task]:
+        return self.method.configure(self.model, state, clients, self.training)
+
+    def updates(self, tasks: Iterator[Task]) -> list[Update]:
+        kind = FAMILIES[self.family][1].kind
+        worker = ClientWorker(
+            model=self.model,
+            method=self.method,
+            examples=lambda client: examples_of(kind, client),
+            seed=self.seed,
+        )
+        return [worker.work(task, {})[0] for task in tasks]
+
+    def aggregate(
+        self, state: State, updates: Sequence[Update], clients: Sequence[Client] = CLIENTS[:4]
+    ) -> State:
+        return self.method.aggregate(self.model, state, clients, iter(updates))
+
+    def round(self, state: State, clients: Sequence[Client] = CLIENTS[:4]) -> State:
+        return self.aggregate(state, self.updates(self.tasks(state, clients)), clients)
+
+    def run(self, rounds: int) -> State:
+        state = self.init(rounds)
+        for round in range(rounds):  # another cohort in every round
+            state = self.round(state, [CLIENTS[(round + i) % 6] for i in (0, 3, 2)])
+        return state
+
+    def loss(self, state: State) -> float:
+        """Mean loss of the predictor over all clients' examples."""
+        predictor = self.method.predictor(self.model, state)
+        module, total, count = predictor.model.module().eval(), 0.0, 0
+        for client in range(len(CLIENTS)):
+            examples = examples_of(FAMILIES[self.family][1].kind, client)
+            inputs, labels = examples.batch(torch.arange(len(examples)))
+            with torch.no_grad():
+                logits = torch.func.functional_call(module, predictor.params, (inputs,)).logits
+            total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            count += len(labels)
+        return total / count
+
+
+def bits(state: State) -> tuple[str, object]:
+    plain = {"seed": state.seed, "rounds": state.rounds, "round": state.round}
+    return sha256(state.params), plain | {"notes": copy.deepcopy(dict(state.notes))}
+
+
+def task_bits(task: Task) -> tuple[object, ...]:
+    views = {name: view.key for name, view in task.submodel.views.items()}
+    return (
+        sha256(task.params),
+        sha256(task.extra),
+        copy.deepcopy(dict(task.options)),
+        dict(task.submodel.sizes),
+        views,
+        task.training,
+        task.client,
+    )
+
+
+def test_every_method_is_under_contract() -> None:
+    for settings in (CUT, WHOLE):
+        for name, method in METHODS.items():
+            assert type(settings[name]) is method
+
+
+@each_pair
+def test_hooks_do_not_change_their_arguments(name: str, family: str) -> None:
+    method, model = CUT[name], model_of(family)
+    federation = Federation(method, family, training=MASKED)
+    state = federation.round(federation.init())  # a state with notes, where a method keeps some
+    clients = list(CLIENTS[:4])
+    before = bits(state)
+    tasks = list(method.configure(model, state, clients, MASKED))
+    assert (bits(state), clients) == (before, list(CLIENTS[:4]))
+    updates = []
+    for task in tasks:
+        sent, memory = task_bits(task), {"kept": torch.ones(2)}
+        fit = method.local(model, task, memory)
+        module = model.module(task.submodel.sizes).train()
+        forward = forward_of(model, task.submodel, module, fit.width_scaling)
+        examples = examples_of(FAMILIES[family][1].kind, task.client.id)
+        fitted = execute(fit, forward, examples, seeds.generator(0, "batches"))
+        trained = sha256(fitted.params)
+        assert task_bits(task) == sent
+        updates.append(method.report(model, task, fitted, memory)[0])
+        assert (task_bits(task), sha256(fitted.params)) == (sent, trained)
+        assert sha256(memory) == sha256({"kept": torch.ones(2)})
+    deltas = [sha256(update.delta) for update in updates]
+    after = method.aggregate(model, state, clients, iter(updates))
+    assert (bits(state), clients) == (before, list(CLIENTS[:4]))
+    assert [sha256(update.delta) for update in updates] == deltas
+    result = bits(after)
+    method.predictor(model, after)
+    assert bits(after) == result
+
+
+@each_method
+def test_a_worker_leaves_its_task_alone(name: str) -> None:
+    federation = Federation(CUT[name], "mlp")
+    task = next(federation.tasks(federation.init()))
+    sent = task_bits(task)
+    federation.updates(iter([task]))
+    assert task_bits(task) == sent
+
+
+def test_a_worker_leaves_the_global_generator_alone() -> None:
+    federation = Federation(FedRolex(), "mlp")
+    task = next(federation.tasks(federation.init()))
+    before = torch.get_rng_state()
+    federation.updates(iter([task]))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@each_method
+def test_server_hooks_leave_the_global_generator_alone(name: str) -> None:
+    federation = Federation(CUT[name], "mlp")
+    state = federation.init()
+    updates = federation.updates(federation.tasks(state))
+    before = torch.get_rng_state()
+    federation.init()
+    list(federation.tasks(state))
+    federation.aggregate(state, updates)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@each_pair
+def test_where_nobody_answers_only_the_round_advances(name: str, family: str) -> None:
+    federation = Federation(CUT[name], family)
+    state = federation.round(federation.init())
+    after = federation.aggregate(state, [])
+    assert sha256(after.params) == sha256(state.params)
+    assert after.round == state.round + 1
+    assert (after.seed, after.rounds) == (state.seed, state.rounds)
+
+
+@each_pair
+def test_a_seed_decides_every_bit(name: str, family: str) -> None:
+    method = CUT[name]
+    once, again = Federation(method, family).run(3), Federation(method, family).run(3)
+    assert bits(once) == bits(again)
+    other = Federation(method, family, seed=1).run(3)
+    assert sha256(other.params) != sha256(once.params)
+
+
+@each_pair
+def test_the_order_of_updates_changes_no_bit(name: str, family: str) -> None:
+    federation = Federation(CUT[name], family)
+    state = federation.init()
+    updates = federation.updates(federation.tasks(state))
+    orders = list(itertools.permutations(updates))[::5]
+    assert len({sha256(federation.aggregate(state, order).params) for order in orders}) == 1
+
+
+@each_pair
+def test_a_state_survives_a_checkpoint(name: str, family: str, tmp_path: Path) -> None:
+    federation = Federation(CUT[name], family)
+    state = federation.round(federation.init())
+    saved = checkpoint.Checkpoint(
+        state=state,
+        coverage=Coverage(federation.model.shapes).counts,
+        memories={},
+        totals={},
+        events_bytes=0,
+    )
+    checkpoint.save(tmp_path, saved)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert bits(found.state) == bits(state)
+    assert bits(federation.round(found.state)) == bits(federation.round(state))
+
+
+@cache
+def fedavg_bits(family: str, weighting: Weighting, training: Training) -> str:
+    return sha256(Federation(FedAvg(weighting=weighting), family, training=training).run(3).params)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [*EVERYWHERE, *((name, "mlp") for name in WHOLE if name not in METHODS)]
+)
+@pytest.mark.parametrize("training", [TRAINING, MASKED], ids=["plain", "masked"])
+def test_whole_models_reduce_to_fedavg(name: str, family: str, training: Training) -> None:
+    state = Federation(WHOLE[name], family, training=training).run(3)
+    assert sha256(state.params) == fedavg_bits(family, "uniform", training)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_models_weighted_by_examples_reduce_to_fedavg(name: str) -> None:
+    method = replace(WHOLE[name], weighting="examples")
+    assert sha256(Federation(method, "mlp").run(3).params) == fedavg_bits(
+        "mlp", "examples", TRAINING
+    )
+
+
+@each_pair
+def test_a_part_is_no_larger_than_its_ratio(name: str, family: str) -> None:
+    method, model = CUT[name], model_of(family)
+    federation = Federation(method, family)
+    state = federation.init()
+    for round in range(9):
+        for task in federation.tasks(replace(state, round=round), CLIENTS):
+            ratio = RATIO[task.client.id % 2]
+            limit = {a: kept_units(model, a, ratio) for a in model.cuttable}
+            asked = model.slice({axis: range(units) for axis, units in limit.items()})
+            assert task.submodel.num_entries <= asked.num_entries
+            for axis, units in limit.items():
+                width = model.widths[axis]
+                assert task.submodel.sizes[width.size] <= units * width.quantum
+
+
+@each_pair
+def test_what_is_cut_is_the_state_at_its_views_and_fits_a_module(name: str, family: str) -> None:
+    federation = Federation(CUT[name], family)
+    state = federation.round(federation.init())
+    for task in federation.tasks(state):
+        assert (task.round, task.training) == (state.round, TRAINING)
+        assert sha256(task.params) == sha256(cut(state.params, task.submodel))
+        for view in task.submodel.views.values():
+            for index in view.index:
+                assert len(set(index_tensor(index).tolist())) == index_tensor(index).numel()
+        federation.model.module(task.submodel.sizes).load_state_dict(task.params, strict=True)
+
+
+@each_pair
+def test_configure_names_every_client_once_in_the_order_asked(name: str, family: str) -> None:
+    federation = Federation(CUT[name], family)
+    asked = [CLIENTS[i] for i in (4, 0, 3)]
+    assert [task.client for task in federation.tasks(federation.init(), asked)] == asked
+
+
+class CountingReads(dict[str, Tensor]):
+    """Parameters that count how often one of them is read."""
+
+    reads = 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.reads += 1
+        return super().__getitem__(name)
+
+
+@each_method
+def test_configure_cuts_when_a_task_is_asked_for(name: str) -> None:
+    federation = Federation(CUT[name], "mlp")
+    state = federation.init()
+    params = CountingReads(state.params)
+    tasks = federation.tasks(replace(state, params=params))
+    assert params.reads == 0
+    for number in (1, 2):
+        task = next(tasks)
+        assert params.reads == number * len(task.submodel.views)
+
+
+@each_pair
+def test_the_loss_falls(name: str, family: str) -> None:
+    # With some whole clients every weight is trained; below that HeteroFL's full model is noise.
+    method = replace(CUT[name], ratio=(1.0, 0.5))
+    method = replace(method, strict=False) if isinstance(method, FedBRB) else method
+    federation = Federation(method, family)
+    start = federation.loss(federation.init(rounds=10))
+    assert federation.loss(federation.run(10)) < 0.9 * start
+
+
+def with_nan(update: Update) -> Update:
+    name, delta = next(iter(update.delta.items()))
+    broken = delta.clone()
+    broken.view(-1)[0] = torch.nan
+    return replace(update, delta=update.delta | {name: broken})
+
+
+@each_pair
+def test_refused_work_is_not_folded(name: str, family: str) -> None:
+    federation = Federation(CUT[name], family)
+    state = federation.init()
+    updates = federation.updates(federation.tasks(state))
+    broken = [updates[0], with_nan(updates[1]), *updates[2:]]
+    before = bits(state)
+    with pytest.raises(UpdateError, match="finite"):
+        federation.aggregate(state, broken)
+    assert bits(state) == before
+    without = federation.aggregate(state, [*updates[:1], *updates[2:]])
+
+    def accepted() -> Iterator[Update]:  # what the runner does in front of `aggregate`
+        for update in broken:
+            try:
+                check_delta(update.submodel, update.delta)
+            except UpdateError:
+                continue
+            yield update
+
+    after = federation.method.aggregate(federation.model, state, CLIENTS[:4], accepted())
+    assert bits(after) == bits(without)
+    assert sha256(after.params) != sha256(federation.aggregate(state, updates).params)
+
+
+@each_method
+def test_who_does_not_answer_keeps_nobody_from_being_counted(name: str) -> None:
+    # A single answer moves the model by that client's own change, however many were asked.
+    federation = Federation(CUT[name], "mlp")
+    state = federation.init()
+    update = federation.updates(federation.tasks(state))[2]
+    asked_four = federation.aggregate(state, [update])
+    asked_one = federation.aggregate(state, [update], CLIENTS[2:3])
+    for one, four in zip(asked_one.params.values(), asked_four.params.values(), strict=True):
+        torch.testing.assert_close(one, four, rtol=0, atol=1e-7)
+
+
+@each_method
+def test_updates_are_taken_one_at_a_time(name: str) -> None:
+    federation = Federation(CUT[name], "mlp")
+    state = federation.init()
+    waiting = federation.tasks(state)
+    order: list[str] = []
+
+    def live() -> Iterator[Update]:
+        for task in waiting:
+            order.append("asked")
+            yield federation.updates(iter([task]))[0]
+
+    after = federation.method.aggregate(federation.model, state, CLIENTS[:4], live())
+    assert order == ["asked"] * 4
+    assert bits(after) == bits(federation.round(state))
