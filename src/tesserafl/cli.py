@@ -311,8 +311,8 @@ def _show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
         return
     share = summary["params_largest_client"] / summary["params_full"]
     console.print(
-        f"{summary['method']}: accuracy {summary['accuracy']:.4f} after {summary['rounds']} rounds; "
-        f"the largest client held {summary['params_largest_client']:,} of "
+        f"{summary['method']}: accuracy {summary['accuracy']:.4f} after {summary['rounds']} "
+        f"rounds; the largest client held {summary['params_largest_client']:,} of "
         f"{summary['params_full']:,} parameters ({share:.1%})",
         soft_wrap=True,
         highlight=False,

@@ -28,8 +28,8 @@ from tesserafl.methods import (
     METHODS,
     FedAvg,
     FedBRB,
-    FederatedDropout,
     FedEcover,
+    FederatedDropout,
     FedRolex,
     HeteroFL,
     MethodSettings,
@@ -56,9 +56,8 @@ CUT: dict[str, MethodSettings] = {
     "fedecover decaying": FedEcover(ratio=RATIO, step=0.5, step_decay=0.5),
     "fedbrb diagonal": FedBRB(ratio=RATIO, rolling="diagonal", init_blocks="independent"),
     "fedbrb glued": FedBRB(ratio=RATIO, rolling="independent", anneal="cosine"),
-    "fedbrb similar": FedBRB(
-        ratio=RATIO, broadcast_weight="similarity", width_scaling="parameters"
-    ),
+    "fedbrb similar": FedBRB(ratio=RATIO, broadcast_weight="similarity", width_scaling="output"),
+    "fedbrb of updates": FedBRB(ratio=RATIO, broadcast_of="updates"),
 }
 WHOLE: dict[str, MethodSettings] = {
     "fedavg": FedAvg(weighting="uniform"),
@@ -72,6 +71,7 @@ WHOLE: dict[str, MethodSettings] = {
     "fedbrb diagonal": FedBRB(ratio=(1.0,), strict=False, rolling="diagonal", broadcast=1.0),
     "fedbrb glued": FedBRB(ratio=(1.0,), strict=False, rolling="independent", broadcast=0.0),
     "fedbrb similar": FedBRB(ratio=(1.0,), strict=False, broadcast_weight="similarity"),
+    "fedbrb of updates": FedBRB(ratio=(1.0,), strict=False, broadcast_of="updates"),
 }
 
 VECTORS = Spec(kind="vector", task="vector-classification", shape=(6,), num_classes=3)
@@ -414,7 +414,7 @@ def test_refused_work_is_not_folded(name: str, family: str) -> None:
     def accepted() -> Iterator[Update]:  # what the runner does in front of `aggregate`
         for update in broken:
             try:
-                check_delta(update.submodel, update.delta)
+                check_delta(update.submodel, update.delta, state.params)
             except UpdateError:
                 continue
             yield update

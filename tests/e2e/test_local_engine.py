@@ -68,7 +68,9 @@ def test_a_diverging_client_costs_its_update_not_the_run(tmp_path, monkeypatch):
     def poll(self):
         (outcome,) = broken(self)
         if isinstance(outcome, Done) and outcome.update.client % 2 == 0:
-            delta = {name: torch.full_like(t, torch.nan) for name, t in outcome.update.delta.items()}
+            delta = {
+                name: torch.full_like(t, torch.nan) for name, t in outcome.update.delta.items()
+            }
             return [replace(outcome, update=replace(outcome.update, delta=delta))]
         return [outcome]
 

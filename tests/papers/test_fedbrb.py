@@ -27,7 +27,7 @@ from worked import (
 from tesserafl.core.axes import probe
 from tesserafl.core.errors import CapacityError, ConfigError, ModelError
 from tesserafl.core.method import State
-from tesserafl.core.model import Model, Sizes
+from tesserafl.core.model import Model, Sizes, Tie, Width
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import cut
 from tesserafl.data.examples import Spec
@@ -40,7 +40,7 @@ IMAGES = Spec(kind="image", task="image-classification", shape=(1, 8, 8), num_cl
 
 @cache
 def small_resnet() -> Model:
-    """Axes in triangles: a stage's shortcut joins both streams, which its inner channels join too."""
+    """Axes in triangles: a shortcut joins two streams, which the inner channels join too."""
     settings = ResNet(channels=(12, 24, 12), blocks=(2, 1, 1), group_size=1)
     return settings.build_model(IMAGES)
 
@@ -220,6 +220,21 @@ def test_broadcast_by_hand(weighting: str, beta: float, expected: list[list[floa
     assert broadcast_round(method)[2] == expected
 
 
+@pytest.mark.parametrize(
+    ("beta", "expected"),
+    [
+        # Changes 4 and -4 with v = 1 and 3: their mean is (4 - 12) / 4 = -2.
+        # Trained: 4 + beta (-2 - 4) and -4 + beta (-2 + 4); untrained: beta (-2).
+        (0.0, [[4.0, 8.0], [16.0, 20.0]]),
+        (0.5, [[1.0, 7.0], [15.0, 21.0]]),
+        (1.0, [[-2.0, 6.0], [14.0, 22.0]]),  # every block moves alike, and stays what it was
+    ],
+)
+def test_broadcast_of_updates_by_hand(beta: float, expected: list[list[float]]) -> None:
+    method = FedBRB(ratio=(0.5,), weighting="examples", broadcast=beta, broadcast_of="updates")
+    assert broadcast_round(method)[2] == expected
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_what_is_not_cut_has_one_block_and_is_averaged(beta: float) -> None:
     # 8 + (1 x 4 - 3 x 4) / 4 = 6, whatever beta is
@@ -295,6 +310,25 @@ def test_blocks_are_laid_over_each_other_unit_by_unit() -> None:
     assert values(after.params, "layers_1_weight") == [[1, 2, 1, 2], [3, 4, 3, 4]] * 2
 
 
+def test_blocks_of_a_fused_projection_take_every_part() -> None:
+    # 3 units, 2 parts (say queries, then keys): unit g owns entries g and 3 + g. One client answers
+    # for unit 0 with (5, 7): beta = 1 gives 5 to every unit's first part and 7 to its second.
+    ties = {"fused": (Tie("heads", (1, 1)),)}
+    model = Model(
+        build=lambda sizes: nn.Identity(),
+        sizes={"heads": 3},
+        widths={"heads": Width(3, 1, "heads")},
+        depths={},
+        ties=ties,
+        shapes={"fused": (6,)},
+    )
+    method, asked = FedBRB(ratio=(1 / 3,), broadcast=1.0), clients(1)
+    state = state_of(model)
+    (task,) = method.configure(model, state, asked, TRAINING)
+    after = method.aggregate(model, state, asked, [answer(task, 0.0, fused=[5, 7])])
+    assert values(after.params, "fused") == [5.0, 5.0, 5.0, 7.0, 7.0, 7.0]
+
+
 def test_a_larger_client_counts_in_each_of_its_blocks() -> None:
     # s = 4, rho = 2 in round 0: client 1 (slot 1) trains groups {1, 2} of both axes with +4, client
     # 0 group 0 with +8. Between the axes: 4 blocks of 4 and one of 8: B- = 24 / 5.
@@ -325,10 +359,13 @@ def test_one_block_is_the_plain_average_to_the_bit(kind: torch.dtype, beta: floa
     plain = FedBRB(ratio=(1.0,), strict=False, weighting="examples", broadcast=0.0)
     params = {name: torch.randn(shape, dtype=kind) for name, shape in model.shapes.items()}
     state = replace(state_of(model), params=params)
-    tasks = list(plain.configure(model, state, asked, TRAINING))
-    updates = [answer(task, 0.1 * (task.client.id + 1)) for task in tasks]
-    averaged = plain.aggregate(model, state, asked, updates)
-    spread = replace(plain, broadcast=beta).aggregate(model, state, asked, updates)
+
+    def after(method: FedBRB) -> State:
+        tasks = method.configure(model, state, asked, TRAINING)
+        updates = (answer(task, 0.1 * (task.client.id + 1)) for task in tasks)
+        return method.aggregate(model, state, asked, updates)
+
+    averaged, spread = after(plain), after(replace(plain, broadcast=beta))
     for name, tensor in averaged.params.items():
         assert torch.equal(spread.params[name], tensor)
 
@@ -336,6 +373,7 @@ def test_one_block_is_the_plain_average_to_the_bit(kind: torch.dtype, beta: floa
 # A model whose blocks are all equal
 
 
+@cache
 def families() -> dict[str, tuple[Model, Model]]:
     """A model and one of a quarter of its width."""
     vectors = Spec(kind="vector", task="vector-classification", shape=(5,), num_classes=3)
@@ -345,16 +383,16 @@ def families() -> dict[str, tuple[Model, Model]]:
             MLP(hidden=(2, 3, 2)).build_model(vectors),
         ),
         "cnn": (
-            CNN(channels=(8, 16), group_size=2).build_model(IMAGES),
-            CNN(channels=(2, 4), group_size=2).build_model(IMAGES),
+            CNN(channels=(16, 32), group_size=2).build_model(IMAGES),
+            CNN(channels=(4, 8), group_size=2).build_model(IMAGES),
         ),
         "cnn without norms": (
             CNN(channels=(8, 16), norm="none", group_size=1).build_model(IMAGES),
             CNN(channels=(2, 4), norm="none", group_size=1).build_model(IMAGES),
         ),
         "resnet": (
-            ResNet(channels=(8, 16), blocks=(2, 1), group_size=2).build_model(IMAGES),
-            ResNet(channels=(2, 4), blocks=(2, 1), group_size=2).build_model(IMAGES),
+            ResNet(channels=(16, 32), blocks=(2, 1), group_size=2).build_model(IMAGES),
+            ResNet(channels=(4, 8), blocks=(2, 1), group_size=2).build_model(IMAGES),
         ),
     }
 
@@ -468,9 +506,7 @@ def test_a_width_that_does_not_divide_is_refused_with_the_ratios_that_do() -> No
         ((2.0,), r"2\.0"),
     ],
 )
-def test_ratios_that_do_not_tile_the_model_are_refused(
-    ratio: tuple[float, ...], says: str
-) -> None:
+def test_ratios_that_do_not_tile_the_model_are_refused(ratio: tuple[float, ...], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         FedBRB(ratio=ratio).init(mlp(12), 0, 1)
 

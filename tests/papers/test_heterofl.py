@@ -92,6 +92,21 @@ def test_the_scaler_by_hand(width_scaling: WidthScaling, expected: list[float]) 
     assert not torch.count_nonzero(update.delta["layers.0.weight"])
 
 
+@pytest.mark.parametrize("width_scaling", ["none", "output", "parameters"])
+@pytest.mark.parametrize("s", [2, 3, 4, 7])
+def test_what_does_not_learn_is_reported_as_unmoved(width_scaling: WidthScaling, s: int) -> None:
+    # A head of zeros passes no gradient on, so the layer in front of it stays: its change is 0.
+    model = mlp(4 * s, 8 * s)
+    method = HeteroFL(ratio=(1 / s,), width_scaling=width_scaling)
+    state = state_of(model)
+    params = model.init(0)
+    params |= {name: torch.zeros_like(value) for name, value in params.items() if "head" in name}
+    (task,) = method.configure(model, replace(state, params=params), clients(1), TRAINING)
+    update = trained(method, model, task, [[1.0, 2.0]], [0])
+    assert bool(torch.count_nonzero(update.delta["head.weight"]))
+    assert not torch.count_nonzero(update.delta["layers.1.weight"])
+
+
 def test_only_the_owners_of_a_class_report_its_rows() -> None:
     # Classes 0, 1, 2. Client 0 has 0 and 1, client 1 has 1: class 2 is nobody's.
     model, asked, method = mlp(2, classes=3), clients(2, 1), HeteroFL(ratio=(1.0,))

@@ -23,9 +23,7 @@ TRAINING = Training(lr=0.5, batch_size=100)
 
 
 def mlp(*hidden: int, inputs: int = 2, classes: int = 2) -> Model:
-    spec = Spec(
-        kind="vector", task="vector-classification", shape=(inputs,), num_classes=classes
-    )
+    spec = Spec(kind="vector", task="vector-classification", shape=(inputs,), num_classes=classes)
     return MLP(hidden=hidden).build_model(spec)
 
 

@@ -1,1 +1,1 @@
-"""Values and pure functions: parameters, axes, sub-models, exact sums, messages, the Method seam."""
+"""Values and pure functions: parameters, axes, sub-models, exact sums, messages, methods."""

@@ -10,7 +10,7 @@ same on every machine: sum of weights x largest entry < 2^62.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,30 +46,34 @@ class ExactSum:
         self.max_weight = int(max_weight)
         self.max_entry = float(max_entry)
         self.scale = _BITS - self.max_weight.bit_length() - math.ceil(math.log2(self.max_entry))
+        if self.scale < 0:
+            raise UpdateError(
+                f"max_weight={max_weight} and max_entry={max_entry:g} leave no bits for fractions; "
+                f"their product must stay below 2^{_BITS}"
+            )
         self.weight = 0
         self.sums: Params = {}
         self._views: dict[tuple[object, ...], tuple[View, int]] = {}
 
-    def fold(
-        self, submodel: SubModel, delta: Params, weight: int, shapes: Mapping[str, Tensor]
-    ) -> None:
+    def fold(self, submodel: SubModel, delta: Params, weight: int, params: Params) -> None:
         """Add one client's delta.
 
         Args:
             submodel: where each small parameter lies; names are those of `delta`.
             delta: what the client changed, any floating type.
             weight: a positive integer (examples, or 1).
-            shapes: the large model's parameters, read for shape and device only.
+            params: the large model's parameters, read for shape and device only.
 
         Raises:
             UpdateError: a name, shape or weight does not fit, an entry is not finite or beyond
                 `max_entry`. Nothing is added then.
         """
-        self._check(submodel, delta, weight)
+        self._check_weight(weight)
+        check_delta(submodel, delta, params, self.max_entry)
         for name, tensor in delta.items():
             view = submodel.views[name]
             if view.name not in self.sums:
-                large = shapes[view.name]
+                large = params[view.name]
                 self.sums[view.name] = torch.zeros(
                     large.shape, dtype=torch.int64, device=large.device
                 )
@@ -116,11 +120,11 @@ class ExactSum:
         flat = tensor.detach().reshape(-1)
         fixed = torch.empty(flat.shape, dtype=torch.int64, device=flat.device)
         for start in range(0, flat.numel(), _CHUNK):
-            chunk = flat[start : start + _CHUNK].double()
+            chunk = flat[start : start + _CHUNK].to(torch.float64, copy=True)
             fixed[start : start + _CHUNK] = chunk.mul_(2.0**self.scale).round_()
         return fixed.mul_(weight).reshape(tensor.shape)
 
-    def _check(self, submodel: SubModel, delta: Params, weight: int) -> None:
+    def _check_weight(self, weight: int) -> None:
         if not isinstance(weight, int) or weight < 1:
             raise UpdateError(f"a weight is a positive integer; got {weight!r}")
         if self.weight + weight > self.max_weight:
@@ -128,18 +132,25 @@ class ExactSum:
                 f"the weights folded so far ({self.weight}) and this one ({weight}) exceed the "
                 f"declared {self.max_weight}; an update was folded twice or the bound is wrong"
             )
-        check_delta(submodel, delta, self.max_entry)
 
 
-def check_delta(submodel: SubModel, delta: Params, max_entry: float = MAX_ENTRY) -> None:
-    """Raise UpdateError unless a delta fits its sub-model and every entry is finite and small."""
+def check_delta(
+    submodel: SubModel, delta: Params, params: Params, max_entry: float = MAX_ENTRY
+) -> None:
+    """Raise UpdateError unless a delta fits its sub-model, that fits the model, and all is small.
+
+    Small: finite and at most `max_entry`. `params` is the large model's.
+    """
     for name, tensor in delta.items():
         if name not in submodel.views:
             raise UpdateError(f"the update holds {name!r}, which its sub-model does not")
-        shape = submodel.views[name].shape
+        view = submodel.views[name]
+        shape = view.shape
+        if view.name not in params or not view.fits(tuple(params[view.name].shape)):
+            raise UpdateError(f"update entry {name!r} lies outside the model's {view.name!r}")
         if tuple(tensor.shape) != shape:
             raise UpdateError(
-                f"update entry {name!r} has shape {tuple(tensor.shape)}; its sub-model's has {shape}"
+                f"update entry {name!r} has shape {tuple(tensor.shape)}; expected is {shape}"
             )
         if not tensor.numel():
             continue

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tesserafl.core.errors import ConfigError
+from tesserafl.core.errors import ConfigError, did_you_mean
 from tesserafl.core.model import Output
 from tesserafl.core.params import Params
 
@@ -45,11 +45,16 @@ class Training:
     """random flips and shifts of images in training"""
 
     def __post_init__(self) -> None:
+        for name, allowed in {
+            "optimiser": ("sgd", "adamw"),
+            "schedule": ("constant", "cosine"),
+        }.items():
+            given = getattr(self, name)
+            if given not in allowed:
+                raise ConfigError(f"training.{name}={given!r}; {did_you_mean(str(given), allowed)}")
         for name, low in (("lr", 0.0), ("epochs", 1), ("batch_size", 1)):
             if not getattr(self, name) >= low or getattr(self, name) == 0:
-                raise ConfigError(
-                    f"training.{name} must be positive; got {getattr(self, name)!r}"
-                )
+                raise ConfigError(f"training.{name} must be positive; got {getattr(self, name)!r}")
         if not 0.0 <= self.momentum < 1.0:
             raise ConfigError(f"training.momentum must be in [0, 1); got {self.momentum!r}")
         if self.clip_norm is not None and not self.clip_norm > 0:

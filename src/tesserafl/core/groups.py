@@ -4,8 +4,8 @@ GPT-2's embedding size counts both the residual stream and the entries inside at
 the heads inside leaves the output unchanged, with the stream as it was. Cut alike, only diagonal
 blocks of a weight [embed, embed] would ever be trained; so each group becomes an axis of its own.
 
-A group is found without knowing any name. A unit made NaN where it is produced (a linear layer's
-outputs, a gain, an embedding) makes exactly that unit NaN where a linear layer reads it, unless
+A group is found without knowing any name. A unit changed where it is produced (a linear layer's
+outputs, a gain, an embedding) changes exactly that unit where a linear layer reads it, unless
 something in between mixes units: so places that see the same unit are linked. A linked set is a
 group if it passes the permutation test alone; what does not pass stays with the axis itself.
 """
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tesserafl.core import seeds
 from tesserafl.core.model import Tie, fan_in_dims
+from tesserafl.core.params import Params
 from tesserafl.core.permute import (
     TINY_UNITS,
     Instance,
@@ -30,6 +32,9 @@ from tesserafl.core.permute import (
     passes,
 )
 from tesserafl.core.submodel import index_tensor
+
+_UNCHANGED = 1e-6
+"""Relative to the largest value read; families that compute in float32 inside round at 1e-7."""
 
 
 def independent_groups(
@@ -51,9 +56,10 @@ def independent_groups(
     grouped = {place for members in groups for place in members}
     if groups and not any(place in readers for place in here.keys() - grouped):
         groups.remove(max(groups, key=len))  # what nothing reads may go along with any group
+    root = _shared([name.split(".")[:-1] for name in instance.params])
     owners: dict[Place, str] = {}
     for members in groups:
-        name = _unused(f"{axis}.{_container(members)}", owners.values())
+        name = _unused(f"{axis}.{_container(members, root)}", owners.values())
         owners |= {(test.role(parameter), dim): name for parameter, dim in members}
     found: dict[str, Layout] = {axis: {}}
     for (parameter, dim), parts in layout.items():
@@ -97,11 +103,21 @@ def _linked(
             inside = [p for own, dim in heads if (p := (f"{path}.{own}".lstrip("."), dim)) in here]
             for place in inside[1:]:
                 links[find(place)] = find(inside[0])
+    before = _read(instance, instance.params, readers)
     for place in here:
         if place in readers and not _is_embedding(instance.module, place[0]):
             continue
-        for reader, channels in _poisoned(instance, here, place, readers).items():
-            if channels <= _unit(here[reader]):
+        changed: dict[Place, set[int]] = {}
+        # NaN passes a ReLU that is off, noise passes a softmax that drops NaN.
+        for value in (math.nan, 1.0):
+            after = _read(
+                instance, _with_one_unit_changed(instance, place, here[place], value), readers
+            )
+            for reader, inputs in after.items():
+                channels = _changed_channels(before[reader], inputs)
+                changed[reader] = changed.get(reader, set()) | channels
+        for reader, channels in changed.items():
+            if channels and channels <= _unit(here[reader]):
                 links[find(place)] = find(reader)
     sets: dict[Place, list[Place]] = {}
     for place in here:
@@ -116,20 +132,27 @@ def _is_embedding(module: nn.Module, name: str) -> bool:
     return isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Embedding)
 
 
-def _poisoned(
-    instance: Instance, here: Layout, place: Place, readers: dict[Place, list[nn.Module]]
-) -> dict[Place, set[int]]:
-    """Which input channels of which readers become NaN when one unit of `place` is NaN."""
+def _with_one_unit_changed(
+    instance: Instance, place: Place, parts: tuple[int, ...], scale: float
+) -> Params:
     name, dim = place
-    index = torch.tensor(sorted(_unit(here[place])))
-    params = instance.params | {name: instance.params[name].index_fill(dim, index, math.nan)}
-    hit: dict[Place, set[int]] = {}
+    index = torch.tensor(sorted(_unit(parts)))
+    changed = instance.params[name].clone()
+    shape = changed.index_select(dim, index).shape
+    # A constant would vanish behind a normalisation.
+    noise = torch.randn(shape, generator=seeds.generator(0, "probe", "noise"), dtype=changed.dtype)
+    return instance.params | {name: changed.index_add_(dim, index, scale * noise)}
+
+
+def _read(
+    instance: Instance, params: Params, readers: dict[Place, list[nn.Module]]
+) -> dict[Place, list[Tensor]]:
+    """What every reader is given, call by call: [channels, values]."""
+    seen: dict[Place, list[Tensor]] = {}
 
     def watch(reader: Place, part: nn.Module, args: tuple[Tensor, ...]) -> None:
         channel = 1 if isinstance(part, nn.modules.conv._ConvNd) else -1
-        channels = args[0].isnan().movedim(channel, 0).flatten(1).any(dim=1).nonzero()
-        if len(channels):
-            hit.setdefault(reader, set()).update(channels.flatten().tolist())
+        seen.setdefault(reader, []).append(args[0].detach().movedim(channel, 0).flatten(1))
 
     hooks = [
         part.register_forward_pre_hook(lambda part, args, reader=reader: watch(reader, part, args))
@@ -142,7 +165,15 @@ def _poisoned(
     finally:
         for hook in hooks:
             hook.remove()
-    return hit
+    return seen
+
+
+def _changed_channels(before: list[Tensor], after: list[Tensor]) -> set[int]:
+    changed: set[int] = set()
+    for old, new in zip(before, after, strict=True):
+        kept = (new - old).abs().amax(dim=1) <= _UNCHANGED * old.abs().amax()  # False for NaN
+        changed |= set((~kept).nonzero().flatten().tolist())
+    return changed
 
 
 def _unit(parts: tuple[int, ...]) -> set[int]:
@@ -176,10 +207,12 @@ def _container(members: list[Place], root: list[str]) -> str:
     Then the name of the module that holds the group's first layer, or of that layer.
     """
     paths = [name.split(".")[:-1] for name, _ in members]
-    shared = [_numberless(part) for part in _shared(paths)]
-    own = paths[0][len(root) :]
-    names = [part for part in shared[len(root) :] if part != "*"] or [*own[-2:], paths[0][-1]]
-    return names[-1] if len(shared) > len(root) else names[0]
+    shared = _shared(paths)[len(root) :]
+    inner = [part for part in shared if not part.isdigit() and part != "*"]
+    if inner:
+        return inner[-1]
+    first = [part for part in paths[0][len(root) :] if not part.isdigit()]
+    return first[-2:][0] if first else members[0][0].split(".")[-2:][0]
 
 
 def _shared(paths: list[list[str]]) -> list[str]:

@@ -128,9 +128,7 @@ def train_scaled(self: _Scaled, model: Model, task: Task, memory: Memory) -> Fit
     return Fit(params=task.params, training=task.training, width_scaling=self.width_scaling)
 
 
-def report_deltas(
-    self: object, model: Model, task: Task, fitted: Fitted, memory: Memory
-) -> Report:
+def report_deltas(self: object, model: Model, task: Task, fitted: Fitted, memory: Memory) -> Report:
     """The change of every trained parameter; with masked classes only the owners' output rows."""
     delta = subtract(fitted.params, {name: task.params[name] for name in fitted.params})
     submodel = task.submodel
@@ -159,7 +157,7 @@ def average_trained(
     clients: Sequence[Client],
     updates: Iterable[Update],
 ) -> State:
-    """Mean over the clients that trained an entry; the others keep their value (HeteroFL, Alg. 1)."""
+    """Mean over those that trained an entry; the others keep their value (HeteroFL, Alg. 1)."""
     total = sum_of(state.params, clients, updates, self.weighting)
     return next_round(state, merge(state.params, total))
 

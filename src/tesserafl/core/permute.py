@@ -36,7 +36,7 @@ _TOLERANCE = 1e-5
 """Relative. The right layout is off by 1e-12 (1e-7 where a family computes in float32 inside),
 a wrong one by 0.01 and more."""
 _MAX_LAYOUTS = 256
-_MAX_ENTRIES = 4_000_000
+_MAX_ENTRIES = 2_000_000
 """Entries of an instance on which an axis is tested at its own width."""
 
 
@@ -89,7 +89,9 @@ class PermutationTest:
                 continue
             entries = {place: int(slope * q) for place, slope in found.items()}
             for layout in itertools.islice(_layouts(entries), _MAX_LAYOUTS):
-                if passes(instance, layout, TINY_UNITS) and self._passes_wide(axis, layout, q):
+                if passes(instance, layout, TINY_UNITS) and all(
+                    self._passes_at(axis, layout, q, units) for units in (2, self._wide(axis, q))
+                ):
                     return q, layout
             tried.append(str(q))
         raise ModelError(
@@ -106,15 +108,18 @@ class PermutationTest:
         assert not isinstance(instance, Exception), instance
         return instance
 
-    def _passes_wide(self, axis: str, layout: Layout, q: int) -> bool:
+    def _passes_at(self, axis: str, layout: Layout, q: int, units: int) -> bool:
+        instance = self._instance({**self.tiny, axis: units * q})
+        return not isinstance(instance, Exception) and passes(instance, layout, units)
+
+    def _wide(self, axis: str, q: int) -> int:
         # A norm with a fixed number of groups may look ungrouped when tiny: look at width too.
         units = self.sizes[axis] // q
         while units > 2 * TINY_UNITS and self._entries({**self.tiny, axis: units * q}) > (
             _MAX_ENTRIES
         ):
             units //= 2
-        instance = self._instance({**self.tiny, axis: units * q})
-        return not isinstance(instance, Exception) and passes(instance, layout, units)
+        return units
 
     def _shrink_depths(self) -> None:
         wanted = {self.role(name) for name in self._shapes(self.sizes) or ()}

@@ -30,7 +30,7 @@ def seeded(seed: int, *keys: int | str) -> Iterator[None]:
 
     For code that draws from them and cannot be handed a generator: initialisers and dropout.
     """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive(seed, *keys))
         yield

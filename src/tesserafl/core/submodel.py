@@ -30,7 +30,7 @@ Units = Sequence[int] | range | slice | Tensor
 def as_index(entries: Units) -> Index:
     """A slice where the entries are one ascending run (a view, no gather), else a tensor."""
     if isinstance(entries, slice):
-        return entries
+        entries = range(entries.start or 0, entries.stop, entries.step or 1)
     tensor = torch.as_tensor(
         list(entries) if isinstance(entries, range) else entries, dtype=torch.int64
     )
@@ -76,6 +76,15 @@ class View:
             else:
                 parts.append(index.numpy().tobytes())
         return tuple(parts)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether every entry lies within a large parameter of this shape."""
+        return len(shape) == len(self.index) and all(
+            0 <= index.start <= index.stop <= size
+            if isinstance(index, slice)
+            else bool((index >= 0).all() and (index < size).all())
+            for index, size in zip(self.index, shape, strict=True)
+        )
 
     def read(self, large: Tensor) -> Tensor:
         """A fresh contiguous tensor with the viewed entries of `large`."""
@@ -159,7 +168,7 @@ class Coverage:
         self.counts: Params = {n: torch.zeros(s, dtype=torch.int32) for n, s in shapes.items()}
 
     def add(self, submodels: Iterable[SubModel]) -> None:
-        """Count one training of every viewed entry; equal views are added once, with their number."""
+        """Count one training of every viewed entry; equal views are added in one go."""
         counted: dict[tuple[object, ...], tuple[View, int]] = {}
         for submodel in submodels:
             for view in submodel.views.values():

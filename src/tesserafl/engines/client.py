@@ -43,9 +43,7 @@ class ClientWorker:
         key = (self.seed, task.round, task.client.id)
         examples = self.examples(task.client.id)
         with seeds.seeded(*key, "fit"):  # dropout draws from torch's own generator
-            fitted = execute(
-                fit, forward, examples, seeds.generator(*key, "batches"), self.device
-            )
+            fitted = execute(fit, forward, examples, seeds.generator(*key, "batches"), self.device)
         if scales:
             back = {name: 1.0 / scale for name, scale in scales.items()}
             fitted = replace(fitted, params=_scaled(fitted.params, back))
@@ -122,11 +120,11 @@ def _optimiser(training: Training, leaves: list[Tensor]) -> torch.optim.Optimize
 
 
 def _batches(total: int, size: int, draw: torch.Generator) -> Iterator[Tensor]:
-    yield from torch.randperm(total, generator=draw).split(size)
+    yield from torch.split(torch.randperm(total, generator=draw), size)
 
 
 def _augment(images: Tensor, draw: torch.Generator) -> Tensor:
-    """Flip each image with probability 1/2 and shift it by up to 4 pixels (He et al., 2016, 4.2)."""
+    """Flip with probability 1/2 and shift by up to 4 pixels (He et al., CVPR 2016, 4.2)."""
     batch, _, height, width = images.shape
     flip = torch.rand(batch, generator=draw) < 0.5
     images = torch.where(flip[:, None, None, None], images.flip(3), images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import selectors
 import subprocess
 import time
@@ -11,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from tesserafl.core.errors import MessageError, TesseraError
-from tesserafl.core.messages import Memory, Task, decode_update, encode_task
+from tesserafl.core.messages import Memory, Task
+from tesserafl.core.wire import decode_update, encode_task
 from tesserafl.engines.client import ClientWorker
 from tesserafl.engines.frames import read_frame, write_frame
 from tesserafl.engines.seam import Done, Failed, Outcome
@@ -135,10 +137,9 @@ class WorkerPool:
             if worker.task is None and self._waiting:
                 worker.task = self._waiting.popleft()
                 memory = self.memories.get(worker.task.client.id, {})
-                try:
+                # A dead worker's end of file is the next thing that `_collect` reads.
+                with contextlib.suppress(BrokenPipeError):
                     write_frame(worker.stdin, encode_task(worker.task, memory))
-                except BrokenPipeError:
-                    pass  # its end of file is the next thing that `_collect` reads
 
     def _collect(self, worker: _Process) -> Outcome | None:
         task = worker.task

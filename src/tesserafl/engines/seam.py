@@ -1,6 +1,6 @@
 """The seam between runs and engines: submit tasks, poll outcomes.
 
-Synchronous rounds are a special case of it: submit a cohort, poll until all have answered or failed.
+Synchronous rounds are a special case of it: submit a cohort, poll until all answered or failed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Engine(Protocol):
 
     @property
     def memories(self) -> Mapping[int, Memory]:
-        """What clients keep between rounds, for a checkpoint; empty where devices keep their own."""
+        """What clients keep between rounds, for a checkpoint; empty if devices keep their own."""
         ...
 
     def restore(self, memories: Mapping[int, Memory]) -> None:

@@ -9,6 +9,7 @@ from tesserafl.core.fit import Training
 from tesserafl.data import DataSettings, kind_of
 from tesserafl.methods import MethodSettings
 from tesserafl.models import CNN, MLP, HuggingFace
+from tesserafl.models.huggingface import Option
 from tesserafl.run.experiment import Experiment
 
 
@@ -36,15 +37,13 @@ def base_for(path: Path | None, method: MethodSettings) -> Experiment:
         return replace(common, model=CNN(channels=(64, 128, 256)), training=training)
     if kind == "tokens":
         training = Training(optimiser="adamw", lr=5e-4, epochs=1, batch_size=16, clip_norm=1.0)
-        options = {
+        options: dict[str, Option] = {
             "hidden_size": 256,
             "num_attention_heads": 8,
             "num_hidden_layers": 4,
             "intermediate_size": 1024,
         }
-        return replace(
-            common, model=HuggingFace(config="bert", options=options), training=training
-        )
+        return replace(common, model=HuggingFace(config="bert", options=options), training=training)
     return replace(
         common,
         model=MLP(hidden=(256, 256), norm="layer"),

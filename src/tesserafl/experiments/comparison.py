@@ -7,7 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from tesserafl.experiments._sizes import base_for
-from tesserafl.methods import FedAvg, FedBRB, FederatedDropout, FedEcover, FedRolex, HeteroFL
+from tesserafl.methods import (
+    FedAvg,
+    FedBRB,
+    FedEcover,
+    FederatedDropout,
+    FedRolex,
+    HeteroFL,
+    MethodSettings,
+)
 from tesserafl.run.experiment import Experiment
 
 
@@ -22,7 +30,7 @@ def rows(base: Experiment) -> Mapping[str, Experiment]:
     A method that is given on the command line keeps its own settings in its row.
     """
     ratio = base.method.ratio
-    methods = {
+    methods: dict[str, MethodSettings] = {
         "fedavg-full": FedAvg(ratio=(1.0,)),
         "fedavg-small": FedAvg(ratio=ratio),
         "heterofl": HeteroFL(ratio=ratio),

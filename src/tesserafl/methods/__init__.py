@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tesserafl.methods.fedavg import FedAvg
 from tesserafl.methods.fedbrb import FedBRB
-from tesserafl.methods.federated_dropout import FederatedDropout
 from tesserafl.methods.fedecover import FedEcover
+from tesserafl.methods.federated_dropout import FederatedDropout
 from tesserafl.methods.fedrolex import FedRolex
 from tesserafl.methods.heterofl import HeteroFL
 

@@ -70,8 +70,8 @@ def grid_of(ratios: tuple[float, ...], model: Model) -> Grid:
     s = round(1.0 / min(ratios))
     if abs(s * min(ratios) - 1.0) > 1e-6:
         raise ConfigError(
-            f"FedBRB: the smallest ratio must be 1 over a whole number (1/2, 1/4, 1/8, ...) so that "
-            f"blocks tile the model; got {min(ratios)}; the nearest is {1 / s:g}"
+            f"FedBRB: the smallest ratio must be 1 over a whole number (1/2, 1/4, 1/8, ...), so "
+            f"that blocks tile the model; got {min(ratios)}; the nearest is {1 / s:g}"
         )
     for ratio in ratios:
         if abs(ratio * s - round(ratio * s)) > 1e-6:
@@ -130,7 +130,7 @@ def glued_views(
     turn: tuple[int, int],
     rho: int,
 ) -> Task:
-    """Variant I: block (p, q) of every layer, although one layer's q need not be the next one's p."""
+    """Variant I: block (p, q) of every layer, even where one q is not the next p."""
     whole = model.slice({axis: grid.units(axis, 0, rho) for axis in model.cuttable})
     views = {}
     for small, view in whole.views.items():
@@ -182,6 +182,7 @@ def broadcast_mean(
     order: Sequence[Tensor | None],
     *,
     beta: float,
+    of_updates: bool,
     similarity: bool,
 ) -> Tensor:
     """One parameter after in-place averaging and weighted broadcast.
@@ -192,21 +193,23 @@ def broadcast_mean(
         weights: v, the sum of weights per entry, int64.
         order: per dimension, the entries of each group [s, entries / s], or None.
         beta: share of the broadcast, 1 - lambda.
+        of_updates: spread the mean update instead of the mean block, so that what blocks differ in
+            stays with them.
         similarity: multiply a block's weight by exp(-|mean delta|).
     """
-    trained = old.double() + mean
+    before = old.double()
     if all(groups is None for groups in order):
-        return trained.to(old.dtype)  # one block: its own mean is the broadcast
-    blocks = _to_blocks(trained, order)
-    weight = _to_blocks(weights.double(), order)
+        return (before + mean).to(old.dtype)  # one block: its own mean is the broadcast
+    update, weight = _to_blocks(mean, order), _to_blocks(weights.double(), order)
     if similarity:
-        change = _to_blocks(mean, order).square().sum(dim=tuple(range(1, blocks.dim()))).sqrt()
-        weight = weight * torch.exp(-change).reshape(-1, *[1] * (blocks.dim() - 1))
+        change = update.square().sum(dim=tuple(range(1, update.dim()))).sqrt()
+        weight = weight * torch.exp(-change).reshape(-1, *[1] * (update.dim() - 1))
+    spread = update if of_updates else _to_blocks(before, order) + update
     total = weight.sum(dim=0, keepdim=True)
-    average = (weight * blocks).sum(dim=0, keepdim=True) / total.clamp(min=1e-300)
-    # B + beta (B- - B) rather than (1 - beta) B + beta B-: equal blocks stay equal to the bit.
-    spread = torch.where(total > 0, blocks + beta * (average - blocks), blocks)
-    return _from_blocks(spread, order, trained.shape).to(old.dtype)
+    average = (weight * spread).sum(dim=0, keepdim=True) / total.clamp(min=1e-300)
+    # x + beta (mean - x) rather than (1 - beta) x + beta mean: equal blocks stay equal to the bit.
+    moved = torch.where(total > 0, beta * (average - spread), torch.zeros_like(spread))
+    return (before + mean + _from_blocks(moved, order, before.shape)).to(old.dtype)
 
 
 def _to_blocks(tensor: Tensor, order: Sequence[Tensor | None]) -> Tensor:
@@ -219,9 +222,7 @@ def _to_blocks(tensor: Tensor, order: Sequence[Tensor | None]) -> Tensor:
             tensor = tensor.index_select(dim, groups.reshape(-1).to(tensor.device))
             shape += [groups.shape[0], groups.shape[1]]
     ranks = len(order)
-    split = tensor.reshape(shape).permute(
-        *range(0, 2 * ranks, 2), *range(1, 2 * ranks, 2)
-    )
+    split = tensor.reshape(shape).permute(*range(0, 2 * ranks, 2), *range(1, 2 * ranks, 2))
     return split.reshape(-1, *shape[1::2])
 
 
@@ -229,7 +230,9 @@ def _from_blocks(blocks: Tensor, order: Sequence[Tensor | None], shape: torch.Si
     ranks = len(order)
     counts = [1 if groups is None else groups.shape[0] for groups in order]
     split = blocks.reshape(*counts, *blocks.shape[1:])
-    interleaved = [d for pair in zip(range(ranks), range(ranks, 2 * ranks), strict=True) for d in pair]
+    interleaved = [
+        d for pair in zip(range(ranks), range(ranks, 2 * ranks), strict=True) for d in pair
+    ]
     tensor = split.permute(*interleaved).reshape(shape)
     for dim, groups in enumerate(order):
         if groups is not None:

@@ -12,8 +12,8 @@ Federated Learning", arXiv 2402.17202; Liao et al., IEEE TMC 25(3), 2025.
         untrained block B_pq <- (1 - beta) B_pq  + beta B-
 
 The text of the paper could not be had. Its own: blocks of the smallest client's size, rolling over
-all blocks, weighted broadcast, no client holds the model. (reconstructed): the order in which blocks
-roll, the broadcast's weights and its annealing. See docs/methods/fedbrb.md.
+all blocks, weighted broadcast, no client holds the model. (reconstructed): the order in which
+blocks roll, the broadcast's weights, initialisation and scaling. See docs/methods/fedbrb.md.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class FedBRB:
     """Small clients train blocks of a large model; what they learn is broadcast to all blocks."""
 
     ratio: tuple[float, ...] = (0.25,)
-    """width ratios of the client classes, multiples of the smallest; dealt to the clients in turn"""
+    """width ratios of the client classes, multiples of the smallest, dealt in turn"""
     weighting: Weighting = "uniform"
     """a_i: weight of a client in a block's mean: one each, or its examples"""
     rolling: Literal["lattice", "diagonal", "independent"] = "lattice"
@@ -61,16 +61,18 @@ class FedBRB:
     blocks; independent: every layer rolls by itself, the client's net is glued from its blocks"""
     broadcast: float = 0.5
     """beta: how far a block moves to the mean of all trained blocks in the first round"""
+    broadcast_of: Literal["values", "updates"] = "values"
+    """what is broadcast: the mean trained block, or the mean update of the trained blocks"""
     anneal: Literal["constant", "cosine"] = "constant"
     """how beta falls over the rounds; cosine ends at zero"""
     broadcast_weight: Literal["count", "similarity"] = "count"
-    """weight of a trained block in the broadcast: of its clients, times exp(-|change|) if similarity"""
+    """weight of a trained block in the broadcast: its clients', or that times exp(-|change|)"""
     init_blocks: Literal["tiled", "independent"] = "tiled"
     """tiled: all blocks begin equal, the model as its smallest client; independent: the model's own
     initialisation, whose blocks the first broadcasts average away"""
     strict: bool = True
     """refuse a client that would hold the whole model"""
-    width_scaling: WidthScaling = "output"
+    width_scaling: WidthScaling = "parameters"
     """how a cut layer makes up for the inputs it lacks: none, output (HeteroFL's scaler) or
     parameters (as output, at the learning pace of a small network)"""
 
@@ -123,6 +125,7 @@ class FedBRB:
                 weights,
                 grid.order(name),
                 beta=self._beta(state),
+                of_updates=self.broadcast_of == "updates",
                 similarity=self.broadcast_weight == "similarity",
             )
         return next_round(state, params)

@@ -111,7 +111,8 @@ class FedEcover:
         return {axis: drawn.get(axis, 0) + count for axis, count in counts.items()}
 
     def _read(self, model: Model, state: State, axis: str, position: int, count: int) -> Units:
-        total, units = model.units(axis), []
+        total = model.units(axis)
+        units: list[int] = []
         while len(units) < count:
             refill, offset = divmod(position, total)
             draw = seeds.generator(state.seed, "pool", axis, refill)

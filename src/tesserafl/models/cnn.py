@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,7 +55,7 @@ class _Net(nn.Module):
     def __init__(self, in_channels: int, sizes: Sizes, norm: Norm, group_size: int) -> None:
         super().__init__()
         widths = [in_channels, *(size for axis, size in sizes.items() if axis != "classes")]
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(pairwise(widths))
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairs)
         self.norms = nn.ModuleList(norm_layer(norm, b, group_size) for _, b in pairs)
         self.head = nn.Linear(widths[-1], sizes["classes"])

@@ -1,4 +1,6 @@
-"""Which fields of a transformers config are sizes, by their standard names alone.
+"""A transformers config: made, fitted to data, and which of its fields are sizes.
+
+Sizes are known by their standard names alone:
 
     embed        hidden_size; where heads share it out, whole heads at a time
     heads        num_key_value_heads (and their queries), where head_dim is a field of its own
@@ -14,12 +16,21 @@ says so itself, in its `attribute_map`.
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tesserafl.core.errors import ConfigError, ModelError, did_you_mean
+
+if TYPE_CHECKING:
+    from tesserafl.data.examples import Spec
 
 Config = Any
-"""A transformers config; the library is not imported here."""
+"""A transformers config; the library is imported only where one is made."""
 
 _MLP_FIELDS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim")
 _EMBED_FOLLOWERS = ("pooler_output_size", "word_embed_proj_dim")
@@ -59,6 +70,89 @@ def resized(config: Config, knobs: Mapping[str, Knob], sizes: Mapping[str, int])
         if axis in knobs and size != knobs[axis].size:
             knobs[axis].turn(config, size)
     return config
+
+
+def config_of(name: str, source: Path | None, options: Mapping[str, Any]) -> Config:
+    """The config of a model type, or of the folder `source`, with these fields set.
+
+    Raises:
+        ConfigError: transformers is missing, or the type or a field is unknown.
+    """
+    try:
+        from transformers import CONFIG_MAPPING, AutoConfig
+    except ImportError as error:
+        raise ConfigError(
+            "model 'huggingface' needs transformers; pip install 'tesserafl[huggingface]'"
+        ) from error
+    if source is None and name not in CONFIG_MAPPING:
+        near = ", ".join(difflib.get_close_matches(name, list(CONFIG_MAPPING), n=4)) or "none"
+        raise ConfigError(
+            f"model.config {name!r} is neither a folder with config.json nor a model type of the "
+            f"installed transformers; near names: {near}"
+        )
+
+    def made(**fields: object) -> Config:
+        if source is None:
+            return AutoConfig.for_model(name, **fields)
+        return AutoConfig.from_pretrained(str(source), local_files_only=True, **fields)
+
+    plain = made()
+    nested: dict[str, Any] = {}
+    for key, value in options.items():
+        part, dot, own = key.rpartition(".")
+        holder = getattr(plain, part, None) if dot else plain
+        if holder is None or not hasattr(holder, own):
+            known = [name for name in vars(holder or plain) if not name.startswith("_")]
+            raise ConfigError(f"model.options has {key!r}; {did_you_mean(own, known)}")
+        if dot:
+            nested.setdefault(part, holder.to_dict())[own] = value
+        else:
+            nested[key] = value
+    # Made anew, since families derive fields from others when a config is made.
+    config = made(**nested)
+    config.dtype = torch.float32
+    return config
+
+
+def fit_to_data(config: Config, spec: Spec, source: Path | None) -> None:
+    """Set on the config what the data decide.
+
+    Raises:
+        ModelError: texts are too long, or a saved model reads other images or tokens.
+    """
+    if spec.task != "causal-lm":
+        config.num_labels = spec.num_classes
+        if spec.class_names:
+            config.id2label = dict(enumerate(spec.class_names))
+            config.label2id = {label: i for i, label in enumerate(spec.class_names)}
+    if spec.kind == "image":
+        part = getattr(config, "vision_config", config)
+        channels, height, width = spec.shape
+        wanted: dict[str, Any] = {
+            "num_channels": channels,
+            "image_size": height if height == width else [height, width],
+        }
+    else:
+        part = config.get_text_config()
+        part.pad_token_id = config.pad_token_id = spec.pad_id
+        wanted = {"vocab_size": spec.vocab_size}
+        longest = getattr(part, "max_position_embeddings", None)
+        if longest is not None and spec.shape[0] > longest:
+            raise ModelError(
+                f"texts are {spec.shape[0]} tokens long, the model reads {longest}; shorten the "
+                f"data's sequences or set max_position_embeddings in model.options"
+            )
+    for name, value in wanted.items():
+        given = getattr(part, name, None)
+        if given is None or given == value:
+            continue
+        if source is None:
+            setattr(part, name, value)
+        elif name != "vocab_size" or value > given:
+            raise ModelError(
+                f"{source}: the saved model has {name} {given}, the data have {value}; prepare "
+                f"the data as the model was trained (its size of images, its tokenizer)"
+            )
 
 
 def _own_knobs(config: Config) -> Iterator[Knob]:

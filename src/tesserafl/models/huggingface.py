@@ -6,21 +6,19 @@ probe finds what they mean. The library is imported only when a model is built.
 
 from __future__ import annotations
 
-import difflib
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tesserafl.core import seeds
 from tesserafl.core.axes import probe
 from tesserafl.core.errors import ConfigError, ModelError, did_you_mean
 from tesserafl.core.model import Model, Output, Sizes, parameters_of
 from tesserafl.core.params import Params
-from tesserafl.models.configs import Config, Knob, knobs_of, resized
+from tesserafl.models.configs import Config, Knob, config_of, fit_to_data, knobs_of, resized
 
 if TYPE_CHECKING:
     from tesserafl.data.examples import Spec
@@ -71,24 +69,35 @@ class HuggingFace:
                 f"{spec.task}; use model 'mlp'"
             )
         source = Path(self.config) if (Path(self.config) / "config.json").is_file() else None
-        config = _config(self.config, source, self.options)
-        _fit_to_data(config, spec, source)
-        family = _Family(config=config, spec=spec)
-        knobs = _used(family, knobs_of(config), self.axes)
-        family = _Family(config=config, spec=spec, knobs={knob.axis: knob for knob in knobs})
-        sizes = {knob.axis: knob.size for knob in knobs}
+        config = config_of(self.config, source, self.options)
+        fit_to_data(config, spec, source)
+        found = knobs_of(config)
+        every = _Family(
+            config=config,
+            spec=spec,
+            auto_class=_auto_class(config, spec),
+            knobs={knob.axis: knob for knob in found},
+        )
+        knobs = _used(every, found, self.axes)
+        family = replace(every, knobs={knob.axis: knob for knob in knobs})
         has_weights = source is not None and any(
             any(source.glob(pattern)) for pattern in ("*.safetensors", "*.bin")
         )
-        return probe(
-            family.build,
-            {**sizes, "classes": family.num_outputs},
-            family.example,
-            outputs=("classes",),
-            quanta={knob.axis: knob.quantum for knob in knobs if knob.quantum},
-            pretrained=(lambda: family.load(str(source))) if has_weights else None,
-            save=lambda module, folder: _save(module, folder, source),
-        )
+        try:
+            return probe(
+                family.build,
+                {**{knob.axis: knob.size for knob in knobs}, **family.rows},
+                family.example,
+                outputs=tuple(family.rows),
+                quanta={knob.axis: knob.quantum for knob in knobs if knob.quantum},
+                pretrained=(lambda: family.load(str(source))) if has_weights else None,
+                save=lambda module, folder: _save(module, folder, source),
+            )
+        except ModelError as error:
+            raise ModelError(
+                f"{self.config}: {error}. Its sizes are {', '.join(k.axis for k in found)}; set "
+                f"model.axes to those to be cut"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,22 +106,28 @@ class _Family:
 
     config: Config
     spec: Spec
+    auto_class: Any
     knobs: dict[str, Knob] = field(default_factory=dict)
 
     @property
-    def num_outputs(self) -> int:
+    def rows(self) -> dict[str, int]:
+        """Sizes that the data decide: known so that their rows are, never cut."""
+        if self.spec.kind == "image":
+            return {"classes": int(self.config.num_labels)}
+        vocabulary = int(self.config.get_text_config().vocab_size)
         if self.spec.task == "causal-lm":
-            return int(self.config.get_text_config().vocab_size)
-        return int(self.config.num_labels)
+            return {"classes": vocabulary}
+        return {"vocabulary": vocabulary, "classes": int(self.config.num_labels)}
 
     def build(self, sizes: Sizes) -> nn.Module:
         config = resized(self.config, self.knobs, sizes)
-        if sizes.get("classes", self.num_outputs) != self.num_outputs:
-            if self.spec.task == "causal-lm":
-                config.get_text_config().vocab_size = sizes["classes"]
-            else:
-                config.num_labels = sizes["classes"]
-        return _Wrapped(self._auto_class().from_config(config), self._pad_id)
+        for axis, size in self.rows.items():
+            if sizes.get(axis, size) != size:
+                if axis == "vocabulary" or self.spec.task == "causal-lm":
+                    config.get_text_config().vocab_size = sizes[axis]
+                else:
+                    config.num_labels = sizes[axis]
+        return _Wrapped(self.auto_class.from_config(config), self._pad_id)
 
     def example(self) -> Tensor:
         if self.spec.kind == "image":
@@ -124,7 +139,7 @@ class _Family:
         return tokens
 
     def load(self, folder: str) -> Params:
-        model, report = self._auto_class().from_pretrained(
+        model, report = self.auto_class.from_pretrained(
             folder,
             config=self.config,
             dtype=torch.float32,
@@ -133,7 +148,7 @@ class _Family:
             local_files_only=True,
         )
         for name, *shapes in report["mismatched_keys"]:
-            if not shapes or shapes[-1][0] != self.num_outputs:
+            if not shapes or shapes[-1][0] != self.rows["classes"]:
                 raise ModelError(
                     f"{folder}: {name!r} has another shape in the file than in the config; leave "
                     f"sizes out of model.options when you start from a saved model"
@@ -143,11 +158,6 @@ class _Family:
     @property
     def _pad_id(self) -> int | None:
         return None if self.spec.kind == "image" else self.spec.pad_id
-
-    def _auto_class(self) -> Any:
-        import transformers
-
-        return getattr(transformers, _AUTO_CLASSES[self.spec.task])
 
 
 class _Wrapped(nn.Module):
@@ -181,77 +191,20 @@ def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
 
 
-def _config(name: str, source: Path | None, options: dict[str, Option]) -> Config:
-    try:
-        from transformers import CONFIG_MAPPING, AutoConfig
-    except ImportError as error:
-        raise ConfigError(
-            "model 'huggingface' needs transformers; pip install 'tesserafl[huggingface]'"
-        ) from error
-    if source is None and name not in CONFIG_MAPPING:
-        near = ", ".join(difflib.get_close_matches(name, list(CONFIG_MAPPING), n=4)) or "none"
-        raise ConfigError(
-            f"model.config {name!r} is neither a folder with config.json nor a model type of the "
-            f"installed transformers; near names: {near}"
+def _auto_class(config: Config, spec: Spec) -> Any:
+    import transformers
+
+    auto_class = getattr(transformers, _AUTO_CLASSES[spec.task])
+    known = auto_class._model_mapping
+    if type(config) not in known:
+        raise ModelError(
+            f"transformers has no {spec.task} head for {config.model_type!r}; choose another "
+            f"model.config"
         )
-
-    def made(**fields: object) -> Config:
-        if source is None:
-            return AutoConfig.for_model(name, **fields)
-        return AutoConfig.from_pretrained(str(source), local_files_only=True, **fields)
-
-    plain, nested = made(), {}
-    for key, value in options.items():
-        part, dot, own = key.rpartition(".")
-        holder = getattr(plain, part, None) if dot else plain
-        if holder is None or not hasattr(holder, own):
-            known = [name for name in vars(holder or plain) if not name.startswith("_")]
-            raise ConfigError(f"model.options has {key!r}; {did_you_mean(own, known)}")
-        if dot:
-            nested.setdefault(part, holder.to_dict())[own] = value
-        else:
-            nested[key] = value
-    # Made anew, since families derive fields from others when a config is made.
-    config = made(**nested)
-    config.dtype = torch.float32
-    return config
-
-
-def _fit_to_data(config: Config, spec: Spec, source: Path | None) -> None:
-    """Set what the data decide; a saved model must fit them as it is."""
-    if spec.task != "causal-lm":
-        config.num_labels = spec.num_classes
-        if spec.class_names:
-            config.id2label = dict(enumerate(spec.class_names))
-            config.label2id = {label: i for i, label in enumerate(spec.class_names)}
-    if spec.kind == "image":
-        part = getattr(config, "vision_config", config)
-        channels, height, width = spec.shape
-        wanted: dict[str, Any] = {
-            "num_channels": channels,
-            "image_size": height if height == width else [height, width],
-        }
-    else:
-        part = config.get_text_config()
-        part.pad_token_id = config.pad_token_id = spec.pad_id
-        wanted = {"vocab_size": spec.vocab_size}
-        longest = getattr(part, "max_position_embeddings", None)
-        if longest is not None and spec.shape[0] > longest:
-            raise ModelError(
-                f"texts are {spec.shape[0]} tokens long, the model reads {longest}; shorten the "
-                f"data's sequences or set max_position_embeddings in model.options"
-            )
-    for name, value in wanted.items():
-        given = getattr(part, name, None)
-        if given is None or given == value:
-            continue
-        if source is None:
-            setattr(part, name, value)
-        elif name != "vocab_size" or value > given:
-            raise ModelError(
-                f"{source}: the saved model has {name} {given}, the data have {value}; prepare "
-                f"the data as the model was trained (its size of images, its tokenizer)"
-            )
+    # from_config needs a name where a family has several heads for one task (DeiT's has a teacher).
+    if isinstance(known[type(config)], tuple) and config.architectures is None:
+        config.architectures = [known[type(config)][0].__name__]
+    return auto_class
 
 
 def _used(family: _Family, knobs: list[Knob], axes: tuple[str, ...]) -> list[Knob]:
@@ -263,11 +216,10 @@ def _used(family: _Family, knobs: list[Knob], axes: tuple[str, ...]) -> list[Kno
     if axes:
         return [knob for knob in knobs if knob.axis in axes]
     shallow = {k.axis: min(k.size, 2) for k in knobs if "layers" in k.axis}
-    every = _Family(config=family.config, spec=family.spec, knobs={k.axis: k for k in knobs})
 
     def shapes(**changed: int) -> list[tuple[str, torch.Size]]:
         with torch.device("meta"):
-            module = every.build(shallow | changed)
+            module = family.build(shallow | changed)
         return [(name, value.shape) for name, value in module.named_parameters()]
 
     plain = shapes()

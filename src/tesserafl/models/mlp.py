@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -15,7 +16,7 @@ from tesserafl.core.model import Model, Output, Sizes
 if TYPE_CHECKING:
     from tesserafl.data.examples import Spec
 
-# Shapes: inputs [batch, ...] -> flat [batch, inputs] -> hidden [batch, hidden_i] -> [batch, classes]
+# Shapes: inputs [batch, ...] -> flat [batch, inputs] -> [batch, hidden_i] -> [batch, classes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +48,7 @@ class _Net(nn.Module):
     def __init__(self, num_inputs: int, sizes: Sizes, norm: str) -> None:
         super().__init__()
         widths = [num_inputs, *(size for axis, size in sizes.items() if axis != "classes")]
-        self.layers = nn.ModuleList(
-            nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.norms = nn.ModuleList(
             nn.LayerNorm(b) if norm == "layer" else nn.Identity() for b in widths[1:]
         )

@@ -73,7 +73,8 @@ class _Block(nn.Module):
         normed = torch.relu(self.norm1(stream))
         skipped = stream if self.shortcut is None else self.shortcut(normed)
         inner = torch.relu(self.norm2(self.conv1(normed)))
-        return skipped + self.conv2(inner)
+        added: Tensor = skipped + self.conv2(inner)
+        return added
 
 
 class _Net(nn.Module):

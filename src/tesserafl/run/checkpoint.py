@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tesserafl.core.errors import CheckpointError, MessageError
-from tesserafl.core.messages import Memory, pack, unpack
+from tesserafl.core.messages import Memory
 from tesserafl.core.method import State
 from tesserafl.core.params import Params
+from tesserafl.core.wire import pack, unpack
 from tesserafl.run.files import read_json, write_atomic, write_json
 
 _KEPT = 2

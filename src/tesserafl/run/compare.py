@@ -12,21 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tesserafl.core.errors import CheckpointError
 from tesserafl.run.files import write_atomic
+from tesserafl.run.labels import labels_of, name_of
+from tesserafl.run.page import figure_html, page_html, table_html
 from tesserafl.run.plots import Line, Panel, Quantity, human, panels_figure, unit_of
-from tesserafl.run.report import (
-    COSTS,
-    Cost,
-    Record,
-    data_label,
-    figure_html,
-    page_html,
-    partition_label,
-    ratio_label,
-    read_record,
-    table_html,
-)
+from tesserafl.run.record import COSTS, Cost, Record, read_record, run_folders
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,10 +32,6 @@ _COLUMNS: dict[str, tuple[str, Quantity]] = {
     "seconds": ("time", "seconds"),
 }
 _CAPTION = "Bands: +- one standard deviation. Dotted: the equal cost of the table's columns."
-_LABELLED = {"seed", "method.ratio", "data.source", "data.path", "data.name", "data.subset"} | {
-    f"data.{name}" for name in ("partition", "alpha", "classes_per_client", "partition_column")
-}
-"""Settings that a label column already shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +60,7 @@ class Row:
     @property
     def name(self) -> str:
         """The label in one line."""
-        return _name(self.label)
+        return name_of(self.label)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +175,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     """
     groups: dict[tuple[str, int], list[Record]] = {}
     times: dict[tuple[str, int], int] = {}
-    for record in map(read_record, _run_folders(folders)):
+    for record in map(read_record, run_folders(folders)):
         seed = record.config["seed"]
         setting = json.dumps({**record.config, "seed": None}, sort_keys=True)
         # A seed that comes a second time is no second sample: it starts a row of its own.
@@ -200,7 +186,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
         ends = [r.curve(cost)[0][-1] for group in groups.values() for r in group if r.evaluations]
         if ends:
             reached[cost] = min(ends)
-    labels, common = _labels(list(groups.values()))
+    labels, common = labels_of(list(groups.values()))
     full = [record.outcome["params_full"] for group in groups.values() for record in group]
     widest = max(filter(None, full), default=None)
     rows = tuple(
@@ -208,25 +194,6 @@ def compare(folders: Sequence[Path]) -> Comparison:
         for label, group in zip(labels, groups.values(), strict=True)
     )
     return Comparison(rows=rows, common=common, equal_cost=reached)
-
-
-def _run_folders(folders: Sequence[Path]) -> list[Path]:
-    found: dict[Path, Path] = {}
-    for folder in folders:
-        runs = [run for run in (folder, *sorted(folder.glob("*/"))) if _is_run(run)]
-        if not runs:
-            raise CheckpointError(
-                f"{folder} is not a run folder (config.json and events.jsonl) and holds none; "
-                f"give the --out of a run, or the folder of a study"
-            )
-        found.update({run.resolve(): run for run in runs})
-    if not found:
-        raise CheckpointError("no run was given; name at least one run folder")
-    return list(found.values())
-
-
-def _is_run(folder: Path) -> bool:
-    return all((folder / name).exists() for name in ("config.json", "events.jsonl"))
 
 
 def _row(
@@ -242,60 +209,9 @@ def _row(
     values["bytes"] = _spread(end["bytes_down"] + end["bytes_up"] for end in begun)
     for key in ("coverage", "flops", "seconds"):
         values[key] = _spread(end[key] for end in begun)
-    curves = {cost: _mean_curve(_name(label), group, cost) for cost in COSTS}
+    curves = {cost: _mean_curve(name_of(label), group, cost) for cost in COSTS}
     runs = (str(record.folder) for record in group)
     return Row(label=label, runs=tuple(runs), values=values, curves=curves)
-
-
-def _labels(groups: list[list[Record]]) -> tuple[list[dict[str, str]], dict[str, str]]:
-    """What tells the rows apart, and what they share."""
-    configs = [group[0].config for group in groups]
-    flat = [_flat(config) for config in configs]
-    labels = [
-        {
-            "method": str(config["method"]["name"]),
-            "ratio": ratio_label(config["method"]),
-            "data": data_label(config["data"]),
-            "partition": partition_label(config["data"]),
-            "model": str(config["model"]["name"]),
-            "settings": ", ".join(f"{key}={own[key]}" for key in own if _differs(key, own, flat)),
-        }
-        for config, own in zip(configs, flat, strict=True)
-    ]
-    same = {key: value for key, value in labels[0].items() if all(o[key] == value for o in labels)}
-    if len(groups) == 1:
-        del same["method"]
-    labels = [{key: value for key, value in o.items() if key not in same} for o in labels]
-    states = [sum(record.finish is None for record in group) for group in groups]
-    names = {_name(label) for label in labels}
-    for label, group, unfinished in zip(labels, groups, states, strict=True):
-        if len(names) < len(groups) or "" in names:
-            label["run"] = ", ".join(record.folder.name for record in group)
-        if any(states):
-            label["state"] = f"{unfinished} of {len(group)} unfinished" if unfinished else ""
-    return labels, {key: value for key, value in same.items() if value}
-
-
-def _name(label: Mapping[str, str]) -> str:
-    return ", ".join(f"ratio {v}" if k == "ratio" else v for k, v in label.items() if v)
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value if isinstance(value, str) else json.dumps(value)
-    return flat
-
-
-def _differs(key: str, own: Mapping[str, str], everyone: Sequence[Mapping[str, str]]) -> bool:
-    section = key.split(".")[0]
-    # A method's settings are held against those of the same method only.
-    name = f"{section}.name" if section in ("method", "model") else "seed"
-    peers = [o for o in everyone if name == "seed" or o[name] == own[name]]
-    return key not in _LABELLED and any(other.get(key) != own[key] for other in peers)
 
 
 def _spread(values: Iterable[float | None]) -> Spread | None:

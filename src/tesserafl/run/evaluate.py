@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tesserafl.core.metrics import Metrics, measure
 from tesserafl.core.method import Predictor
+from tesserafl.core.metrics import Metrics, measure
 from tesserafl.core.params import Params
 from tesserafl.data.examples import Examples, FederatedData
 from tesserafl.models.normalisation import collect_statistics, has_statistics
@@ -63,5 +63,5 @@ class Evaluator:
 
     def _batches(self, examples: Examples) -> Iterator[tuple[Tensor, Tensor]]:
         size = _TEXT_BATCH if self.data.spec.kind == "tokens" else _BATCH
-        for rows in torch.arange(len(examples)).split(size):
+        for rows in torch.split(torch.arange(len(examples)), size):
             yield examples.batch(rows)

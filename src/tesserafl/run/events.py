@@ -1,9 +1,9 @@
 """One stream of what happened: events.jsonl, a JSON object a line, each with a `kind`.
 
-    start     the experiment, clients and their data, the model's size
-    round     participation, mean loss, bytes, FLOPs, seconds, coverage, per-client rows
-    evaluate  accuracy and loss of the global model after a round
-    finish    the summary that `--json` prints
+start     the experiment, clients and their data, the model's size
+round     participation, mean loss, bytes, FLOPs, seconds, coverage, per-client rows
+evaluate  accuracy and loss of the global model after a round
+finish    the summary that `--json` prints
 """
 
 from __future__ import annotations

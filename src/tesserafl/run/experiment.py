@@ -22,7 +22,7 @@ from tesserafl.models import MLP, MODELS, ModelSettings
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """Where and how clients are computed; does not change the result, but for threads and device."""
+    """Where and how clients are computed; only threads and device change bits."""
 
     workers: int = 1
     """processes that train clients; 1 trains them in the main process. Any number, the same bits"""
@@ -48,7 +48,7 @@ class Experiment:
     dropout: float = 0.0
     """probability that a client that was asked does not answer"""
     client_memory_mib: tuple[float, ...] = ()
-    """memory that training may take on the client classes, dealt like method.ratio; empty: no limit"""
+    """memory for training on the client classes, dealt like method.ratio; empty: no limit"""
     seed: int = 0
     """the seed of everything: partition, initialisation, participation, batches, schedules"""
     evaluate_every: int = 5

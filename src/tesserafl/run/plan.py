@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-
 from tesserafl.core.messages import Client
 from tesserafl.core.method import State
 from tesserafl.core.submodel import Coverage
@@ -76,9 +75,7 @@ def _classes(setup: Setup, state: State, whole: int) -> list[ClientClass]:
     classes = []
     for (ratio, memory), members in groups.items():
         task = next(
-            iter(
-                experiment.method.configure(setup.model, state, members[:1], experiment.training)
-            )
+            iter(experiment.method.configure(setup.model, state, members[:1], experiment.training))
         )
         cost = costs.of(task.submodel)
         classes.append(
@@ -112,5 +109,3 @@ def _coverage(
             shares |= {r: 1.0 for r in wanted if r >= number}
             break
     return shares
-
-

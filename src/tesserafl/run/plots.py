@@ -5,14 +5,9 @@ Every figure is an object of its own, without pyplot and without global state.
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-
-from tesserafl.run.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +20,7 @@ Quantity = Literal["rounds", "bytes", "flops", "seconds", "percent", "plain"]
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c8c8c")
 """Okabe and Ito's colours for all kinds of colour vision, without the ones that vanish on paper."""
 
-_INK = "#1d2125"
+INK = "#1d2125"
 """Text and axes; becomes the page's own text colour in an SVG."""
 _MARKERS = "osD^vPX*"
 _STYLES = ("-", "--", "-.", ":")
@@ -131,7 +126,7 @@ def panels_figure(panels: Sequence[Panel], *, width: float = 10.5, height: float
         _dress(axes, panel.title, f"{name} ({unit})" if unit else name)
         axes.set_xlim(left=0)
         if panel.mark is not None:
-            axes.axvline(panel.mark / divisor, color=_INK, alpha=0.6, linewidth=1, linestyle=":")
+            axes.axvline(panel.mark / divisor, color=INK, alpha=0.6, linewidth=1, linestyle=":")
         if panel.up == "percent":
             low, high = axes.get_ylim()
             axes.set_ylim(max(low, -2.0), min(high, 102.0))
@@ -144,7 +139,7 @@ def panels_figure(panels: Sequence[Panel], *, width: float = 10.5, height: float
             ncols=columns,
             frameon=False,
             fontsize=8,
-            labelcolor=_INK,
+            labelcolor=INK,
         )
         for text in legend.get_texts():
             text.set_parse_math(False)
@@ -205,32 +200,6 @@ def partition_figure(counts: list[list[int]], class_names: list[str]) -> Figure:
     return figure
 
 
-def svg_of(figure: Figure, prefix: str) -> str:
-    """The figure as an `<svg>` element for a page: text in the page's colour, ids of its own."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", facecolor="none", dpi=200)
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'^<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1>", svg)
-    numbers: dict[str, int] = {}
-
-    def renamed(match: re.Match[str]) -> str:
-        number = numbers.setdefault(match[2], len(numbers))
-        return f"{match[1]}{prefix}-{number}{match[3]}"
-
-    svg = re.sub(r'( id="|href="#|url\(#)([^")]+)(["\)])', renamed, svg)
-    svg = svg.replace(_INK, "currentColor")
-    return svg.replace(PALETTE[0], f"var(--first, {PALETTE[0]})").strip()
-
-
-def write_png(figure: Figure, path: Path) -> None:
-    """The figure on white, 120 dots per inch."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120, facecolor="white")
-    write_atomic(path, file.getvalue())
-
-
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
@@ -255,14 +224,14 @@ def _size_bars(axes: Axes, sizes: list[int]) -> None:
 
 
 def _dress(axes: Axes, title: str, xlabel: str) -> None:
-    axes.set_title(title, loc="left", fontsize=9.5, color=_INK)
-    axes.set_xlabel(xlabel, fontsize=8.5, color=_INK)
+    axes.set_title(title, loc="left", fontsize=9.5, color=INK)
+    axes.set_xlabel(xlabel, fontsize=8.5, color=INK)
     axes.set_facecolor("none")
-    axes.tick_params(labelsize=8, colors=_INK, width=0.6, length=3)
-    axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
+    axes.tick_params(labelsize=8, colors=INK, width=0.6, length=3)
+    axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set(color=_INK, linewidth=0.6)
+    axes.spines[["left", "bottom"]].set(color=INK, linewidth=0.6)
     axes.xaxis.set_major_locator(_ticks(6, integer="(" not in xlabel or "client" in xlabel))
 
 

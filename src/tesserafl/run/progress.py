@@ -79,6 +79,4 @@ class Progress:
         elif done == self._rounds or done % max(1, self._rounds // _LINES) == 0:
             seconds = time.monotonic() - self._begun
             loss = "-" if event["loss"] is None else f"{event['loss']:.4f}"
-            print(
-                f"round {done}/{self._rounds}  loss {loss}  {note}  {seconds:.0f} s", flush=True
-            )
+            print(f"round {done}/{self._rounds}  loss {loss}  {note}  {seconds:.0f} s", flush=True)

@@ -14,6 +14,7 @@ from tesserafl.core.errors import CapacityError, UpdateError
 from tesserafl.core.exactsum import check_delta
 from tesserafl.core.messages import Task, Update
 from tesserafl.core.method import State
+from tesserafl.core.params import Params
 from tesserafl.core.submodel import Coverage, SubModel
 from tesserafl.engines.seam import Done, Engine, Failed
 from tesserafl.models.costs import Costs, costs_of
@@ -85,14 +86,13 @@ def play_round(
     cohort = setup.cohort(state.round)
     training = replace(experiment.training, lr=experiment.training.lr_at(state.round, state.rounds))
     tasks = experiment.method.configure(setup.model, state, cohort, training)
-    updates = _updates(setup, engine, tasks, costs, notes)
+    updates = _updates(setup, engine, tasks, state.params, costs, notes)
     after = experiment.method.aggregate(setup.model, state, cohort, updates)
     coverage.add(notes.trained)
     refused = [note for note in notes.failures if note["reason"] == "error"]
     if refused and not notes.clients:
         raise UpdateError(
-            f"round {state.round}: the work of every client failed; the first: "
-            f"{refused[0]['text']}"
+            f"round {state.round}: the work of every client failed; the first: {refused[0]['text']}"
         )
     notes.seconds = time.perf_counter() - begun
     return after, notes
@@ -113,7 +113,12 @@ def check_memory(setup: Setup, state: State, costs: CostTable) -> None:
 
 
 def _updates(
-    setup: Setup, engine: Engine, tasks: Iterator[Task], costs: CostTable, notes: Notes
+    setup: Setup,
+    engine: Engine,
+    tasks: Iterator[Task],
+    large: Params,
+    costs: CostTable,
+    notes: Notes,
 ) -> Iterator[Update]:
     """Submit as many tasks as the engine takes at once; pass each answer on, then forget it."""
     pending: dict[int, Task] = {}
@@ -139,7 +144,7 @@ def _updates(
             task = pending.pop(outcome.update.client)
             try:
                 # Here, not where it is summed: one bad update must not cost the round.
-                check_delta(outcome.update.submodel, outcome.update.delta)
+                check_delta(outcome.update.submodel, outcome.update.delta, large)
             except UpdateError as error:
                 notes.failures.append(_failure(task.client.id, "error", str(error)))
                 continue

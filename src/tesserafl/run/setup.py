@@ -102,9 +102,7 @@ def make_engine(setup: Setup) -> Engine:
     workers = setup.experiment.engine.workers
     if workers == 1:
         return InProcess(worker=client_worker(setup))
-    alone = replace(
-        setup.experiment, engine=replace(setup.experiment.engine, workers=1)
-    )
+    alone = replace(setup.experiment, engine=replace(setup.experiment.engine, workers=1))
     return WorkerPool(
         [sys.executable, "-m", "tesserafl.run.worker"],
         json.dumps(to_json(alone)).encode(),

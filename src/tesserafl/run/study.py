@@ -1,8 +1,8 @@
 """A study: several experiments that are run one after another and compared.
 
-    FOLDER/study.json       the rows: label -> configuration
-    FOLDER/LABEL/           one run folder a row
-    FOLDER/comparison.html  the table and plots
+FOLDER/study.json       the rows: label -> configuration
+FOLDER/LABEL/           one run folder a row
+FOLDER/comparison.html  the table and plots
 """
 
 from __future__ import annotations

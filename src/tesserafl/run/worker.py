@@ -11,7 +11,7 @@ import sys
 import time
 
 from tesserafl.core.errors import TesseraError
-from tesserafl.core.messages import decode_task, encode_update
+from tesserafl.core.wire import decode_task, encode_update
 from tesserafl.engines.client import threads
 from tesserafl.engines.frames import read_frame, write_frame
 from tesserafl.run.experiment import from_json

@@ -240,4 +240,4 @@ def test_large_tensors_are_converted_in_pieces_without_a_seam() -> None:
 
 
 def test_check_delta_takes_what_lies_on_the_bound() -> None:
-    check_delta(PARTS[0], {"b": torch.tensor([MAX_ENTRY, -MAX_ENTRY])})
+    check_delta(PARTS[0], {"b": torch.tensor([MAX_ENTRY, -MAX_ENTRY])}, LARGE)

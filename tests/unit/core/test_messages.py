@@ -19,6 +19,10 @@ from tesserafl.core.messages import (
     Memory,
     Task,
     Update,
+)
+from tesserafl.core.params import Params, sha256
+from tesserafl.core.submodel import Index, SubModel, View, index_tensor
+from tesserafl.core.wire import (
     decode_task,
     decode_update,
     encode_task,
@@ -26,8 +30,6 @@ from tesserafl.core.messages import (
     pack,
     unpack,
 )
-from tesserafl.core.params import Params, sha256
-from tesserafl.core.submodel import Index, SubModel, View, index_tensor
 
 fast = settings(deadline=None, max_examples=150)
 

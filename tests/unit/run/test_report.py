@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from tesserafl.core.errors import CheckpointError
 from tesserafl.data.examples import ClientData, Examples, FederatedData, Spec
-from tesserafl.run.plots import Line, Panel, human, panels_figure, partition_figure, svg_of
+from tesserafl.run.page import svg_of
+from tesserafl.run.plots import Line, Panel, human, panels_figure, partition_figure
 from tesserafl.run.report import write_partition, write_report
 
 CONFIG = {

@@ -1,0 +1,150 @@
+import pytest
+import torch
+from torch import nn
+
+from tesserafl.core.axes import probe
+from tesserafl.core.errors import ModelError
+from tesserafl.core.model import Tie, fan_in_dims
+from tesserafl.core.params import sha256
+from tesserafl.core.submodel import cut
+
+
+class Net(nn.Module):
+    """Three equal layers, so that one size has two axes; blocks; a head."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        hidden = sizes["hidden"]
+        self.first, self.second = nn.Linear(5, hidden), nn.Linear(hidden, hidden)
+        self.third = nn.Linear(hidden, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(sizes["layers"]))
+        self.head = nn.Linear(8, sizes["classes"])
+
+    def forward(self, x):
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        x = self.third(x)
+        for block in self.blocks:
+            x = torch.relu(block(x)) + x
+        return self.head(x)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return probe(
+        Net,
+        {"hidden": 12, "layers": 4, "classes": 3},
+        lambda: torch.randn(2, 5),
+        outputs=("classes",),
+    )
+
+
+def test_one_size_two_axes(model):
+    assert [(a, w.size) for a, w in model.widths.items()] == [
+        ("hidden", "hidden"),
+        ("hidden.second", "hidden"),
+        ("classes", "classes"),
+    ]
+    assert model.cuttable == ("hidden", "hidden.second")
+    assert (model.units("hidden.second"), model.units("layers")) == (12, 4)
+
+
+def test_axes_of_one_size_keep_different_units(model):
+    submodel = model.slice({"hidden": [0, 1, 2], "hidden.second": [9, 4, 7]})
+    assert submodel.sizes == {"hidden": 3, "layers": 4, "classes": 3}
+    large = model.init(0)
+    small = cut(large, submodel)
+    assert torch.equal(small["second.weight"], large["second.weight"][[9, 4, 7]][:, :3])
+    model.module(submodel.sizes).load_state_dict(small, strict=True)
+
+
+def test_the_missing_axis_of_a_size_follows_the_first_given(model):
+    submodel = model.slice({"hidden.second": [5, 8]})
+    assert submodel.views["first.weight"].shape == (2, 5)
+    assert submodel.views["first.weight"].index[0].tolist() == [5, 8]
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"hidden": [0], "hidden.second": [0, 1]}, "equally many units; asked were 1 and 2"),
+        ({"hiden": [0]}, "did you mean 'hidden'"),
+        ({"hidden": [0, 12]}, "has units 0 to 11; asked were 0 to 12"),
+        ({"hidden": [-1]}, "asked were -1 to -1"),
+        ({"hidden": [3, 3]}, "kept twice"),
+        ({"hidden": []}, "at least one unit"),
+    ],
+)
+def test_wrong_units_are_refused(model, keep, message):
+    with pytest.raises(ModelError, match=message):
+        model.slice(keep)
+
+
+def test_blocks_can_be_left_out(model):
+    submodel = model.slice({"layers": [0, 2], "hidden": range(6)})
+    assert submodel.sizes == {"hidden": 6, "layers": 2, "classes": 3}
+    assert submodel.views["blocks.1.weight"].name == "blocks.2.weight"
+    model.module(submodel.sizes).load_state_dict(cut(model.init(0), submodel), strict=True)
+
+
+def test_blocks_of_different_build_do_not_stand_in_for_each_other():
+    class Uneven(nn.Module):
+        def __init__(self, layers):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(4, 4, bias=i > 0) for i in range(layers))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    uneven = probe(lambda s: Uneven(s["layers"]), {"layers": 3}, lambda: torch.randn(2, 4))
+    assert uneven.slice({"layers": [0, 2]}).sizes == {"layers": 2}
+    with pytest.raises(ModelError, match="block 1 is built differently from block 0"):
+        uneven.slice({"layers": [1, 2]})
+
+
+def test_a_resized_model_has_axes_of_its_own(model):
+    submodel = model.slice({"hidden": range(6), "hidden.second": range(6, 12), "layers": [0, 1]})
+    small = model.resized(submodel)
+    assert (small.units("hidden"), small.units("hidden.second"), small.units("layers")) == (6, 6, 2)
+    again = small.slice({"hidden": [1, 2], "layers": [1]})
+    small.module(again.sizes).load_state_dict(cut(small.init(0), again), strict=True)
+
+
+def test_initialisation_depends_on_the_seed_alone(model):
+    torch.manual_seed(1)
+    first = sha256(model.init(3))
+    torch.manual_seed(2)
+    assert sha256(model.init(3)) == first != sha256(model.init(4))
+
+
+def test_pretrained_parameters_are_cut_with_the_model(model):
+    loaded = model.init(9)
+    held = probe(
+        Net, model.sizes, lambda: torch.randn(2, 5), outputs=("classes",), pretrained=lambda: loaded
+    )
+    submodel = held.slice({"hidden": [3, 5]})
+    assert sha256(held.resized(submodel).init(0)) == sha256(cut(loaded, submodel))
+
+
+@pytest.mark.parametrize(
+    ("parts", "units", "expected"),
+    [
+        ((2,), slice(1, 3), slice(2, 6)),
+        ((1, 1), [0, 2], [0, 2, 3, 5]),
+        ((2, 1, 1), [1], [2, 3, 7, 10]),
+    ],
+)
+def test_entries_of_units(parts, units, expected):
+    index = units if isinstance(units, slice) else torch.tensor(units)
+    got = Tie("a", parts).expand(index, 3)
+    assert got == expected if isinstance(expected, slice) else got.tolist() == expected
+
+
+def test_fan_in_of_the_layers_that_multiply():
+    assert fan_in_dims(nn.Linear(2, 3)) == {"weight": 1}
+    assert fan_in_dims(nn.Conv2d(2, 3, 1)) == {"weight": 1}
+    assert fan_in_dims(nn.ConvTranspose2d(2, 3, 1)) == {"weight": 0}
+    assert fan_in_dims(nn.MultiheadAttention(4, 2)) == {"in_proj_weight": 1}
+    assert fan_in_dims(nn.LSTM(2, 3)) == {"weight_ih_l0": 1, "weight_hh_l0": 1}
+    assert fan_in_dims(nn.LayerNorm(3)) == {} == fan_in_dims(nn.Embedding(3, 2))
