@@ -130,7 +130,7 @@ def train_scaled(self: _Scaled, model: Model, task: Task, memory: Memory) -> Fit
 
 def report_deltas(self: object, model: Model, task: Task, fitted: Fitted, memory: Memory) -> Report:
     """The change of every trained parameter; with masked classes only the owners' output rows."""
-    delta = subtract(fitted.params, {name: task.params[name] for name in fitted.params})
+    delta = subtract(fitted.params, task.params)
     submodel = task.submodel
     if task.training.mask_absent_classes:
         rows = _class_rows(model, submodel, delta, fitted.classes)

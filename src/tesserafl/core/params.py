@@ -12,7 +12,7 @@ Params = dict[str, Tensor]
 
 
 def subtract(left: Params, right: Params) -> Params:
-    """`left - right`, entry by entry; both hold the same names."""
+    """`left - right`, entry by entry; `right` holds the names of `left`, or more."""
     return {name: left[name] - right[name] for name in left}
 
 

@@ -14,7 +14,7 @@ from tesserafl.core.fit import Fit, Fitted, Forward, Training
 from tesserafl.core.messages import Memory, Task, Update
 from tesserafl.core.method import Method
 from tesserafl.core.model import Model
-from tesserafl.core.params import Params
+from tesserafl.core.params import Params, subtract
 from tesserafl.data.examples import Examples
 from tesserafl.models.scaling import forward_of, own_scales
 
@@ -39,20 +39,26 @@ class ClientWorker:
         scales: dict[str, float] = {}
         if fit.width_scaling == "parameters":
             scales = own_scales(self.model, task.submodel, module)
-            fit = replace(fit, params=_scaled(fit.params, scales))
+            unscaled, fit = fit, replace(fit, params=_scaled(fit.params, scales))
         key = (self.seed, task.round, task.client.id)
         examples = self.examples(task.client.id)
         with seeds.seeded(*key, "fit"):  # dropout draws from torch's own generator
             fitted = execute(fit, forward, examples, seeds.generator(*key, "batches"), self.device)
         if scales:
-            back = {name: 1.0 / scale for name, scale in scales.items()}
-            fitted = replace(fitted, params=_scaled(fitted.params, back))
+            # By the change, so that what training left alone is left alone to the bit.
+            change = _scaled(
+                subtract(fitted.params, fit.params), {n: 1.0 / s for n, s in scales.items()}
+            )
+            params = {name: unscaled.params[name] + change[name] for name in change}
+            fitted = replace(fitted, params=params)
         return self.method.report(self.model, task, fitted, memory)
 
     def _module(self, task: Task) -> nn.Module:
         key = tuple(sorted(task.submodel.sizes.items()))
         if key not in self._modules:
-            self._modules[key] = self.model.module(task.submodel.sizes).to(self.device).train()
+            with seeds.seeded(0, "module"):  # its own weights are never used
+                module = self.model.module(task.submodel.sizes)
+            self._modules[key] = module.to(self.device).train()
         return self._modules[key]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tesserafl.experiments import comparison as _comparison
 from tesserafl.experiments import paper_fedbrb as _paper_fedbrb
+from tesserafl.experiments import width_grid as _width_grid
 from tesserafl.experiments.quickstart import quickstart
 from tesserafl.run.experiment import Experiment
 
@@ -30,5 +31,6 @@ class Named:
 EXPERIMENTS: dict[str, Named] = {
     "quickstart": Named(base=quickstart),
     "comparison": Named(base=_comparison.comparison, rows=_comparison.rows),
+    "width_grid": Named(base=_width_grid.width_grid, rows=_width_grid.rows),
     "paper_fedbrb": Named(base=_paper_fedbrb.paper_fedbrb, rows=_paper_fedbrb.rows),
 }

@@ -30,8 +30,6 @@ class Grid:
     model: Model
     s: int
     """The smallest client holds 1/s of every axis."""
-    slopes: Mapping[str, tuple[int, int]]
-    """Per axis the lattice's (a, b): group = a u + b v modulo s."""
 
     def blocks(self, ratio: float) -> int:
         """rho: groups per axis that a client of this ratio holds."""
@@ -50,7 +48,7 @@ class Grid:
         """
         rows: list[Tensor | None] = []
         for tie in self.model.ties[name]:
-            if tie is None or tie.axis not in self.slopes:
+            if tie is None or tie.axis not in self.model.cuttable:
                 rows.append(None)
                 continue
             total = self.model.units(tie.axis)
@@ -87,7 +85,7 @@ def grid_of(ratios: tuple[float, ...], model: Model) -> Grid:
                 f"FedBRB: axis {axis!r} has {units} units, which do not divide into {s} groups; "
                 f"choose a smallest ratio among {', '.join(allowed)}, or another width"
             )
-    return Grid(model=model, s=s, slopes=_lattice(model))
+    return Grid(model=model, s=s)
 
 
 def refuse_holders(ratios: tuple[float, ...], model: Model) -> None:
@@ -103,22 +101,49 @@ def refuse_holders(ratios: tuple[float, ...], model: Model) -> None:
             )
 
 
-def _lattice(model: Model) -> dict[str, tuple[int, int]]:
+def lattice_slopes(model: Model) -> dict[str, tuple[int, int]]:
     """(a, b) per axis such that axes that meet in a parameter sweep all pairs of groups.
 
     Groups a u + b v and c u + d v take all s^2 pairs over (u, v) when a d - b c is a unit modulo s.
     Any two of (1, 0), (1, 1), (0, 1) do, for every s; so axes that meet get different ones.
+
+    Raises:
+        ConfigError: an axis meets itself, or four axes meet each other; some blocks would never
+            be trained.
     """
     meets: dict[str, set[str]] = {axis: set() for axis in model.cuttable}
-    for ties in model.ties.values():
+    for name, ties in model.ties.items():
         axes = [tie.axis for tie in ties if tie is not None and tie.axis in meets]
         for one, other in itertools.permutations(axes, 2):
+            if one == other:
+                raise ConfigError(
+                    f"FedBRB: axis {one!r} is two dimensions of {name!r}, so the lattice would "
+                    f"only train its diagonal blocks; give the layers sizes of their own, or set "
+                    f"method.rolling independent"
+                )
             meets[one].add(other)
-    slopes: dict[str, tuple[int, int]] = {}
-    for axis, others in meets.items():
-        taken = {slopes[other] for other in others if other in slopes}
-        slopes[axis] = next((slope for slope in _SLOPES if slope not in taken), _SLOPES[0])
+    slopes = _coloured(list(meets), meets, {})
+    if slopes is None:
+        raise ConfigError(
+            f"FedBRB: more than three of the axes {', '.join(meets)} meet each other in "
+            f"parameters; the lattice cannot sweep all their pairs. Set method.rolling independent"
+        )
     return slopes
+
+
+def _coloured(
+    rest: list[str], meets: Mapping[str, set[str]], slopes: dict[str, tuple[int, int]]
+) -> dict[str, tuple[int, int]] | None:
+    """A colouring of the graph with the three slopes, by backtracking; None if there is none."""
+    if not rest:
+        return slopes
+    taken = {slopes[other] for other in meets[rest[0]] if other in slopes}
+    for slope in _SLOPES:
+        if slope not in taken:
+            found = _coloured(rest[1:], meets, {**slopes, rest[0]: slope})
+            if found is not None:
+                return found
+    return None
 
 
 def glued_views(
@@ -137,7 +162,7 @@ def glued_views(
         groups = iter(turn)
         index: list[Index] = []
         for tie, plain in zip(model.ties[view.name], view.index, strict=True):
-            if tie is None or tie.axis not in grid.slopes:
+            if tie is None or tie.axis not in model.cuttable:
                 index.append(plain)
             else:
                 units = as_index(grid.units(tie.axis, next(groups), rho))
@@ -198,7 +223,7 @@ def broadcast_mean(
         similarity: multiply a block's weight by exp(-|mean delta|).
     """
     before = old.double()
-    if all(groups is None for groups in order):
+    if all(groups is None or len(groups) == 1 for groups in order):
         return (before + mean).to(old.dtype)  # one block: its own mean is the broadcast
     update, weight = _to_blocks(mean, order), _to_blocks(weights.double(), order)
     if similarity:

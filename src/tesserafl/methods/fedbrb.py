@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from tesserafl.core.errors import ConfigError
 from tesserafl.core.fit import Training, WidthScaling
 from tesserafl.core.messages import Client, Task, Update
 from tesserafl.core.method import (
@@ -38,10 +39,10 @@ from tesserafl.core.method import (
 )
 from tesserafl.core.model import Model
 from tesserafl.methods._blocks import (
-    Grid,
     broadcast_mean,
     glued_views,
     grid_of,
+    lattice_slopes,
     refuse_holders,
     tiled_init,
 )
@@ -81,6 +82,8 @@ class FedBRB:
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """The global model, after the strict small-to-large check."""
         grid = grid_of(self.ratio, model)
+        if self.rolling == "lattice":
+            lattice_slopes(model)
         if self.strict:
             refuse_holders(self.ratio, model)
         if self.init_blocks == "tiled":
@@ -100,12 +103,13 @@ class FedBRB:
                 yield glued_views(model, state, client, training, grid, (p, q), rho)
             return
 
+        slopes = self._slopes(model)
+
         def keep(slot: int, client: Client) -> Mapping[str, Sequence[int]]:
+            u, v = state.round + slot, state.round // grid.s + slot // grid.s
             rho = grid.blocks(ratio_of(self.ratio, client))
-            return {
-                axis: grid.units(axis, self._group(grid, axis, slot, state.round), rho)
-                for axis in model.cuttable
-            }
+            groups = {axis: (a * u + b * v) % grid.s for axis, (a, b) in slopes.items()}
+            return {axis: grid.units(axis, first, rho) for axis, first in groups.items()}
 
         yield from width_tasks(model, state, clients, training, keep)
 
@@ -132,16 +136,15 @@ class FedBRB:
 
     predictor = predict_whole
 
-    def _group(self, grid: Grid, axis: str, slot: int, t: int) -> int:
-        """g_l(i, t): which of the s groups of an axis is first for slot i in round t."""
-        u = t + slot
+    def _slopes(self, model: Model) -> dict[str, tuple[int, int]]:
+        """(a, b) per axis: slot i of round t begins at group a (t + i) + b (t // s + i // s)."""
         if self.rolling == "diagonal":
-            return u % grid.s
-        v = t // grid.s + slot // grid.s
-        a, b = grid.slopes[axis]
-        return (a * u + b * v) % grid.s
+            return dict.fromkeys(model.cuttable, (1, 0))
+        return lattice_slopes(model)
 
     def _beta(self, state: State) -> float:
+        if not 0.0 <= self.broadcast <= 1.0:
+            raise ConfigError(f"method.broadcast must be in [0, 1]; got {self.broadcast}")
         if self.anneal == "constant":
             return self.broadcast
         return self.broadcast * 0.5 * (1.0 + math.cos(math.pi * state.round / state.rounds))

@@ -3,17 +3,16 @@
 Yang et al., "FedEcover: Fast and Stable Converging Model-Heterogeneous Federated Learning with
 Efficient-Coverage Submodel Extraction", ICDE 2025; rules read in the authors' code.
 
-Departures from the paper: the pool of an axis is a stream of random permutations drawn from the
-seed, read on by every client in turn, so that any process can compute any client's part. A client
-whose part crosses two permutations takes each unit once. The order in which clients of a round read
-is the order in which the server asked them.
+Departures from the paper: clients of a round draw in the order in which the server asked them. A
+client whose part crosses a refill takes what is left and goes on with the new pool, in which the
+units that it holds already come last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,6 +34,9 @@ from tesserafl.core.method import (
 from tesserafl.core.model import Model
 from tesserafl.core.submodel import Units, merge
 from tesserafl.methods._width import kept_units, ratio_of, width_tasks
+
+Pools = dict[str, dict[str, Any]]
+"""Per axis: `rest`, the units not drawn yet, in the order of drawing; `refills` so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +62,10 @@ class FedEcover:
         self, model: Model, state: State, clients: Sequence[Client], training: Training
     ) -> Iterator[Task]:
         """Every client reads on in each axis's stream."""
-        drawn = dict(state.notes.get("drawn", {}))
-        keeps: list[dict[str, Units]] = []
+        pools, keeps = self._pools(state), []
         for client in clients:
-            keeps.append(
-                {
-                    axis: self._read(model, state, axis, drawn.get(axis, 0), count)
-                    for axis, count in self._counts(model, client).items()
-                }
-            )
-            drawn = self._advance(model, drawn, client)
+            drawn, pools = self._draw(model, state, client, pools)
+            keeps.append(drawn)
 
         def keep(slot: int, client: Client) -> Mapping[str, Units]:
             return keeps[slot]
@@ -95,29 +91,32 @@ class FedEcover:
                 name: old if merged[name] is old else old + step * (merged[name] - old)
                 for name, old in state.params.items()
             }
-        drawn = dict(state.notes.get("drawn", {}))
+        pools = self._pools(state)
         for client in clients:
-            drawn = self._advance(model, drawn, client)
-        return next_round(state, merged, drawn=drawn)
+            _, pools = self._draw(model, state, client, pools)
+        return next_round(state, merged, pools=pools)
 
     predictor = predict_whole
 
-    def _counts(self, model: Model, client: Client) -> dict[str, int]:
-        ratio = ratio_of(self.ratio, client)
-        return {axis: kept_units(model, axis, ratio) for axis in model.cuttable}
+    def _pools(self, state: State) -> Pools:
+        return {axis: dict(pool) for axis, pool in state.notes.get("pools", {}).items()}
 
-    def _advance(self, model: Model, drawn: dict[str, int], client: Client) -> dict[str, int]:
-        counts = self._counts(model, client)
-        return {axis: drawn.get(axis, 0) + count for axis, count in counts.items()}
-
-    def _read(self, model: Model, state: State, axis: str, position: int, count: int) -> Units:
-        total = model.units(axis)
-        units: list[int] = []
-        while len(units) < count:
-            refill, offset = divmod(position, total)
-            draw = seeds.generator(state.seed, "pool", axis, refill)
-            rest = torch.randperm(total, generator=draw)[offset:].tolist()
-            fresh = [unit for unit in rest if unit not in units][: count - len(units)]
-            units += fresh
-            position = (refill + 1) * total
-        return sorted(units)
+    def _draw(
+        self, model: Model, state: State, client: Client, pools: Pools
+    ) -> tuple[Mapping[str, Units], Pools]:
+        """The client's units per axis, and what is left in the pools."""
+        ratio, keep, left = ratio_of(self.ratio, client), {}, dict(pools)
+        for axis in model.cuttable:
+            count = kept_units(model, axis, ratio)
+            pool = left.get(axis, {"refills": 0, "rest": []})
+            refills, taken, rest = pool["refills"], pool["rest"][:count], pool["rest"][count:]
+            if len(taken) < count:
+                draw = seeds.generator(state.seed, "pool", axis, refills)
+                fresh = torch.randperm(model.units(axis), generator=draw).tolist()
+                # What the client holds already goes to the end: nothing is drawn twice or lost.
+                fresh = [u for u in fresh if u not in taken] + [u for u in fresh if u in taken]
+                missing = count - len(taken)
+                taken, rest, refills = taken + fresh[:missing], fresh[missing:], refills + 1
+            keep[axis] = sorted(taken)
+            left[axis] = {"refills": refills, "rest": rest}
+        return keep, left

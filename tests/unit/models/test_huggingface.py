@@ -185,6 +185,7 @@ def test_the_axes_of_the_families():
         *(f"stage{i}{part}" for i in range(2) for part in ("", ".layer", ".layer2")),
         "classes",
     ]
+    assert resnet.widths["stage1"].quantum == 4  # one channel inside a bottleneck, four outside
     assert list(resnet.depths) == ["layers0", "layers1"]
 
 
