@@ -7,18 +7,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, make_dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import tyro
 
 from tesserafl import __version__
-
-if TYPE_CHECKING:
-    from tesserafl.experiments import Named
-    from tesserafl.run.experiment import Experiment
-    from tesserafl.run.plan import Plan
 
 COMMANDS = {
     "run": "NAME|FILE  run a named experiment, a TOML file or a run folder's config.json",
@@ -46,14 +41,30 @@ class RunOptions:
     """run with this many seeds, counted up from --seed"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Options of the command itself."""
+
+    json: bool = False
+    """print the plan as one JSON object"""
+
+
 @dataclass(frozen=True)
-class FolderOptions:
-    """A command on one run folder."""
+class ResumeOptions:
+    """Continue a run or a study."""
 
     run: tyro.conf.Positional[Path]
     """the run folder"""
     json: bool = False
     """print the summary as one JSON object on the last line"""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Write a report anew."""
+
+    run: tyro.conf.Positional[Path]
+    """the run folder"""
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     if args[0] not in COMMANDS:
         _fail(f"unknown command {args[0]!r}; {did_you_mean(args[0], COMMANDS)}", 2)
-    # Hash-ordered sets and TF32 must not decide bits; set before torch computes anything.
+    # cuBLAS repeats its bits only with a workspace of its own, set before torch loads.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         _COMMANDS[args[0]](args[1:])
@@ -107,10 +118,11 @@ def _fail(message: str, code: int) -> None:
 
 
 def _run(args: list[str]) -> None:
+    from tesserafl.arguments import configured
     from tesserafl.run.runner import start
     from tesserafl.run.study import repeated, start_study
 
-    name, named, options, experiment = _configured("run", args)
+    name, named, options, experiment = configured("run", args, RunOptions())
     folder = options.out or _fresh(Path("runs") / name)
     rows = dict(named.rows(experiment)) if named.rows else {name: experiment}
     rows = repeated(rows, options.repeats)
@@ -126,7 +138,8 @@ def _resume(args: list[str]) -> None:
     from tesserafl.run.runner import resume
     from tesserafl.run.study import is_study, resume_study
 
-    folder, as_json = _folder_and_json("resume", args)
+    options = tyro.cli(ResumeOptions, args=args, prog="tessera resume")
+    folder, as_json = options.run, options.json
     with _progress() as progress:
         if is_study(folder):
             summary = resume_study(folder, progress.announce, progress.listen)
@@ -136,15 +149,20 @@ def _resume(args: list[str]) -> None:
 
 
 def _plan(args: list[str]) -> None:
-    from tesserafl.run.plan import make_plan
+    from rich.console import Console
+
+    from tesserafl.arguments import configured
+    from tesserafl.run.plan import described, make_plan
     from tesserafl.run.setup import prepare
 
-    _, _, options, experiment = _configured("plan", args)
+    _, _, options, experiment = configured("plan", args, PlanOptions())
     plan = make_plan(prepare(experiment))
     if options.json:
         print(json.dumps(asdict(plan)))
     else:
-        _print_plan(plan)
+        console = Console(highlight=False)
+        for part in described(plan):
+            console.print(part)
 
 
 def _list(args: list[str]) -> None:
@@ -194,8 +212,7 @@ def _compare(args: list[str]) -> None:
 def _report(args: list[str]) -> None:
     from tesserafl.run.report import write_report
 
-    folder, _ = _folder_and_json("report", args)
-    print(write_report(folder))
+    print(write_report(tyro.cli(ReportOptions, args=args, prog="tessera report").run))
 
 
 def _doctor(args: list[str]) -> None:
@@ -218,68 +235,6 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "report": _report,
     "doctor": _doctor,
 }
-
-
-def _configured(command: str, args: list[str]) -> tuple[str, Named, RunOptions, Experiment]:
-    """The experiment that the arguments name, with their overrides."""
-    from tesserafl.core.errors import did_you_mean
-    from tesserafl.experiments import EXPERIMENTS, Named
-    from tesserafl.run.experiment import REGISTRIES, Experiment, choose, from_file
-
-    if not args or args[0].startswith("-"):
-        known = ", ".join(EXPERIMENTS)
-        _fail(f"tessera {command} needs an experiment ({known}) or a file; see tessera --help", 2)
-    name, rest = args[0], args[1:]
-    if name.endswith((".toml", ".json")):
-        base = from_file(Path(name))
-        name, named = Path(name).stem, Named(base=lambda path: base)
-    elif name in EXPERIMENTS:
-        named = EXPERIMENTS[name]
-    else:
-        _fail(f"unknown experiment {name!r}; {did_you_mean(name, EXPERIMENTS)}", 1)
-    path = _taken(list(rest), "data.path")
-    experiment = named.base(Path(path) if path else None)
-    for section in REGISTRIES:
-        chosen = _taken(rest, section)
-        if chosen is not None:
-            current = getattr(experiment, section)
-            experiment = replace(experiment, **{section: choose(section, chosen, current)})
-
-    # Made here, not at the top: the types of an experiment import torch.
-    unprefixed = tyro.conf.arg(name="")
-    everything = make_dataclass(
-        "Everything",
-        [
-            ("options", Annotated[RunOptions, unprefixed]),
-            ("experiment", Annotated[Experiment, unprefixed]),
-        ],
-    )
-    parsed = tyro.cli(
-        everything,
-        args=rest,
-        default=everything(RunOptions(), experiment),
-        prog=f"tessera {command} {name}",
-        description=f"{named.summary}\n\nChoose others with --method NAME, --model NAME.",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    return name, named, parsed.options, parsed.experiment
-
-
-def _taken(args: list[str], flag: str) -> str | None:
-    """Remove `--flag value` or `--flag=value` from the arguments; the value, or None."""
-    for position, argument in enumerate(args):
-        if argument == f"--{flag}" and position + 1 < len(args):
-            value = args[position + 1]
-            del args[position : position + 2]
-            return value
-        if argument.startswith(f"--{flag}="):
-            return args.pop(position).partition("=")[2]
-    return None
-
-
-def _folder_and_json(command: str, args: list[str]) -> tuple[Path, bool]:
-    options = tyro.cli(FolderOptions, args=args, prog=f"tessera {command}")
-    return options.run, options.json
 
 
 def _fresh(folder: Path) -> Path:
@@ -318,35 +273,6 @@ def _show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
         highlight=False,
     )
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
-
-
-def _print_plan(plan: Plan) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    axes = ", ".join(f"{axis} {units}" for axis, units in plan.axes.items())
-    console.print(f"Global model: {plan.num_entries:,} parameters; units per axis: {axes}")
-    table = Table("ratio", "clients", "parameters", "share", "MB each way", "MFLOP a step")
-    table.add_column("peak MiB")
-    table.add_column("has MiB")
-    table.add_column("fits")
-    for kind in plan.classes:
-        memory = "-" if kind.memory_bytes is None else f"{kind.memory_bytes / 2**20:.1f}"
-        table.add_row(
-            f"{kind.ratio:g}",
-            str(kind.num_clients),
-            f"{kind.num_entries:,}",
-            f"{kind.share:.1%}",
-            f"{kind.bytes_each_way / 1e6:.3g}",
-            f"{kind.flops_per_step / 1e6:.3g}",
-            f"{kind.peak_bytes / 2**20:.2f}",
-            memory,
-            "yes" if kind.fits else "NO",
-        )
-    console.print(table)
-    grown = ", ".join(f"{share:.1%} after {rounds}" for rounds, share in plan.coverage.items())
-    console.print(f"Coverage of the global model by round: {grown}")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,8 @@ def test_a_client_of_ratio_rho_over_s_holds_rho_by_rho_neighbouring_blocks() -> 
     # Ratios 1/4 and 1/2 of 8 units: s = 4, groups of 2 units, rho = 1 and 2 (cyclic).
     model = mlp(8, 8)
     seen = set()
-    for small, large in rounds_of(FedBRB(ratio=(0.25, 0.5)), model, 2, range(16)):
+    # Three in a round: two would leave every slot with every other group, as 2 divides s.
+    for small, large, _ in rounds_of(FedBRB(ratio=(0.25, 0.5, 0.5)), model, 3, range(16)):
         for task, rho in ((small, 1), (large, 2)):
             for axis, units in units_of(model, task).items():
                 groups = sorted({unit // 2 for unit in units})

@@ -21,7 +21,7 @@ from torch import Tensor
 from tesserafl.core.exactsum import ExactSum
 from tesserafl.core.fit import Fit, Fitted, Training, WidthScaling
 from tesserafl.core.messages import Client, Memory, Options, Task, Update
-from tesserafl.core.model import Model
+from tesserafl.core.model import CLASSES, Model
 from tesserafl.core.params import Params, subtract
 from tesserafl.core.submodel import Index, SubModel, index_tensor, merge
 
@@ -189,7 +189,7 @@ def _class_rows(
     rows: dict[str, dict[int, Index]] = {}
     for name in names:
         ties = model.ties[submodel.views[name].name]
-        dims = {d: classes for d, tie in enumerate(ties) if tie and tie.axis == "classes"}
+        dims = {d: classes for d, tie in enumerate(ties) if tie and tie.axis == CLASSES}
         if dims:
             rows[name] = dict(dims)
     return rows

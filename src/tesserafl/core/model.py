@@ -31,6 +31,8 @@ from tesserafl.core.submodel import (
 )
 
 Sizes = Mapping[str, int]
+CLASSES = "classes"
+"""The axis of a classifier's outputs, in every family."""
 Build = Callable[[Sizes], nn.Module]
 
 

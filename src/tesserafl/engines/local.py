@@ -48,8 +48,7 @@ class InProcess:
             update, memory = self.worker.work(task, self.memories.get(task.client.id, {}))
         except TesseraError as error:
             return [Failed(client=task.client.id, reason="error", text=str(error))]
-        if memory:
-            self.memories[task.client.id] = memory
+        keep(self.memories, task.client.id, memory)
         return [Done(update=update, seconds=time.perf_counter() - begun)]
 
     def close(self) -> None:
@@ -72,6 +71,13 @@ class _Process:
         return self.process.stdout
 
 
+def keep(memories: dict[int, Memory], client: int, memory: Memory) -> None:
+    """Replace what a client keeps; an empty memory is none."""
+    memories.pop(client, None)
+    if memory:
+        memories[client] = memory
+
+
 class WorkerPool:
     """Worker processes that each do one client's work at a time.
 
@@ -85,6 +91,13 @@ class WorkerPool:
         self.memories: dict[int, Memory] = {}
         self._selector = selectors.DefaultSelector()
         self._processes = [self._start() for _ in range(size)]
+        for worker in self._processes:  # all load at the same time; rounds begin when all are ready
+            if read_frame(worker.stdout) is None:
+                self.close()
+                raise TesseraError(
+                    "a worker process ended before it was ready; see its message above, or run "
+                    "with engine.workers 1"
+                )
 
     @property
     def capacity(self) -> int:
@@ -156,18 +169,17 @@ class WorkerPool:
                 f"a worker answered for client {update.client} in round {update.round}; asked was "
                 f"client {task.client.id} in round {task.round}"
             )
-        if memory:
-            self.memories[task.client.id] = memory
+        keep(self.memories, task.client.id, memory)
         return Done(update=update, seconds=frame.seconds)
 
     def _replace(self, worker: _Process) -> Outcome | None:
         task, code = worker.task, worker.process.poll()
         self._end(worker)
+        fresh = self._start()
+        self._processes[self._processes.index(worker)] = fresh
+        if read_frame(fresh.stdout) is None:
+            raise TesseraError("a worker process ended and its successor too; see their messages")
         if task is None:
-            raise TesseraError(
-                f"a worker process ended with code {code} before it did any work; see its message "
-                f"above, or run with engine.workers 1"
-            )
-        self._processes[self._processes.index(worker)] = self._start()
+            return None
         text = f"its worker process ended with code {code}"
         return Failed(client=task.client.id, reason="crashed", text=text)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
+from tesserafl.data import DataSettings
 from tesserafl.experiments import comparison as _comparison
 from tesserafl.experiments import paper_fedbrb as _paper_fedbrb
 from tesserafl.experiments import width_grid as _width_grid
@@ -17,15 +18,15 @@ from tesserafl.run.experiment import Experiment
 class Named:
     """An experiment of `tessera run NAME`."""
 
-    base: Callable[[Path | None], Experiment]
-    """The configuration on packaged data, or at the paper's size on a folder's."""
+    base: Callable[[DataSettings | None], Experiment]
+    """The configuration on packaged data, or at the paper's size on other data."""
     rows: Callable[[Experiment], Mapping[str, Experiment]] | None = None
     """For a study: its rows, from the configuration that the command line changed."""
 
     @property
     def summary(self) -> str:
-        """The first line of the experiment's description; a file has none."""
-        return (self.base.__doc__ or "an experiment from a file").strip().splitlines()[0]
+        """The first line of the experiment's module."""
+        return (sys.modules[self.base.__module__].__doc__ or "").strip().splitlines()[0]
 
 
 EXPERIMENTS: dict[str, Named] = {

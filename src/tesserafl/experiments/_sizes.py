@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from tesserafl.core.fit import Training
 from tesserafl.data import DataSettings, kind_of
@@ -13,12 +12,12 @@ from tesserafl.models.huggingface import Option
 from tesserafl.run.experiment import Experiment
 
 
-def base_for(path: Path | None, method: MethodSettings) -> Experiment:
-    """Digits and a perceptron in minutes, or a folder's data and a network of its kind.
+def base_for(data: DataSettings | None, method: MethodSettings) -> Experiment:
+    """Digits and a perceptron in minutes, or other data and a network of its kind.
 
     At the paper's size: 100 clients, 10 a round (HeteroFL's protocol); images a CNN, texts BERT.
     """
-    if path is None:
+    if data is None:
         return Experiment(
             data=DataSettings(num_clients=20, partition="dirichlet", alpha=0.5),
             model=MLP(hidden=(256, 256), norm="layer"),
@@ -27,9 +26,12 @@ def base_for(path: Path | None, method: MethodSettings) -> Experiment:
             rounds=60,
             clients_per_round=10,
         )
-    data = DataSettings(path=path, num_clients=100, partition="dirichlet", alpha=0.5)
     common = Experiment(
-        data=data, method=method, rounds=400, clients_per_round=10, evaluate_every=20
+        data=replace(data, num_clients=100),
+        method=method,
+        rounds=400,
+        clients_per_round=10,
+        evaluate_every=20,
     )
     kind = kind_of(data)
     if kind == "image":
@@ -39,7 +41,7 @@ def base_for(path: Path | None, method: MethodSettings) -> Experiment:
         training = Training(optimiser="adamw", lr=5e-4, epochs=1, batch_size=16, clip_norm=1.0)
         options: dict[str, Option] = {
             "hidden_size": 256,
-            "num_attention_heads": 8,
+            "num_attention_heads": 16,
             "num_hidden_layers": 4,
             "intermediate_size": 1024,
         }

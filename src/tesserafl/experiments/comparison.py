@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
+from tesserafl.data import DataSettings
 from tesserafl.experiments._sizes import base_for
 from tesserafl.methods import (
     FedAvg,
@@ -19,9 +19,9 @@ from tesserafl.methods import (
 from tesserafl.run.experiment import Experiment
 
 
-def comparison(path: Path | None = None) -> Experiment:
+def comparison(data: DataSettings | None = None) -> Experiment:
     """What the rows share; `--method.ratio` is the clients' width in all of them."""
-    return base_for(path, FedBRB(ratio=(0.25,)))
+    return base_for(data, FedBRB(ratio=(0.25,)))
 
 
 def rows(base: Experiment) -> Mapping[str, Experiment]:

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
+from tesserafl.core.errors import ConfigError
+from tesserafl.data import DataSettings
 from tesserafl.experiments._sizes import base_for
 from tesserafl.methods import FedAvg, FedBRB, FedRolex, HeteroFL, MethodSettings
 from tesserafl.run.experiment import Experiment
 
 
-def paper_fedbrb(path: Path | None = None) -> Experiment:
+def paper_fedbrb(data: DataSettings | None = None) -> Experiment:
     """What the rows share."""
-    return base_for(path, FedBRB(ratio=(0.125,)))
+    return base_for(data, FedBRB(ratio=(0.125,)))
 
 
 def rows(base: Experiment) -> Mapping[str, Experiment]:
     """Methods x widths x partitions, then ablations at the base's width and partition."""
-    assert isinstance(base.method, FedBRB), "the command line offers FedBRB's settings only"
+    if not isinstance(base.method, FedBRB):
+        raise ConfigError(
+            "paper_fedbrb varies FedBRB's settings; leave --method away, or run comparison"
+        )
     experiments: dict[str, Experiment] = {}
     partitions = {
         "iid": replace(base.data, partition="iid"),

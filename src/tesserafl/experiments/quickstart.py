@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from tesserafl.data import DataSettings
 from tesserafl.experiments._sizes import base_for
 from tesserafl.methods import FedBRB
 from tesserafl.run.experiment import Experiment
 
 
-def quickstart(path: Path | None = None) -> Experiment:
+def quickstart(data: DataSettings | None = None) -> Experiment:
     """FedBRB on handwritten digits, 20 clients, each at a quarter of the width or an eighth."""
-    return base_for(path, FedBRB(ratio=(0.25, 0.125)))
+    return base_for(data, FedBRB(ratio=(0.25, 0.125)))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
+from tesserafl.data import DataSettings
 from tesserafl.experiments import comparison
 from tesserafl.experiments._sizes import base_for
 from tesserafl.methods import FedBRB
@@ -14,9 +14,9 @@ from tesserafl.run.experiment import Experiment
 RATIOS = {"4th": (0.25,), "8th": (0.125,)}
 
 
-def width_grid(path: Path | None = None) -> Experiment:
+def width_grid(data: DataSettings | None = None) -> Experiment:
     """All width methods at 1/4 and 1/8, on Dirichlet and on 2-class shards."""
-    return base_for(path, FedBRB(ratio=(0.25,)))
+    return base_for(data, FedBRB(ratio=(0.25,)))
 
 
 def rows(base: Experiment) -> Mapping[str, Experiment]:

@@ -159,7 +159,7 @@ def glued_views(
     whole = model.slice({axis: grid.units(axis, 0, rho) for axis in model.cuttable})
     views = {}
     for small, view in whole.views.items():
-        groups = iter(turn)
+        groups = itertools.cycle(turn)
         index: list[Index] = []
         for tie, plain in zip(model.ties[view.name], view.index, strict=True):
             if tie is None or tie.axis not in model.cuttable:
@@ -182,7 +182,7 @@ def tiled_init(grid: Grid, seed: int) -> Params:
     """The smallest client's own initialisation in every block: the global model begins as it.
 
     Weights are divided by s along their inputs, so that s equal blocks sum to what one small layer
-    gives (digest 4.4: W = 1_{s x s} (x) B / s). A pre-trained model is not touched.
+    gives: W = 1_{s x s} (x) B / s. A pre-trained model is not touched.
     """
     model = grid.model
     if model.pretrained is not None:

@@ -97,7 +97,7 @@ class FedBRB:
         grid = grid_of(self.ratio, model)
         if self.rolling == "independent":
             for slot, client in enumerate(clients):
-                turn = (state.round + slot) % grid.s**2
+                turn = (state.round * len(clients) + slot) % grid.s**2
                 p, q = divmod(turn, grid.s)
                 rho = grid.blocks(ratio_of(self.ratio, client))
                 yield glued_views(model, state, client, training, grid, (p, q), rho)
@@ -106,7 +106,7 @@ class FedBRB:
         slopes = self._slopes(model)
 
         def keep(slot: int, client: Client) -> Mapping[str, Sequence[int]]:
-            u, v = state.round + slot, state.round // grid.s + slot // grid.s
+            v, u = divmod(state.round * len(clients) + slot, grid.s)
             rho = grid.blocks(ratio_of(self.ratio, client))
             groups = {axis: (a * u + b * v) % grid.s for axis, (a, b) in slopes.items()}
             return {axis: grid.units(axis, first, rho) for axis, first in groups.items()}
@@ -137,7 +137,7 @@ class FedBRB:
     predictor = predict_whole
 
     def _slopes(self, model: Model) -> dict[str, tuple[int, int]]:
-        """(a, b) per axis: slot i of round t begins at group a (t + i) + b (t // s + i // s)."""
+        """(a, b) per axis; turn k = t m + i begins at group a (k mod s) + b (k div s)."""
         if self.rolling == "diagonal":
             return dict.fromkeys(model.cuttable, (1, 0))
         return lattice_slopes(model)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from tesserafl.core import seeds
 from tesserafl.core.fit import CrossEntropy, Training
 from tesserafl.core.model import Model
 from tesserafl.core.submodel import SubModel
@@ -36,12 +37,34 @@ def costs_of(
 ) -> Costs:
     """Count a step of `training` on a batch like `inputs` [batch, ...] and `labels`.
 
-    Matrix products and convolutions are counted; element-wise work is not.
+    Matrix products and convolutions are counted; element-wise work is not. A model whose code
+    looks at values, which tensors on `meta` do not have, is run once on the processor instead.
     """
-    module = model.module(submodel.sizes, device="meta").train()
+    try:
+        return _count(model, submodel, training, inputs, labels, "meta")
+    except (RuntimeError, NotImplementedError):
+        return _count(model, submodel, training, inputs, labels, "cpu")
+
+
+def _count(
+    model: Model,
+    submodel: SubModel,
+    training: Training,
+    inputs: Tensor,
+    labels: Tensor,
+    device: str,
+) -> Costs:
+    with seeds.seeded(0, "costs"):
+        return _counted(model, submodel, training, inputs.to(device), labels.to(device))
+
+
+def _counted(
+    model: Model, submodel: SubModel, training: Training, inputs: Tensor, labels: Tensor
+) -> Costs:
+    module = model.module(submodel.sizes, device=str(inputs.device)).train()
     forward = forward_of(model, submodel, module, "none")
     params = {
-        name: torch.empty(view.shape, device="meta", requires_grad=True)
+        name: torch.zeros(view.shape, device=inputs.device, requires_grad=True)
         for name, view in submodel.views.items()
     }
     own = {tensor.untyped_storage()._cdata for tensor in params.values()}
@@ -55,12 +78,11 @@ def costs_of(
             alive.append(tensor)
         return tensor
 
-    batch = inputs.to("meta"), labels.to("meta")
     with (
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
-        loss = CrossEntropy()(forward, params, *batch, {})
+        loss = CrossEntropy()(forward, params, inputs, labels, {})
         torch.autograd.grad(loss, list(params.values()))
     parameter_bytes = sum(tensor.numel() * tensor.element_size() for tensor in params.values())
     activations = sum(kept.values())

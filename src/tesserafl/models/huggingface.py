@@ -173,11 +173,13 @@ class _Wrapped(nn.Module):
             out = self.model(pixel_values=inputs, output_hidden_states=True)
             mask = None
         else:
-            mask = (inputs != self.pad_id).long()  # [batch, time]
             cache = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
-            out = self.model(
-                input_ids=inputs, attention_mask=mask, output_hidden_states=True, **cache
-            )
+            mask = (inputs != self.pad_id).long()  # [batch, time]
+            given: dict[str, Tensor] = {"input_ids": inputs, "attention_mask": mask}
+            if inputs.is_meta:
+                # Where costs are counted ids have no values, and transformers would look at them.
+                given = {"inputs_embeds": self.model.get_input_embeddings()(inputs)}
+            out = self.model(**given, output_hidden_states=True, **cache)
         return Output(out.logits, _pooled(out.hidden_states[-1], mask))
 
 

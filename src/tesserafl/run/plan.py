@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+
+from rich.table import Table
 
 from tesserafl.core.messages import Client
 from tesserafl.core.method import State
@@ -109,3 +111,28 @@ def _coverage(
             shares |= {r: 1.0 for r in wanted if r >= number}
             break
     return shares
+
+
+def described(plan: Plan) -> Iterator[str | Table]:
+    """The plan for a terminal."""
+    axes = ", ".join(f"{axis} {units}" for axis, units in plan.axes.items())
+    yield f"Global model: {plan.num_entries:,} parameters; units per axis: {axes}"
+    table = Table("ratio", "clients", "parameters", "share", "MB each way", "MFLOP a step")
+    for column in ("peak MiB", "has MiB", "fits"):
+        table.add_column(column)
+    for kind in plan.classes:
+        memory = "-" if kind.memory_bytes is None else f"{kind.memory_bytes / 2**20:.2f}"
+        table.add_row(
+            f"{kind.ratio:g}",
+            str(kind.num_clients),
+            f"{kind.num_entries:,}",
+            f"{kind.share:.1%}",
+            f"{kind.bytes_each_way / 1e6:.3g}",
+            f"{kind.flops_per_step / 1e6:.3g}",
+            f"{kind.peak_bytes / 2**20:.2f}",
+            memory,
+            "yes" if kind.fits else "NO",
+        )
+    yield table
+    grown = ", ".join(f"{share:.1%} after {rounds}" for rounds, share in plan.coverage.items())
+    yield f"Coverage of the global model by round: {grown}"

@@ -180,7 +180,12 @@ def partition_figure(counts: list[list[int]], class_names: list[str]) -> Figure:
         below.imshow(
             [
                 [
-                    (red, green, blue, counts[x][y] and 0.2 + 0.8 * counts[x][y] / largest)
+                    (
+                        red,
+                        green,
+                        blue,
+                        counts[x][y] and min(1.0, 0.2 + 0.8 * counts[x][y] / largest),
+                    )
                     for x in range(clients)
                 ]
                 for y in range(classes)

@@ -55,7 +55,7 @@ class Progress:
 
     def listen(self, event: Event) -> None:
         """Show an event of the run under way."""
-        if event["kind"] == "start":
+        if event["kind"] in ("start", "resume"):
             self._begin(int(event["experiment"]["rounds"]))
         elif event["kind"] == "evaluate":
             self._accuracy = f"accuracy {event['accuracy']:.4f}  "
@@ -70,8 +70,6 @@ class Progress:
 
     def _round(self, event: Event) -> None:
         done = int(event["round"])
-        if self._task is None:  # a resumed run has no start event
-            self._begin(max(done, self._rounds))
         megabytes = (event["bytes_down"] + event["bytes_up"]) / 1e6
         note = f"{self._accuracy}{megabytes:.1f} MB"
         if self._live:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tesserafl.core.errors import CheckpointError
 from tesserafl.core.method import Predictor, State
+from tesserafl.core.metrics import Metrics
 from tesserafl.core.params import sha256
 from tesserafl.core.submodel import Coverage
 from tesserafl.engines.client import threads
@@ -138,6 +139,8 @@ class _Run:
             state = checkpoint.state
             coverage = Coverage(self._predictor(state).model.shapes)
             coverage.counts = checkpoint.coverage
+            if self.listener is not None:  # not an event of the run: it was written when it began
+                self.listener({"kind": "resume", "experiment": to_json(experiment)})
         return state, coverage
 
     def _predictor(self, state: State) -> Predictor:
@@ -151,9 +154,19 @@ class _Run:
                 "round": state.round,
                 "accuracy": metrics.accuracy,
                 "loss": metrics.loss,
+                **self._validation(state, evaluator),
                 **self.totals,
             }
         )
+
+    def _validation(self, state: State, evaluator: Evaluator) -> dict[str, float]:
+        """Over the validation examples of all clients together, where they keep some."""
+        held = [c.validation for c in self.setup.data.clients if len(c.validation)]
+        if not held:
+            return {}
+        predictor = self._predictor(state)
+        total = sum((evaluator.evaluate(predictor, examples) for examples in held), Metrics())
+        return {"validation_accuracy": total.accuracy, "validation_loss": total.loss}
 
     def _checkpoint(self, state: State, coverage: Coverage) -> None:
         self.log.sync()

@@ -29,6 +29,7 @@ def main() -> None:
     experiment = from_json(json.loads(hello.body))
     with threads(experiment.engine.threads):
         worker = client_worker(prepare(experiment))
+        write_frame(output, b"ready")
         while (frame := read_frame(sys.stdin.buffer)) is not None:
             begun = time.perf_counter()
             try:

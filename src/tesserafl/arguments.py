@@ -1,0 +1,96 @@
+"""From the arguments of `run` and `plan` to an experiment."""
+
+from __future__ import annotations
+
+from dataclasses import make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Generic, NamedTuple, TypeVar
+
+import tyro
+
+from tesserafl.core.errors import ConfigError, did_you_mean
+from tesserafl.data import DataSettings
+from tesserafl.experiments import EXPERIMENTS, Named
+from tesserafl.run.experiment import REGISTRIES, Experiment, choose, from_file
+
+_Options = TypeVar("_Options")
+
+
+class Configured(NamedTuple, Generic[_Options]):
+    """What the arguments ask for."""
+
+    name: str
+    named: Named
+    options: _Options
+    experiment: Experiment
+
+
+def configured(command: str, args: list[str], options: _Options) -> Configured[_Options]:
+    """The experiment that the arguments name, with their overrides; `options` are the command's.
+
+    Raises:
+        ConfigError: an unknown experiment, file, setting or value. Flags that no setting has end
+            the process with 2 and the nearest flag.
+    """
+    if not args or args[0].startswith("-"):
+        raise ConfigError(
+            f"tessera {command} needs an experiment ({', '.join(EXPERIMENTS)}) or a TOML file; "
+            f"see tessera --help"
+        )
+    name, rest = args[0], args[1:]
+    if name.endswith((".toml", ".json")):
+        base = from_file(Path(name))
+        name, named = Path(name).stem, Named(base=lambda data: base)
+    elif name in EXPERIMENTS:
+        named = EXPERIMENTS[name]
+    else:
+        raise ConfigError(f"unknown experiment {name!r}; {did_you_mean(name, EXPERIMENTS)}")
+    experiment = named.base(_data_settings(rest))
+    for section in REGISTRIES:
+        chosen = _taken(rest, section)
+        if chosen is not None:
+            current = getattr(experiment, section)
+            experiment = replace(experiment, **{section: choose(section, chosen, current)})
+    unprefixed = tyro.conf.arg(name="")
+    everything = make_dataclass(
+        "Everything",
+        [
+            ("options", Annotated[type(options), unprefixed]),
+            ("experiment", Annotated[Experiment, unprefixed]),
+        ],
+    )
+    parsed = tyro.cli(
+        everything,
+        args=rest,
+        default=everything(options, experiment),
+        prog=f"tessera {command} {name}",
+        description=f"{named.summary}\n\nChoose others with --method NAME, --model NAME.",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return Configured(name, named, parsed.options, parsed.experiment)
+
+
+def _data_settings(args: list[str]) -> DataSettings | None:
+    """The `--data.*` arguments alone, if they name other data than the packaged: an experiment's
+    size and model depend on it."""
+    if not any(argument.startswith(("--data.path", "--data.source")) for argument in args):
+        return None
+    own, inside = [], False
+    for argument in args:
+        if argument.startswith("--"):
+            inside = argument.startswith("--data.")
+        if inside:
+            own.append(argument.replace("--data.", "--", 1))
+    return tyro.cli(DataSettings, args=own)
+
+
+def _taken(args: list[str], flag: str) -> str | None:
+    """Remove `--flag value` or `--flag=value` from the arguments; the value, or None."""
+    for position, argument in enumerate(args):
+        if argument == f"--{flag}" and position + 1 < len(args):
+            value = args[position + 1]
+            del args[position : position + 2]
+            return value
+        if argument.startswith(f"--{flag}="):
+            return args.pop(position).partition("=")[2]
+    return None
