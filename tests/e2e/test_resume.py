@@ -142,5 +142,5 @@ def test_a_full_disk_is_named_and_the_old_checkpoint_stays(tmp_path, monkeypatch
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is .* a run folder"):
+    with pytest.raises(CheckpointError, match=r"is .* a run folder"):
         resume(tmp_path / "nothing")

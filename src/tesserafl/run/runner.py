@@ -41,10 +41,12 @@ def start(experiment: Experiment, folder: Path, listener: Listener | None = None
             f"{folder} is not empty; choose another --out, remove it, or continue that run with: "
             f"tessera resume {folder}"
         )
-    setup = prepare(experiment)  # before anything is written: a bad setting leaves no folder
+    # All that a bad setting can break comes before anything is written: it leaves no folder.
+    setup = prepare(experiment)
+    first = _first_state(setup)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", to_json(experiment))
-    return _play(setup, folder, listener)
+    return _play(setup, folder, listener, first)
 
 
 def resume(folder: Path, listener: Listener | None = None) -> dict[str, Any]:
@@ -53,10 +55,19 @@ def resume(folder: Path, listener: Listener | None = None) -> dict[str, Any]:
     if (folder / "summary.json").exists():
         summary: dict[str, Any] = read_json(folder / "summary.json")
         return summary
-    return _play(prepare(experiment), folder, listener)
+    setup = prepare(experiment)
+    return _play(setup, folder, listener, _first_state(setup))
 
 
-def _play(setup: Setup, folder: Path, listener: Listener | None) -> dict[str, Any]:
+def _first_state(setup: Setup) -> State:
+    experiment = setup.experiment
+    device_of(experiment)
+    state: State = experiment.method.init(setup.model, experiment.seed, experiment.rounds)
+    check_memory(setup, state, CostTable(setup=setup))
+    return state
+
+
+def _play(setup: Setup, folder: Path, listener: Listener | None, first: State) -> dict[str, Any]:
     write_partition(folder, setup)
     with (
         threads(setup.experiment.engine.threads),
@@ -64,7 +75,7 @@ def _play(setup: Setup, folder: Path, listener: Listener | None) -> dict[str, An
         contextlib.closing(EventLog(folder / "events.jsonl")) as log,
     ):
         run = _Run(setup=setup, engine=engine, folder=folder, log=log, listener=listener)
-        return run.to_the_end()
+        return run.to_the_end(first)
 
 
 @dataclass(kw_only=True)
@@ -84,12 +95,11 @@ class _Run:
         }
     )
 
-    def to_the_end(self) -> dict[str, Any]:
+    def to_the_end(self, first: State) -> dict[str, Any]:
         experiment = self.setup.experiment
         costs = CostTable(setup=self.setup)
         evaluator = Evaluator(data=self.setup.data, device=device_of(experiment))
-        state, coverage = self._begin()
-        check_memory(self.setup, state, costs)
+        state, coverage = self._begin(first)
         while state.round < experiment.rounds:
             state, notes = play_round(self.setup, self.engine, state, coverage, costs)
             for key, amount in notes.amounts.items():
@@ -117,12 +127,12 @@ class _Run:
                 self._checkpoint(state, coverage)
         return self._finish(state, coverage, evaluator)
 
-    def _begin(self) -> tuple[State, Coverage]:
-        experiment, model = self.setup.experiment, self.setup.model
+    def _begin(self, first: State) -> tuple[State, Coverage]:
+        experiment = self.setup.experiment
         checkpoint = checkpoints.latest(self.folder / "checkpoints")
         if checkpoint is None:
             self.log.cut(0)
-            state = experiment.method.init(model, experiment.seed, experiment.rounds)
+            state = first
             coverage = Coverage(self._predictor(state).model.shapes)
             self._emit(
                 {
