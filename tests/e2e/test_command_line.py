@@ -160,7 +160,7 @@ def test_doctor(capsys):
         (["run", "quickstart", "--method.ratio", "0.333333333"], 1, ["256 units", "1/2, 1/4"]),
         (["run", "quickstart", "--method.ratio", "1.0"], 1, ["smaller than the model"]),
         (["run", "quickstart", "--rounds", "0"], 1, ["at least 1"]),
-        (["run", "quickstart", "--training.lr", "0"], 1, ["training.lr"]),
+        (["run", "quickstart", "--training.lr", "0"], 2, ["training.lr"]),
         (["run", "quickstart", "--data.partition", "dirichlt"], 2, ["dirichlet"]),
         (["run", "quickstart", "--clients-per-round", "21"], 1, ["only 20 clients"]),
         (["run", "quickstart", "--data.path", "nowhere"], 1, ["nowhere"]),

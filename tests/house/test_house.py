@@ -235,3 +235,11 @@ def test_every_module_says_what_it_is_for() -> None:
 def test_test_files_have_names_of_their_own() -> None:
     stems = [file.name for file in (ROOT / "tests").rglob("*.py") if file.name != "conftest.py"]
     assert len(stems) == len(set(stems))
+
+
+def test_the_reference_pages_are_as_the_source_says() -> None:
+    page = ROOT / "docs" / "reference" / "generate.py"
+    done = subprocess.run(
+        [sys.executable, str(page), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
