@@ -11,6 +11,7 @@ import tyro
 from tesserafl.core.errors import ConfigError, did_you_mean
 from tesserafl.data import DataSettings
 from tesserafl.experiments import EXPERIMENTS, Named
+from tesserafl.models import HuggingFace
 from tesserafl.run.experiment import REGISTRIES, Experiment, choose, from_file
 
 _Options = TypeVar("_Options")
@@ -23,6 +24,8 @@ class Configured(NamedTuple, Generic[_Options]):
     named: Named
     options: _Options
     experiment: Experiment
+    asked: frozenset[str]
+    """Settings that were given as flags, for instance `method.ratio`."""
 
 
 def configured(command: str, args: list[str], options: _Options) -> Configured[_Options]:
@@ -40,12 +43,23 @@ def configured(command: str, args: list[str], options: _Options) -> Configured[_
     name, rest = args[0], args[1:]
     if name.endswith((".toml", ".json")):
         base = from_file(Path(name))
-        name, named = Path(name).stem, Named(base=lambda data: base)
+        name, named = (
+            Path(name).stem,
+            Named(base=lambda data: base, about=f"The experiment in {args[0]}."),
+        )
     elif name in EXPERIMENTS:
         named = EXPERIMENTS[name]
     else:
         raise ConfigError(f"unknown experiment {name!r}; {did_you_mean(name, EXPERIMENTS)}")
     experiment = named.base(_data_settings(rest))
+    asked = frozenset(
+        argument[2:].partition("=")[0].replace("-", "_")
+        for argument in rest
+        if argument.startswith("--")
+    )
+    if "model.config" in asked and isinstance(experiment.model, HuggingFace):
+        # The options are of the family that the experiment would have taken.
+        experiment = replace(experiment, model=replace(experiment.model, options={}))
     for section in REGISTRIES:
         chosen = _taken(rest, section)
         if chosen is not None:
@@ -67,7 +81,7 @@ def configured(command: str, args: list[str], options: _Options) -> Configured[_
         description=f"{named.summary}\n\nChoose others with --method NAME, --model NAME.",
         config=(tyro.conf.AvoidSubcommands,),
     )
-    return Configured(name, named, parsed.options, parsed.experiment)
+    return Configured(name, named, parsed.options, parsed.experiment, asked)
 
 
 def _data_settings(args: list[str]) -> DataSettings | None:

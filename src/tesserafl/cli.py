@@ -101,9 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         _fail(str(error), 1)
     except KeyboardInterrupt:
-        _fail("interrupted; continue with: tessera resume RUN", 130)
+        _fail("interrupted; tessera resume, with the run folder, goes on from its checkpoint", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has gone, as in `| head`
+    except OSError as error:
+        if os.environ.get("TESSERA_TRACEBACK"):
+            traceback.print_exc()
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
 
 
 def _help() -> str:
@@ -122,9 +126,9 @@ def _run(args: list[str]) -> None:
     from tesserafl.run.runner import start
     from tesserafl.run.study import repeated, start_study
 
-    name, named, options, experiment = configured("run", args, RunOptions())
+    name, named, options, experiment, asked = configured("run", args, RunOptions())
     folder = options.out or _fresh(Path("runs") / name)
-    rows = dict(named.rows(experiment)) if named.rows else {name: experiment}
+    rows = dict(named.rows(experiment, asked)) if named.rows else {name: experiment}
     rows = repeated(rows, options.repeats)
     with _progress() as progress:
         if named.rows or options.repeats > 1:
@@ -155,7 +159,7 @@ def _plan(args: list[str]) -> None:
     from tesserafl.run.plan import described, make_plan
     from tesserafl.run.setup import prepare
 
-    _, _, options, experiment = configured("plan", args, PlanOptions())
+    _, _, options, experiment, _ = configured("plan", args, PlanOptions())
     plan = make_plan(prepare(experiment))
     if options.json:
         print(json.dumps(asdict(plan)))
@@ -262,7 +266,7 @@ def _show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
         return
     if "rows" in summary:
         console.print(compare([folder]).as_table())
-        console.print(f"Comparison: {folder / 'comparison.html'}", soft_wrap=True)
+        console.print(f"Comparison: {folder / 'comparison.html'}", soft_wrap=True, markup=False)
         return
     share = summary["params_largest_client"] / summary["params_full"]
     console.print(
@@ -271,8 +275,11 @@ def _show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
         f"{summary['params_full']:,} parameters ({share:.1%})",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )
-    console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
+    console.print(
+        f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False, markup=False
+    )
 
 
 if __name__ == "__main__":

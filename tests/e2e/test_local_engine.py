@@ -1,13 +1,16 @@
 """The embedded engine: workers, failures and drop-outs do not change what is computed."""
 
+import contextlib
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tesserafl.core.errors import CapacityError, UpdateError
+from tesserafl.core.errors import CapacityError, TesseraError, UpdateError
+from tesserafl.core.messages import Task
 from tesserafl.engines.local import InProcess, WorkerPool
-from tesserafl.engines.seam import Done, Failed
+from tesserafl.engines.seam import Done
 from tesserafl.run.events import read_events
 from tesserafl.run.experiment import Experiment, from_json
 from tesserafl.run.runner import start
@@ -34,31 +37,64 @@ def test_two_workers_give_the_same_bits_as_one(tmp_path, method):
     assert one["loss"] == two["loss"]
 
 
-def test_a_worker_that_is_killed_fails_its_task_and_is_replaced():
+def pool_and_tasks() -> tuple[WorkerPool, list[Task]]:
     setup = prepare(small(engine={"workers": 2}))
     state = setup.experiment.method.init(setup.model, 0, 3)
-    tasks = list(
-        setup.experiment.method.configure(
-            setup.model, state, setup.cohort(0), setup.experiment.training
-        )
+    tasks = setup.experiment.method.configure(
+        setup.model, state, setup.cohort(0), setup.experiment.training
     )
     engine = make_engine(setup)
     assert isinstance(engine, WorkerPool)
-    try:
+    return engine, list(tasks)
+
+
+def test_a_worker_that_is_killed_costs_time_and_not_a_bit():
+    engine, tasks = pool_and_tasks()
+    with contextlib.closing(engine):
         engine.submit(tasks[0])
         engine.submit(tasks[1])
         engine._processes[0].process.kill()
         outcomes = []
         while len(outcomes) < 2:
             outcomes += engine.poll()
-        (failed,) = [outcome for outcome in outcomes if isinstance(outcome, Failed)]
-        assert failed.reason == "crashed"
+        assert all(isinstance(outcome, Done) for outcome in outcomes)
+        assert {o.update.client for o in outcomes} == {t.client.id for t in tasks[:2]}
+        engine._processes[1].process.kill()  # an idle one too
+        engine._processes[1].process.wait()
         engine.submit(tasks[2])
-        (again,) = engine.poll()
-        assert isinstance(again, Done)
-        assert again.update.client == tasks[2].client.id
-    finally:
-        engine.close()
+        engine.submit(tasks[3])
+        again = []
+        while len(again) < 2:
+            again += engine.poll()
+        assert {o.update.client for o in again} == {t.client.id for t in tasks[2:4]}
+
+
+DIES = """
+import sys
+from tesserafl.engines.frames import read_frame, write_frame
+read_frame(sys.stdin.buffer)
+write_frame(sys.stdout.buffer, b"ready")
+read_frame(sys.stdin.buffer)
+sys.exit(9)
+"""
+
+
+def test_a_task_that_kills_two_workers_is_an_error():
+    engine, tasks = pool_and_tasks()
+    engine.close()
+    with contextlib.closing(WorkerPool([sys.executable, "-c", DIES], b"", 1)) as deadly:
+        deadly.submit(tasks[0])
+        with pytest.raises(TesseraError, match=r"code 9, twice.*memory"):
+            deadly.poll()
+
+
+def test_a_fault_of_ours_in_a_worker_is_not_taken_for_a_client_that_failed():
+    engine, tasks = pool_and_tasks()
+    wrong = {name: t[:, None] for name, t in tasks[0].params.items()}
+    with contextlib.closing(engine):
+        engine.submit(replace(tasks[0], params=wrong))
+        with pytest.raises(RuntimeError, match=f"client {tasks[0].client.id}, round 0"):
+            engine.poll()
 
 
 def test_a_diverging_client_costs_its_update_not_the_run(tmp_path, monkeypatch):
@@ -86,6 +122,22 @@ def test_divergence_of_everybody_is_an_error(tmp_path):
     diverging = {"lr": 1e6, "momentum": 0.9, "epochs": 3}
     with pytest.raises(UpdateError, match=r"lower training\.lr"):
         start(small(training=diverging), tmp_path / "run")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_static_batch_norm_trains_predicts_and_is_saved_with_its_statistics(tmp_path, workers):
+    from safetensors.torch import load_file
+
+    experiment = small(
+        model={"name": "cnn", "channels": [8, 8], "norm": "batch"},
+        method={"name": "heterofl", "ratio": [0.5]},
+        training={"batch_size": 16, "lr": 0.05},
+        engine={"workers": workers},
+    )
+    summary = start(experiment, tmp_path / "run")
+    tensors = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert tensors["norms.0.running_var"].unique().numel() > 1  # of data, not the initial ones
+    assert summary["loss"] < 5.0
 
 
 def test_dropouts_are_counted_and_repeat(tmp_path):

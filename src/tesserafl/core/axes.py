@@ -54,6 +54,9 @@ def probe(
         ModelError: a size that changes nothing, cannot be enlarged, changes a dimension in another
             way than in proportion, shares a dimension with another axis, or fails the test.
     """
+    empty = {axis: size for axis, size in sizes.items() if size < 1}
+    if empty:
+        raise ModelError(f"sizes are at least 1; got {empty}")
     shapes = _shapes(build, sizes, "as given")
     depths: dict[str, Depth] = {}
     slopes: dict[str, dict[Place, Fraction]] = {}

@@ -55,6 +55,8 @@ class Training:
         for name, low in (("lr", 0.0), ("epochs", 1), ("batch_size", 1)):
             if not getattr(self, name) >= low or getattr(self, name) == 0:
                 raise ConfigError(f"training.{name} must be positive; got {getattr(self, name)!r}")
+        if not self.weight_decay >= 0.0:
+            raise ConfigError(f"training.weight_decay must be 0 or more; got {self.weight_decay!r}")
         if not 0.0 <= self.momentum < 1.0:
             raise ConfigError(f"training.momentum must be in [0, 1); got {self.momentum!r}")
         if self.clip_norm is not None and not self.clip_norm > 0:

@@ -80,7 +80,7 @@ class PermutationTest:
                 f"axis {axis!r}: a unit of {given} entries was given; it must divide the size "
                 f"{size} and be a multiple of {step}"
             )
-        candidates = [given] if given else [q for q in divisors(size) if q % step == 0 and q < size]
+        candidates = [given] if given else [q for q in divisors(size) if q % step == 0]
         tried: list[str] = []
         for q in candidates:
             instance = self._instance({**self.tiny, axis: TINY_UNITS * q})

@@ -10,7 +10,7 @@ and `Coverage` are written once, for every method and every model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -193,12 +193,6 @@ def whole(sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> Su
         dict(sizes),
         {name: View(name, tuple(slice(0, n) for n in shape)) for name, shape in shapes.items()},
     )
-
-
-def views_of(submodels: Iterable[SubModel]) -> Iterator[View]:
-    """All views of several sub-models, one after another."""
-    for submodel in submodels:
-        yield from submodel.views.values()
 
 
 def _prod(shape: tuple[int, ...]) -> int:

@@ -130,7 +130,13 @@ def read_labels(
                     f"does not have; allowed: {', '.join(names)}"
                 )
         return torch.tensor([ids[value] for value in values]), names
-    names = names or table.class_names.get(column)
+    known = table.class_names.get(column)
+    if names and not known and not all(name.isdigit() for name in names):
+        raise DataError(
+            f"{table.origin}: {column!r} holds numbers, but the training part names its classes "
+            f"({', '.join(names[:4])}, ...); use the same names in both parts"
+        )
+    names = names or known
     most = len(names) - 1 if names else None
     for row, value in enumerate(values):
         whole = isinstance(value, int | float) and value == value // 1
@@ -141,6 +147,12 @@ def read_labels(
                 f"correct the row, or name another column with --data.label-column"
             )
     labels = torch.tensor([int(value) for value in values])
+    if not names and int(labels.max()) >= max(1000, 10 * len(labels)):
+        raise DataError(
+            f"{table.origin}: {column!r} goes up to {int(labels.max())} with only {len(labels)} "
+            f"rows; classes are numbered 0, 1, 2, ... without gaps. Renumber them, or name "
+            f"another column with --data.label-column"
+        )
     return labels, names or tuple(str(number) for number in range(int(labels.max()) + 1))
 
 

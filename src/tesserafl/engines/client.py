@@ -126,7 +126,11 @@ def _optimiser(training: Training, leaves: list[Tensor]) -> torch.optim.Optimize
 
 
 def _batches(total: int, size: int, draw: torch.Generator) -> Iterator[Tensor]:
-    yield from torch.split(torch.randperm(total, generator=draw), size)
+    batches = list(torch.split(torch.randperm(total, generator=draw), size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        # One example alone has no batch statistics: it joins the batch before it.
+        batches[-2:] = [torch.cat(batches[-2:])]
+    yield from batches
 
 
 def _augment(images: Tensor, draw: torch.Generator) -> Tensor:
@@ -134,7 +138,7 @@ def _augment(images: Tensor, draw: torch.Generator) -> Tensor:
     batch, _, height, width = images.shape
     flip = torch.rand(batch, generator=draw) < 0.5
     images = torch.where(flip[:, None, None, None], images.flip(3), images)
-    padded = nn.functional.pad(images, (4, 4, 4, 4), mode="reflect")
+    padded = nn.functional.pad(images, (4, 4, 4, 4))
     top, left = torch.randint(0, 9, (2, batch), generator=draw)
     rows = top[:, None] + torch.arange(height)  # [batch, height]
     columns = left[:, None] + torch.arange(width)  # [batch, width]
@@ -146,7 +150,12 @@ def _augment(images: Tensor, draw: torch.Generator) -> Tensor:
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Torch computes with this many threads inside the block; bits depend on it."""
+    """Torch computes with this many threads inside the block; bits depend on it.
+
+    On a GPU, convolutions and matrix products take kernels that repeat their bits.
+    """
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

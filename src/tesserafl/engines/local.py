@@ -71,6 +71,10 @@ class _Process:
         return self.process.stdout
 
 
+FAULT = 70
+"""Exit code of a worker whose code failed: the fault is ours, not the client's (EX_SOFTWARE)."""
+
+
 def keep(memories: dict[int, Memory], client: int, memory: Memory) -> None:
     """Replace what a client keeps; an empty memory is none."""
     memories.pop(client, None)
@@ -82,12 +86,13 @@ class WorkerPool:
     """Worker processes that each do one client's work at a time.
 
     Tasks and updates cross as safetensors frames on the process's standard input and output. A
-    worker that dies is started again; its task fails with reason `crashed`.
+    worker that dies is started again and its task done again; a task that kills two is an error.
     """
 
     def __init__(self, command: Sequence[str], hello: bytes, size: int) -> None:
         self._command, self._hello = list(command), hello
         self._waiting: deque[Task] = deque()
+        self._again: set[int] = set()
         self.memories: dict[int, Memory] = {}
         self._selector = selectors.DefaultSelector()
         self._processes = [self._start() for _ in range(size)]
@@ -139,10 +144,12 @@ class WorkerPool:
         return worker
 
     def _end(self, worker: _Process) -> None:
-        self._selector.unregister(worker.stdout)
-        worker.stdin.close()
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(worker.stdout)
         worker.process.kill()
         worker.process.wait()
+        with contextlib.suppress(BrokenPipeError):  # what was written to a dead worker is lost
+            worker.stdin.close()
         worker.stdout.close()
 
     def _dispatch(self) -> None:
@@ -158,11 +165,15 @@ class WorkerPool:
         task = worker.task
         frame = read_frame(worker.stdout)
         if frame is None:
-            return self._replace(worker)
+            self._replace(worker)
+            return None
         assert task is not None
         worker.task = None
         if frame.failed:
-            return Failed(client=task.client.id, reason="error", text=frame.body.decode())
+            text = frame.body.decode()
+            if worker.process.poll() == FAULT or text.startswith("Traceback"):
+                raise RuntimeError(f"client {task.client.id}, round {task.round}: {text}")
+            return Failed(client=task.client.id, reason="error", text=text)
         update, memory = decode_update(frame.body)
         if (update.client, update.round) != (task.client.id, task.round):
             raise MessageError(
@@ -170,16 +181,22 @@ class WorkerPool:
                 f"client {task.client.id} in round {task.round}"
             )
         keep(self.memories, task.client.id, memory)
+        self._again.discard(task.client.id)
         return Done(update=update, seconds=frame.seconds)
 
-    def _replace(self, worker: _Process) -> Outcome | None:
-        task, code = worker.task, worker.process.poll()
+    def _replace(self, worker: _Process) -> None:
+        """Start a dead worker anew. Its task is done again: a lost worker must not change a bit."""
+        task, code = worker.task, worker.process.wait()
         self._end(worker)
+        if task is not None:
+            if task.client.id in self._again:
+                raise TesseraError(
+                    f"client {task.client.id}: its worker process ended with code {code}, twice; "
+                    f"is there enough memory for {self.capacity} workers? lower engine.workers"
+                )
+            self._again.add(task.client.id)
+            self._waiting.appendleft(task)
         fresh = self._start()
         self._processes[self._processes.index(worker)] = fresh
         if read_frame(fresh.stdout) is None:
             raise TesseraError("a worker process ended and its successor too; see their messages")
-        if task is None:
-            return None
-        text = f"its worker process ended with code {code}"
-        return Failed(client=task.client.id, reason="crashed", text=text)

@@ -20,13 +20,18 @@ class Named:
 
     base: Callable[[DataSettings | None], Experiment]
     """The configuration on packaged data, or at the paper's size on other data."""
-    rows: Callable[[Experiment], Mapping[str, Experiment]] | None = None
-    """For a study: its rows, from the configuration that the command line changed."""
+    rows: Callable[[Experiment, frozenset[str]], Mapping[str, Experiment]] | None = None
+    """For a study: its rows, from the configuration that the command line changed and the settings
+    that it named, which a study that varies them keeps as they were given."""
+    about: str = ""
+    """One line; empty: the first of the module's docstring."""
 
     @property
     def summary(self) -> str:
-        """The first line of the experiment's module."""
-        return (sys.modules[self.base.__module__].__doc__ or "").strip().splitlines()[0]
+        """One line about it."""
+        return (
+            self.about or (sys.modules[self.base.__module__].__doc__ or "").strip().splitlines()[0]
+        )
 
 
 EXPERIMENTS: dict[str, Named] = {

@@ -24,7 +24,7 @@ def comparison(data: DataSettings | None = None) -> Experiment:
     return base_for(data, FedBRB(ratio=(0.25,)))
 
 
-def rows(base: Experiment) -> Mapping[str, Experiment]:
+def rows(base: Experiment, asked: frozenset[str] = frozenset()) -> Mapping[str, Experiment]:
     """FedAvg at full width (the ceiling), at the clients' width (the bar), and every method.
 
     A method that is given on the command line keeps its own settings in its row.

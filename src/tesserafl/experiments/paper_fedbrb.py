@@ -21,8 +21,11 @@ def paper_fedbrb(data: DataSettings | None = None) -> Experiment:
     return base_for(data, FedBRB(ratio=(0.125,)))
 
 
-def rows(base: Experiment) -> Mapping[str, Experiment]:
-    """Methods x widths x partitions, then ablations at the base's width and partition."""
+def rows(base: Experiment, asked: frozenset[str]) -> Mapping[str, Experiment]:
+    """Methods x widths x partitions, then ablations at the base's width and partition.
+
+    A width or partition that the command line gives is the only one.
+    """
     if not isinstance(base.method, FedBRB):
         raise ConfigError(
             "paper_fedbrb varies FedBRB's settings; leave --method away, or run comparison"
@@ -39,6 +42,10 @@ def rows(base: Experiment) -> Mapping[str, Experiment]:
         "16th": (0.0625,),
         "mixed": (0.5, 0.25, 0.125, 0.0625),
     }
+    if "data.partition" in asked:
+        partitions = {base.data.partition: base.data}
+    if "method.ratio" in asked:
+        widths = {"given": base.method.ratio}
     for partition, data in partitions.items():
         experiments[f"{partition}-fedavg-full"] = replace(base, data=data, method=FedAvg())
         for width, ratio in widths.items():

@@ -19,14 +19,23 @@ def width_grid(data: DataSettings | None = None) -> Experiment:
     return base_for(data, FedBRB(ratio=(0.25,)))
 
 
-def rows(base: Experiment) -> Mapping[str, Experiment]:
-    """The rows of `comparison` per partition and width; the ceiling once per partition."""
+def rows(base: Experiment, asked: frozenset[str]) -> Mapping[str, Experiment]:
+    """The rows of `comparison` per partition and width; the ceiling once per partition.
+
+    A width or partition that the command line gives is the only one.
+    """
     experiments: dict[str, Experiment] = {}
-    for partition in ("dirichlet", "shards"):
-        shared = replace(base, data=replace(base.data, partition=partition))
-        for width, ratio in RATIOS.items():
+    partitions = [base.data] if "data.partition" in asked else _partitions(base)
+    widths = {"given": base.method.ratio} if "method.ratio" in asked else RATIOS
+    for data in partitions:
+        partition, shared = data.partition, replace(base, data=data)
+        for width, ratio in widths.items():
             cell = replace(shared, method=replace(base.method, ratio=ratio))
             for label, row in comparison.rows(cell).items():
                 ceiling = label == "fedavg-full"
                 experiments[f"{partition}-{label if ceiling else f'{width}-{label}'}"] = row
     return experiments
+
+
+def _partitions(base: Experiment) -> list[DataSettings]:
+    return [replace(base.data, partition="dirichlet"), replace(base.data, partition="shards")]

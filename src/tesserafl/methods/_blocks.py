@@ -97,7 +97,7 @@ def refuse_holders(ratios: tuple[float, ...], model: Model) -> None:
                 f"FedBRB: clients of ratio {ratio} would hold {held:,} of the model's "
                 f"{model.num_entries:,} parameters; in the small-to-large setting every client is "
                 f"smaller than the model. Lower the ratio, widen the model, or set "
-                f"method.strict false"
+                f"method.strict false (--method.no-strict)"
             )
 
 

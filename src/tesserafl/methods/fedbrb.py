@@ -82,6 +82,8 @@ class FedBRB:
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """The global model, after the strict small-to-large check."""
         grid = grid_of(self.ratio, model)
+        if not 0.0 <= self.broadcast <= 1.0:
+            raise ConfigError(f"method.broadcast must be in [0, 1]; got {self.broadcast}")
         if self.rolling == "lattice":
             lattice_slopes(model)
         if self.strict:
@@ -143,8 +145,6 @@ class FedBRB:
         return lattice_slopes(model)
 
     def _beta(self, state: State) -> float:
-        if not 0.0 <= self.broadcast <= 1.0:
-            raise ConfigError(f"method.broadcast must be in [0, 1]; got {self.broadcast}")
         if self.anneal == "constant":
             return self.broadcast
         return self.broadcast * 0.5 * (1.0 + math.cos(math.pi * state.round / state.rounds))

@@ -56,7 +56,15 @@ class FedEcover:
     parameters (as output, at the learning pace of a small network)"""
 
     topology: ClassVar[Topology] = "star"
-    init = init_whole
+
+    def init(self, model: Model, seed: int, rounds: int) -> State:
+        """The global model, which no client needs to hold."""
+        if not 0.0 < self.step_decay <= 1.0 or not self.step > 0.0:
+            raise ConfigError(
+                f"method.step must be positive and method.step_decay in (0, 1]; "
+                f"got {self.step} and {self.step_decay}"
+            )
+        return init_whole(self, model, seed, rounds)
 
     def configure(
         self, model: Model, state: State, clients: Sequence[Client], training: Training
@@ -79,11 +87,6 @@ class FedEcover:
         self, model: Model, state: State, clients: Sequence[Client], updates: Iterable[Update]
     ) -> State:
         """W += eta_g x mean delta; the pool has been read by all that were asked."""
-        if not 0.0 < self.step_decay <= 1.0 or not self.step > 0.0:
-            raise ConfigError(
-                f"method.step must be positive and method.step_decay in (0, 1]; "
-                f"got {self.step} and {self.step_decay}"
-            )
         merged = merge(state.params, sum_of(state.params, clients, updates, self.weighting))
         step = self.step * self.step_decay ** (4 * state.round // max(1, state.rounds))
         if step != 1.0:

@@ -134,6 +134,8 @@ def fit_to_data(config: Config, spec: Spec, source: Path | None) -> None:
         }
     else:
         part = config.get_text_config()
+        if spec.task == "causal-lm" and hasattr(part, "is_decoder"):
+            part.is_decoder = True  # BERT and its kin look ahead unless told
         part.pad_token_id = config.pad_token_id = spec.pad_id
         wanted = {"vocab_size": spec.vocab_size}
         longest = getattr(part, "max_position_embeddings", None)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tesserafl.core import seeds
 from tesserafl.core.axes import probe
 from tesserafl.core.errors import ConfigError, ModelError, did_you_mean
 from tesserafl.core.model import Model, Output, Sizes, parameters_of
@@ -84,7 +85,7 @@ class HuggingFace:
             any(source.glob(pattern)) for pattern in ("*.safetensors", "*.bin")
         )
         try:
-            return probe(
+            model = probe(
                 family.build,
                 {**{knob.axis: knob.size for knob in knobs}, **family.rows},
                 family.example,
@@ -93,6 +94,9 @@ class HuggingFace:
                 pretrained=(lambda: family.load(str(source))) if has_weights else None,
                 save=lambda module, folder: _save(module, folder, source),
             )
+            if spec.task == "causal-lm":
+                _refuse_foresight(family, model)
+            return model
         except ModelError as error:
             raise ModelError(
                 f"{self.config}: {error}. Its sizes are {', '.join(k.axis for k in found)}; set "
@@ -191,6 +195,22 @@ def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
         return hidden.mean(dim=1)
     weight = mask[..., None].to(hidden)
     return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
+
+
+def _refuse_foresight(family: _Family, model: Model) -> None:
+    """Raise ModelError if a language model's answer depends on tokens that come later."""
+    few = {axis: range(min(2, model.units(axis))) for axis in (*model.cuttable, *model.depths)}
+    with seeds.seeded(0, "foresight"), torch.no_grad():
+        module = model.module(model.slice(few).sizes).eval()
+        tokens = family.example()
+        before = module(tokens).logits[:, :-1]
+        tokens[:, -1] = tokens[:, 0]
+        after = module(tokens).logits[:, :-1]
+    if not torch.allclose(before, after, atol=1e-4):
+        raise ModelError(
+            "as a language model it sees the tokens that it is to predict; choose a causal model "
+            "such as gpt2 or llama"
+        )
 
 
 def _auto_class(config: Config, spec: Spec) -> Any:

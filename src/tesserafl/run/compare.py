@@ -244,6 +244,6 @@ def _text(value: Spread | None, divisor: float, num_runs: int, *, deviates: bool
         return "-"
     mean = value.mean / divisor
     text = f"{mean:.1f}" if deviates or mean >= 10 else f"{mean:.2f}"
-    if value.std is not None and deviates:
+    if value.std and deviates:
         text += f" +- {value.std / divisor:.1f}"
     return text if value.n == num_runs else f"{text} (n={value.n})"

@@ -26,6 +26,8 @@ class Evaluator:
     data: FederatedData
     device: str = "cpu"
     _modules: dict[tuple[tuple[str, int], ...], nn.Module] = field(default_factory=dict)
+    _filled: Params | None = None
+    """The parameters that the module's statistics were collected for."""
 
     def evaluate(
         self, predictor: Predictor, examples: Examples, params: Params | None = None
@@ -34,8 +36,10 @@ class Evaluator:
         model = predictor.model
         module = self._module(predictor)
         values = {n: t.to(self.device) for n, t in (params or predictor.params).items()}
-        if has_statistics(module):
+        source = params or predictor.params
+        if has_statistics(module) and source is not self._filled:
             self.fill_statistics(module, values)
+            self._filled = source
         module.eval()
         forward = forward_of(model, model.whole(), module, "none")
         total = Metrics()

@@ -48,6 +48,11 @@ class EventLog:
 
     def cut(self, num_bytes: int) -> None:
         """Forget everything after the first `num_bytes`."""
+        if num_bytes > self._path.stat().st_size:
+            raise CheckpointError(
+                f"{self._path} has {self._path.stat().st_size} bytes, the checkpoint was written "
+                f"after {num_bytes}; put the whole file back, or run again into another folder"
+            )
         self._file.truncate(num_bytes)
         self._file.seek(0, os.SEEK_END)
 

@@ -17,7 +17,7 @@ from tesserafl.core.errors import ConfigError, did_you_mean
 from tesserafl.core.fit import Training
 from tesserafl.data.settings import DataSettings
 from tesserafl.methods import METHODS, FedBRB, MethodSettings
-from tesserafl.models import MLP, MODELS, ModelSettings
+from tesserafl.models import MLP, MODELS, HuggingFace, ModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,18 @@ REGISTRIES: dict[str, Mapping[str, type[Any]]] = {"method": METHODS, "model": MO
 """Settings whose class is chosen by name."""
 
 
+def with_absolute_paths(experiment: Experiment) -> Experiment:
+    """The experiment, with folders that exist written so that they are found from anywhere."""
+    data, model = experiment.data, experiment.model
+    if data.path is not None:
+        data = dataclasses.replace(data, path=data.path.absolute())
+    if data.tokenizer is not None:
+        data = dataclasses.replace(data, tokenizer=data.tokenizer.absolute())
+    if isinstance(model, HuggingFace) and Path(model.config).is_dir():
+        model = dataclasses.replace(model, config=str(Path(model.config).absolute()))
+    return dataclasses.replace(experiment, data=data, model=model)
+
+
 def name_of(section: str, settings: object) -> str:
     """The registered name of a method's or model's settings."""
     for name, kind in REGISTRIES[section].items():
@@ -100,6 +112,8 @@ def from_json(values: Mapping[str, Any], base: Experiment | None = None) -> Expe
     Raises:
         ConfigError: an unknown key (the nearest is suggested) or a value of the wrong kind.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"an experiment is a table of settings; got {type(values).__name__}")
     base = base or Experiment()
     changes: dict[str, Any] = {}
     for key, value in _known(values, Experiment, "").items():
@@ -132,8 +146,8 @@ def from_file(path: Path) -> Experiment:
 def choose(section: str, name: str, current: Any) -> Any:
     """Default settings of the method or model `name`; fields that `current` shares are kept."""
     registry = REGISTRIES[section]
-    if name not in registry:
-        raise ConfigError(f"unknown {section} {name!r}; {did_you_mean(name, registry)}")
+    if not isinstance(name, str) or name not in registry:
+        raise ConfigError(f"unknown {section} {name!r}; {did_you_mean(str(name), registry)}")
     kind = registry[name]
     if type(current) is kind:
         return current

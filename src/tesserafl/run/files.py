@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -25,11 +26,11 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"{path} could not be written ({error.strerror or error}); what was saved before is "
-            f"intact. Make room or choose another folder, then continue with: "
-            f"tessera resume {path.parent}"
+            f"intact. Make room, or choose a folder that can be written"
         ) from error
 
 

@@ -89,7 +89,7 @@ def play_round(
     updates = _updates(setup, engine, tasks, state.params, costs, notes)
     after = experiment.method.aggregate(setup.model, state, cohort, updates)
     coverage.add(notes.trained)
-    refused = [note for note in notes.failures if note["reason"] == "error"]
+    refused = [note for note in notes.failures if note["reason"] != "offline"]
     if refused and not notes.clients:
         raise UpdateError(
             f"round {state.round}: the work of every client failed; the first: {refused[0]['text']}"

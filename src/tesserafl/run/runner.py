@@ -19,7 +19,13 @@ from tesserafl.run import checkpoint as checkpoints
 from tesserafl.run.checkpoint import Checkpoint
 from tesserafl.run.evaluate import Evaluator
 from tesserafl.run.events import Event, EventLog
-from tesserafl.run.experiment import Experiment, from_json, name_of, to_json
+from tesserafl.run.experiment import (
+    Experiment,
+    from_json,
+    name_of,
+    to_json,
+    with_absolute_paths,
+)
 from tesserafl.run.export import export_model
 from tesserafl.run.files import read_json, write_json
 from tesserafl.run.report import write_partition, write_report
@@ -41,9 +47,10 @@ def start(experiment: Experiment, folder: Path, listener: Listener | None = None
             f"{folder} is not empty; choose another --out, remove it, or continue that run with: "
             f"tessera resume {folder}"
         )
+    experiment = with_absolute_paths(experiment)
     # All that a bad setting can break comes before anything is written: it leaves no folder.
     setup = prepare(experiment)
-    first = _first_state(setup)
+    first = first_state(setup)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", to_json(experiment))
     return _play(setup, folder, listener, first)
@@ -55,19 +62,22 @@ def resume(folder: Path, listener: Listener | None = None) -> dict[str, Any]:
     if (folder / "summary.json").exists():
         summary: dict[str, Any] = read_json(folder / "summary.json")
         return summary
-    setup = prepare(experiment)
-    return _play(setup, folder, listener, _first_state(setup))
+    return _play(prepare(experiment), folder, listener, None)
 
 
-def _first_state(setup: Setup) -> State:
+def first_state(setup: Setup) -> State:
+    """The state before the first round; raises if the settings do not fit together."""
     experiment = setup.experiment
     device_of(experiment)
-    state: State = experiment.method.init(setup.model, experiment.seed, experiment.rounds)
+    with threads(experiment.engine.threads):
+        state: State = experiment.method.init(setup.model, experiment.seed, experiment.rounds)
     check_memory(setup, state, CostTable(setup=setup))
     return state
 
 
-def _play(setup: Setup, folder: Path, listener: Listener | None, first: State) -> dict[str, Any]:
+def _play(
+    setup: Setup, folder: Path, listener: Listener | None, first: State | None
+) -> dict[str, Any]:
     write_partition(folder, setup)
     with (
         threads(setup.experiment.engine.threads),
@@ -95,7 +105,7 @@ class _Run:
         }
     )
 
-    def to_the_end(self, first: State) -> dict[str, Any]:
+    def to_the_end(self, first: State | None) -> dict[str, Any]:
         experiment = self.setup.experiment
         costs = CostTable(setup=self.setup)
         evaluator = Evaluator(data=self.setup.data, device=device_of(experiment))
@@ -127,12 +137,12 @@ class _Run:
                 self._checkpoint(state, coverage)
         return self._finish(state, coverage, evaluator)
 
-    def _begin(self, first: State) -> tuple[State, Coverage]:
+    def _begin(self, first: State | None) -> tuple[State, Coverage]:
         experiment = self.setup.experiment
         checkpoint = checkpoints.latest(self.folder / "checkpoints")
         if checkpoint is None:
             self.log.cut(0)
-            state = first
+            state = first or first_state(self.setup)
             coverage = Coverage(self._predictor(state).model.shapes)
             self._emit(
                 {
@@ -147,11 +157,20 @@ class _Run:
             self.engine.restore(checkpoint.memories)
             self.totals = dict(checkpoint.totals)
             state = checkpoint.state
+            self._refuse_other_shapes(state)
             coverage = Coverage(self._predictor(state).model.shapes)
             coverage.counts = checkpoint.coverage
             if self.listener is not None:  # not an event of the run: it was written when it began
                 self.listener({"kind": "resume", "experiment": to_json(experiment)})
         return state, coverage
+
+    def _refuse_other_shapes(self, state: State) -> None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.params.items()}
+        if shapes != dict(self._predictor(state).model.shapes):
+            raise CheckpointError(
+                f"the checkpoint in {self.folder} is of another model than its config.json says; "
+                f"was config.json edited? Put it back, or run it into a new folder"
+            )
 
     def _predictor(self, state: State) -> Predictor:
         return self.setup.experiment.method.predictor(self.setup.model, state)

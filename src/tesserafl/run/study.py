@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tesserafl.core.errors import CheckpointError
+from tesserafl.core.errors import CheckpointError, ConfigError
 from tesserafl.run.compare import compare
-from tesserafl.run.experiment import Experiment, from_json, to_json
+from tesserafl.run.experiment import Experiment, from_json, to_json, with_absolute_paths
 from tesserafl.run.files import read_json, write_atomic, write_json
-from tesserafl.run.runner import Listener, resume, start
+from tesserafl.run.runner import Listener, first_state, resume, start
+from tesserafl.run.setup import Setup, prepare
 
 Rows = Mapping[str, Experiment]
 Announce = Callable[[str, int, int], None]
@@ -25,6 +26,8 @@ Announce = Callable[[str, int, int], None]
 
 def repeated(rows: Rows, repeats: int) -> dict[str, Experiment]:
     """Every row with `repeats` seeds, counted up from its own."""
+    if repeats < 1:
+        raise ConfigError(f"--repeats must be at least 1; got {repeats}")
     if repeats == 1:
         return dict(rows)
     return {
@@ -43,6 +46,8 @@ def start_study(
             f"{folder} is not empty; choose another --out, remove it, or continue with: "
             f"tessera resume {folder}"
         )
+    rows = {label: with_absolute_paths(row) for label, row in rows.items()}
+    _check(rows)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "study.json", {label: to_json(row) for label, row in rows.items()})
     return _play(rows, folder, announce, listener)
@@ -59,6 +64,17 @@ def resume_study(
 def is_study(folder: Path) -> bool:
     """Whether a folder holds a study rather than a run."""
     return (folder / "study.json").exists()
+
+
+def _check(rows: Rows) -> None:
+    """Begin every row without training: a bad one is refused before the first has cost anything."""
+    setups: dict[tuple[object, ...], Setup] = {}
+    for row in rows.values():
+        key = (row.data, repr(row.model), row.seed, row.clients_per_round, row.client_memory_mib)
+        if key not in setups:
+            setups.clear()  # rows of one data set follow each other; more would fill the memory
+            setups[key] = prepare(row)
+        first_state(replace(setups[key], experiment=row))
 
 
 def _play(
