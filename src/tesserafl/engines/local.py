@@ -144,7 +144,7 @@ class WorkerPool:
         return worker
 
     def _end(self, worker: _Process) -> None:
-        with contextlib.suppress(KeyError):
+        with contextlib.suppress(KeyError, ValueError):  # ended before
             self._selector.unregister(worker.stdout)
         worker.process.kill()
         worker.process.wait()

@@ -1,0 +1,109 @@
+"""The named experiments as studies: their rows, and what of them the command line may fix."""
+
+from dataclasses import replace
+
+import pytest
+
+from tesserafl.core.errors import ConfigError, ModelError
+from tesserafl.data.examples import Spec
+from tesserafl.experiments import EXPERIMENTS
+from tesserafl.models import HuggingFace
+from tesserafl.run.runner import first_state
+from tesserafl.run.setup import prepare
+from tesserafl.run.study import start_study
+
+
+def labels(name: str, *asked: str, ratio: tuple[float, ...] | None = None) -> list[str]:
+    named = EXPERIMENTS[name]
+    base = named.base(None)
+    if ratio:
+        base = replace(base, method=replace(base.method, ratio=ratio))
+    assert named.rows is not None
+    return list(named.rows(base, frozenset(asked)))
+
+
+def test_the_grid_has_every_cell_and_each_ceiling_once():
+    rows = labels("width_grid")
+    assert len(rows) == 2 * (1 + 2 * 6)
+    assert len(set(rows)) == len(rows)
+    assert sum(row.endswith("fedavg-full") for row in rows) == 2
+
+
+def test_what_the_command_line_fixes_is_not_varied():
+    assert len(labels("width_grid", "method.ratio", ratio=(0.5,))) == 2 * 7
+    assert len(labels("width_grid", "method.ratio", "data.partition", ratio=(0.5,))) == 7
+    fewer = labels("paper_fedbrb", "method.ratio", "data.partition", ratio=(0.5,))
+    assert [row for row in fewer if not row.startswith("ablation")] == [
+        "dirichlet-fedavg-full",
+        "dirichlet-given-fedavg-small",
+        "dirichlet-given-heterofl",
+        "dirichlet-given-fedrolex",
+        "dirichlet-given-fedbrb",
+    ]
+
+
+@pytest.mark.parametrize("name", ["width_grid", "paper_fedbrb", "comparison"])
+def test_every_row_of_a_study_can_begin(name):
+    named = EXPERIMENTS[name]
+    assert named.rows is not None
+    rows = named.rows(named.base(None), frozenset())
+    setup = prepare(next(iter(rows.values())))
+    for row in rows.values():
+        first_state(replace(setup, experiment=row))
+
+
+def test_a_bad_row_is_refused_before_the_first_is_trained(tmp_path):
+    named = EXPERIMENTS["comparison"]
+    base = named.base(None)
+    assert named.rows is not None
+    rows = named.rows(replace(base, method=replace(base.method, ratio=(0.3,))), frozenset())
+    with pytest.raises(ConfigError, match="1 over a whole number"):
+        start_study(rows, tmp_path / "study", lambda *_: None)
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("config", ["bert", "gpt2"])
+def test_a_language_model_does_not_see_what_it_is_to_predict(config):
+    import torch
+
+    spec = Spec(
+        kind="tokens",
+        task="causal-lm",
+        shape=(8,),
+        num_classes=16,
+        class_names=(),
+        vocab_size=16,
+        pad_id=15,
+    )
+    options = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = HuggingFace(config=config, options=options).build_model(spec)
+    module = model.module().eval()
+    tokens = torch.tensor([[1, 2, 3, 4, 5]])
+    other = torch.tensor([[1, 2, 3, 4, 9]])
+    with torch.no_grad():
+        assert torch.allclose(module(tokens).logits[:, :4], module(other).logits[:, :4], atol=1e-5)
+        assert not torch.allclose(module(tokens).logits[:, 4], module(other).logits[:, 4])
+
+
+def test_a_model_that_looks_ahead_is_refused(monkeypatch):
+    from tesserafl.models import huggingface
+
+    spec = Spec(
+        kind="tokens",
+        task="causal-lm",
+        shape=(8,),
+        num_classes=16,
+        class_names=(),
+        vocab_size=16,
+        pad_id=15,
+    )
+    fit = huggingface.fit_to_data
+
+    def forgetful(config, spec, source):
+        fit(config, spec, source)
+        config.is_decoder = False
+
+    monkeypatch.setattr(huggingface, "fit_to_data", forgetful)
+    options = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    with pytest.raises(ModelError, match="sees the tokens"):
+        HuggingFace(config="bert", options=options).build_model(spec)
