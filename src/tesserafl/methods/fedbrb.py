@@ -38,14 +38,8 @@ from tesserafl.core.method import (
     train_scaled,
 )
 from tesserafl.core.model import Model
-from tesserafl.methods._blocks import (
-    broadcast_mean,
-    glued_views,
-    grid_of,
-    lattice_slopes,
-    refuse_holders,
-    tiled_init,
-)
+from tesserafl.methods._blocks import glued_views, grid_of, lattice_slopes, refuse_holders
+from tesserafl.methods._broadcast import broadcast_mean, tiled_init
 from tesserafl.methods._width import ratio_of, width_tasks
 
 
