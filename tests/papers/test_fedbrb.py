@@ -516,4 +516,4 @@ def test_ratios_that_do_not_tile_the_model_are_refused(ratio: tuple[float, ...],
 def test_a_broadcast_outside_of_0_to_1_is_refused(beta: float) -> None:
     # At 1.1 blocks overshoot their mean, at -0.1 they run away from it.
     with pytest.raises(ConfigError, match="broadcast"):
-        broadcast_round(FedBRB(ratio=(0.5,), broadcast=beta))
+        FedBRB(ratio=(0.5,), broadcast=beta).init(mlp(4, 4), 0, 1)

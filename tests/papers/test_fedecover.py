@@ -124,4 +124,4 @@ def test_a_step_out_of_range_is_refused(step: float, step_decay: float) -> None:
     model = mlp(4)
     method = FedEcover(step=step, step_decay=step_decay)
     with pytest.raises(ConfigError, match=r"method\.step"):
-        method.aggregate(model, state_of(model), clients(1), [])
+        method.init(model, 0, 1)

@@ -91,7 +91,7 @@ def test_numbers_keep_their_value() -> None:
     ("values", "names", "says"),
     [
         ([0, -1], None, r"row 1: 'label' is -1; allowed: whole numbers 0, 1, 2"),
-        ([0, 3], ("a", "b"), r"row 1: 'label' is 3; allowed: whole numbers 0\.\.1"),
+        ([0, 3], ("0", "1"), r"row 1: 'label' is 3; allowed: whole numbers 0\.\.1"),
         ([0.5], None, r"row 0: 'label' is 0\.5"),
         ([float("nan")], None, r"row 0: 'label' is nan"),
         ([0, None], None, r"row 1: 'label' is empty"),
@@ -128,3 +128,13 @@ def test_vectors_come_from_columns_or_from_lists() -> None:
 def test_vectors_that_are_not_finite_are_named(columns: dict[str, object], says: str) -> None:
     with pytest.raises(DataError, match=says):
         read_vectors(made(**columns), tuple(columns))
+
+
+def test_numbers_are_not_taken_for_the_training_parts_names() -> None:
+    with pytest.raises(DataError, match="use the same names in both parts"):
+        read_labels(made(label=[0, 1]), "label", ("bad", "good"))
+
+
+def test_a_label_that_would_make_millions_of_classes_is_refused() -> None:
+    with pytest.raises(DataError, match="3000000"):
+        read_labels(made(label=[0, 3_000_000]), "label")
