@@ -67,7 +67,7 @@ class FedBRB:
     initialisation, whose blocks the first broadcasts average away"""
     strict: bool = True
     """refuse a client that would hold the whole model"""
-    width_scaling: WidthScaling = "parameters"
+    width_scaling: WidthScaling = "output"
     """how a cut layer makes up for the inputs it lacks: none, output (HeteroFL's scaler) or
     parameters (as output, at the learning pace of a small network)"""
 
