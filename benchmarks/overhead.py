@@ -177,7 +177,7 @@ def cut_and_merge(repeats: int) -> dict[str, float]:
             keep[axis] = sorted((client + unit) % units for unit in range(kept))
         submodels.append(model.slice(keep))
     entries = sum(submodel.num_entries for submodel in submodels)
-    source, target = torch.empty(entries), torch.empty(entries)
+    source, target = torch.zeros(entries), torch.zeros(entries)  # zeros: their pages are there
     cuts, folds, copies = [], [], []
     for _ in range(repeats):
         copies.append(_seconds(lambda: target.copy_(source)))
