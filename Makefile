@@ -34,7 +34,7 @@ $(VENV)/bin/python:
 # torch first and by its exact version, so that a local CPU wheel is found.
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(PIP) -e '.[huggingface]'
+	$(PIP) -e '.[huggingface,fast]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

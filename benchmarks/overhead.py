@@ -1,4 +1,4 @@
-"""What the engine adds to the clients' own work, and what cutting and merging a large model costs.
+"""What the engine adds to the clients' own work.
 
     python benchmarks/overhead.py [--threads 1] [--rounds 7] [--out overhead.json]
 
@@ -6,9 +6,8 @@ Everything is measured in one run, alternating, and reported as the median of ra
 
     engine   a FedAvg round of the embedded engine / a bare PyTorch loop that does the same work
              (same batches, loss and optimiser, a float32 mean) on a CNN, 10 clients a round
-    cut      cutting 8 sub-models (4 x 1/4 width, 3 x 1/2, 1 x whole) out of GPT-2 small, 124 M
-    merge    folding their deltas into the exact sum and taking the mean
-             both / the time to copy the same bytes once
+
+Cutting and merging a large model is measured by `sums.py`.
 """
 
 from __future__ import annotations
@@ -26,14 +25,13 @@ import torch
 import torch.nn.functional as F
 
 from tesserafl.core import seeds
-from tesserafl.core.exactsum import ExactSum
 from tesserafl.core.fit import Training
-from tesserafl.core.submodel import Coverage, cut, merge
+from tesserafl.core.submodel import Coverage
 from tesserafl.data.examples import ClientData, Examples, FederatedData, Spec
 from tesserafl.engines.client import ClientWorker, threads
 from tesserafl.engines.local import InProcess
 from tesserafl.methods import FedAvg
-from tesserafl.models import CNN, HuggingFace
+from tesserafl.models import CNN
 from tesserafl.run.experiment import Experiment
 from tesserafl.run.rounds import CostTable, play_round
 from tesserafl.run.setup import Setup, clients_of
@@ -49,7 +47,6 @@ def main() -> None:
     with threads(options.threads):
         results: dict[str, Any] = {"threads": options.threads}
         results["engine"] = engine(options.rounds)
-        results["gpt2"] = cut_and_merge(max(3, options.rounds // 2))
     print(json.dumps(results, indent=1))
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
@@ -153,56 +150,6 @@ def _bare_loop(setup: Setup) -> Callable[[int], None]:
         weights[:] = total
 
     return round_of
-
-
-def cut_and_merge(repeats: int) -> dict[str, float]:
-    """GPT-2 small: seconds, and as multiples of copying the same bytes once."""
-    spec = Spec(
-        kind="tokens",
-        task="causal-lm",
-        shape=(64,),
-        num_classes=50257,
-        class_names=(),
-        vocab_size=50257,
-        pad_id=50256,
-    )
-    model = HuggingFace(config="gpt2").build_model(spec)
-    params = model.init(0)
-    submodels = []
-    for client, ratio in enumerate([0.25] * 4 + [0.5] * 3 + [1.0]):
-        keep = {}
-        for axis in model.cuttable:
-            units = model.units(axis)
-            kept = round(units * ratio)
-            keep[axis] = sorted((client + unit) % units for unit in range(kept))
-        submodels.append(model.slice(keep))
-    entries = sum(submodel.num_entries for submodel in submodels)
-    source, target = torch.zeros(entries), torch.zeros(entries)  # zeros: their pages are there
-    cuts, folds, copies = [], [], []
-    for _ in range(repeats):
-        copies.append(_seconds(lambda: target.copy_(source)))
-        spent_cutting = spent_folding = 0.0
-        total = ExactSum(max_weight=len(submodels))
-        for submodel in submodels:
-            begun = time.perf_counter()
-            part = cut(params, submodel)
-            spent_cutting += time.perf_counter() - begun
-            begun = time.perf_counter()
-            total.fold(submodel, part, 1, params)
-            spent_folding += time.perf_counter() - begun
-        spent_folding += _seconds(lambda total=total: merge(params, total))
-        cuts.append(spent_cutting)
-        folds.append(spent_folding)
-    return {
-        "parameters": model.num_entries,
-        "entries_moved": entries,
-        "copy_seconds": statistics.median(copies),
-        "copy_gigabytes_per_second": 8e-9 * entries / statistics.median(copies),
-        "cut_seconds": statistics.median(cuts),
-        "cut_over_copy": statistics.median(a / b for a, b in zip(cuts, copies, strict=True)),
-        "merge_seconds": statistics.median(folds),
-        "merge_over_copy": statistics.median(a / b for a, b in zip(folds, copies, strict=True)),
-    }
 
 
 def _seconds(action: Callable[[], object]) -> float:

@@ -1,8 +1,8 @@
-"""From the arguments of `run` and `plan` to an experiment."""
+"""The commands' own options, and the way from arguments to an experiment."""
 
 from __future__ import annotations
 
-from dataclasses import make_dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Generic, NamedTuple, TypeVar
 
@@ -13,6 +13,67 @@ from tesserafl.data import DataSettings
 from tesserafl.experiments import EXPERIMENTS, Named
 from tesserafl.models import HuggingFace
 from tesserafl.run.experiment import REGISTRIES, Experiment, choose, from_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of the command itself."""
+
+    out: Path | None = None
+    """the run folder; default runs/NAME, runs/NAME-2, ..."""
+    json: bool = False
+    """print the summary as one JSON object on the last line"""
+    repeats: int = 1
+    """run with this many seeds, counted up from --seed"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Options of the command itself."""
+
+    json: bool = False
+    """print the plan as one JSON object"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Options of the command itself."""
+
+    timed: int = 30
+    """rounds that are timed, for each way"""
+    json: bool = False
+    """print what was measured as one JSON object"""
+
+
+@dataclass(frozen=True)
+class ResumeOptions:
+    """Continue a run or a study."""
+
+    run: tyro.conf.Positional[Path]
+    """the run folder"""
+    json: bool = False
+    """print the summary as one JSON object on the last line"""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Write a report anew."""
+
+    run: tyro.conf.Positional[Path]
+    """the run folder"""
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """A command on several run folders."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """run folders, or folders of run folders"""
+    out: Path | None = None
+    """write the table and plots as one HTML page"""
+    json: bool = False
+    """print the rows as one JSON object"""
+
 
 _Options = TypeVar("_Options")
 

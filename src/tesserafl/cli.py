@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "run": "NAME|FILE  run a named experiment, a TOML file or a run folder's config.json",
     "resume": "RUN     continue a run or a study that was interrupted",
     "plan": "NAME|FILE  what a run would cost each client, and how coverage grows; trains nothing",
+    "bench": "NAME|FILE  how fast its rounds are here, for every way to train the clients",
     "list": "WHAT       methods, models, data or experiments",
     "compare": "RUN... tables and plots of several runs at equal rounds, bytes and FLOPs",
     "report": "RUN     write the report of a run folder anew",
@@ -27,56 +28,6 @@ COMMANDS = {
 
 EPILOG = """`tessera run NAME --help` lists every setting of that experiment.
 TESSERA_TRACEBACK=1 shows where an error comes from."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Options of the command itself."""
-
-    out: Path | None = None
-    """the run folder; default runs/NAME, runs/NAME-2, ..."""
-    json: bool = False
-    """print the summary as one JSON object on the last line"""
-    repeats: int = 1
-    """run with this many seeds, counted up from --seed"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """Options of the command itself."""
-
-    json: bool = False
-    """print the plan as one JSON object"""
-
-
-@dataclass(frozen=True)
-class ResumeOptions:
-    """Continue a run or a study."""
-
-    run: tyro.conf.Positional[Path]
-    """the run folder"""
-    json: bool = False
-    """print the summary as one JSON object on the last line"""
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """Write a report anew."""
-
-    run: tyro.conf.Positional[Path]
-    """the run folder"""
-
-
-@dataclass(frozen=True)
-class CompareOptions:
-    """A command on several run folders."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """run folders, or folders of run folders"""
-    out: Path | None = None
-    """write the table and plots as one HTML page"""
-    json: bool = False
-    """print the rows as one JSON object"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -122,7 +73,7 @@ def _fail(message: str, code: int) -> None:
 
 
 def _run(args: list[str]) -> None:
-    from tesserafl.arguments import configured
+    from tesserafl.arguments import RunOptions, configured
     from tesserafl.run.runner import start
     from tesserafl.run.study import repeated, start_study
 
@@ -139,6 +90,7 @@ def _run(args: list[str]) -> None:
 
 
 def _resume(args: list[str]) -> None:
+    from tesserafl.arguments import ResumeOptions
     from tesserafl.run.runner import resume
     from tesserafl.run.study import is_study, resume_study
 
@@ -155,7 +107,7 @@ def _resume(args: list[str]) -> None:
 def _plan(args: list[str]) -> None:
     from rich.console import Console
 
-    from tesserafl.arguments import configured
+    from tesserafl.arguments import PlanOptions, configured
     from tesserafl.run.plan import described, make_plan
     from tesserafl.run.setup import prepare
 
@@ -167,6 +119,22 @@ def _plan(args: list[str]) -> None:
         console = Console(highlight=False)
         for part in described(plan):
             console.print(part)
+
+
+def _bench(args: list[str]) -> None:
+    from rich.console import Console
+
+    from tesserafl.arguments import BenchOptions, configured
+    from tesserafl.run.bench import bench, described
+
+    _, _, options, experiment, _ = configured("bench", args, BenchOptions())
+    result = bench(experiment, options.timed)
+    if options.json:
+        print(json.dumps(asdict(result)))
+        return
+    console = Console(highlight=False)
+    for part in described(result):
+        console.print(part)
 
 
 def _list(args: list[str]) -> None:
@@ -201,6 +169,7 @@ def _list(args: list[str]) -> None:
 def _compare(args: list[str]) -> None:
     from rich.console import Console
 
+    from tesserafl.arguments import CompareOptions
     from tesserafl.run.compare import compare
 
     options = tyro.cli(CompareOptions, args=args, prog="tessera compare")
@@ -214,6 +183,7 @@ def _compare(args: list[str]) -> None:
 
 
 def _report(args: list[str]) -> None:
+    from tesserafl.arguments import ReportOptions
     from tesserafl.run.report import write_report
 
     print(write_report(tyro.cli(ReportOptions, args=args, prog="tessera report").run))
@@ -234,6 +204,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": _run,
     "resume": _resume,
     "plan": _plan,
+    "bench": _bench,
     "list": _list,
     "compare": _compare,
     "report": _report,

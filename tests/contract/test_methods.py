@@ -379,7 +379,8 @@ def test_configure_cuts_when_a_task_is_asked_for(name: str) -> None:
     assert params.reads == 0
     for number in (1, 2):
         task = next(tasks)
-        assert params.reads == number * len(task.submodel.views)
+        cut = 0 if name == "fedavg" else number  # FedAvg's clients all hold the whole: no copies
+        assert params.reads == cut * len(task.submodel.views)
 
 
 @each_pair

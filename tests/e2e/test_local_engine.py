@@ -28,11 +28,15 @@ def small(**changes: object) -> Experiment:
     return from_json({**base, **changes})
 
 
-@pytest.mark.parametrize("method", ["fedbrb", "fedecover"])
-def test_two_workers_give_the_same_bits_as_one(tmp_path, method):
+@pytest.mark.parametrize("batching", ["sequential", "vmapped"])
+@pytest.mark.parametrize("method", ["heterofl", "fedbrb", "fedecover"])
+def test_two_workers_give_the_same_bits_as_one(tmp_path, method, batching):
     chosen = {"name": method, "ratio": [0.5, 0.25]}
-    one = start(small(method=chosen), tmp_path / "one")
-    two = start(small(method=chosen, engine={"workers": 2}), tmp_path / "two")
+    how = {"batching": batching, "group": 3}
+    training = {"clip_norm": 0.5, "momentum": 0.9}  # the norm sums over parameters in their order
+    one = start(small(method=chosen, engine=how, training=training), tmp_path / "one")
+    how["workers"] = 2
+    two = start(small(method=chosen, engine=how, training=training), tmp_path / "two")
     assert one["state_sha256"] == two["state_sha256"]
     assert one["loss"] == two["loss"]
 
@@ -51,8 +55,8 @@ def pool_and_tasks() -> tuple[WorkerPool, list[Task]]:
 def test_a_worker_that_is_killed_costs_time_and_not_a_bit():
     engine, tasks = pool_and_tasks()
     with contextlib.closing(engine):
-        engine.submit(tasks[0])
-        engine.submit(tasks[1])
+        engine.submit([tasks[0]])
+        engine.submit([tasks[1]])
         engine._processes[0].process.kill()
         outcomes = []
         while len(outcomes) < 2:
@@ -61,8 +65,8 @@ def test_a_worker_that_is_killed_costs_time_and_not_a_bit():
         assert {o.update.client for o in outcomes} == {t.client.id for t in tasks[:2]}
         engine._processes[1].process.kill()  # an idle one too
         engine._processes[1].process.wait()
-        engine.submit(tasks[2])
-        engine.submit(tasks[3])
+        engine.submit([tasks[2]])
+        engine.submit([tasks[3]])
         again = []
         while len(again) < 2:
             again += engine.poll()
@@ -83,7 +87,7 @@ def test_a_task_that_kills_two_workers_is_an_error():
     engine, tasks = pool_and_tasks()
     engine.close()
     with contextlib.closing(WorkerPool([sys.executable, "-c", DIES], b"", 1)) as deadly:
-        deadly.submit(tasks[0])
+        deadly.submit([tasks[0]])
         with pytest.raises(TesseraError, match=r"code 9, twice.*memory"):
             deadly.poll()
 
@@ -92,7 +96,7 @@ def test_a_fault_of_ours_in_a_worker_is_not_taken_for_a_client_that_failed():
     engine, tasks = pool_and_tasks()
     wrong = {name: t[:, None] for name, t in tasks[0].params.items()}
     with contextlib.closing(engine):
-        engine.submit(replace(tasks[0], params=wrong))
+        engine.submit([replace(tasks[0], params=wrong)])
         with pytest.raises(RuntimeError, match=f"client {tasks[0].client.id}, round 0"):
             engine.poll()
 
@@ -102,13 +106,13 @@ def test_a_diverging_client_costs_its_update_not_the_run(tmp_path, monkeypatch):
     broken = InProcess.poll
 
     def poll(self):
-        (outcome,) = broken(self)
-        if isinstance(outcome, Done) and outcome.update.client % 2 == 0:
-            delta = {
-                name: torch.full_like(t, torch.nan) for name, t in outcome.update.delta.items()
-            }
-            return [replace(outcome, update=replace(outcome.update, delta=delta))]
-        return [outcome]
+        return [spoilt(outcome) for outcome in broken(self)]
+
+    def spoilt(outcome):
+        if not isinstance(outcome, Done) or outcome.update.client % 2:
+            return outcome
+        delta = {name: torch.full_like(t, torch.nan) for name, t in outcome.update.delta.items()}
+        return replace(outcome, update=replace(outcome.update, delta=delta))
 
     monkeypatch.setattr(InProcess, "poll", poll)
     summary = start(small(), tmp_path / "run", events.append)
@@ -166,19 +170,20 @@ def test_a_client_without_the_memory_is_refused_before_training(tmp_path):
         start(small(client_memory_mib=[1000.0, 0.001]), tmp_path / "run")
 
 
-def test_a_round_holds_one_update_at_a_time(monkeypatch):
+@pytest.mark.parametrize(("batching", "held"), [("sequential", 1), ("vmapped", 2)])
+def test_a_round_holds_one_group_of_updates_at_a_time(monkeypatch, batching, held):
     """Server memory does not grow with the number of clients: cut, train, fold, forget."""
-    setup = prepare(small(clients_per_round=8))
+    setup = prepare(small(clients_per_round=8, engine={"batching": batching, "group": 2}))
     state = setup.experiment.method.init(setup.model, 0, 3)
     engine = make_engine(setup)
     alive, most = set(), 0
     submit, poll = engine.submit, engine.poll
 
-    def counted_submit(task):
+    def counted_submit(tasks):
         nonlocal most
-        alive.add(task.client.id)
+        alive.update(task.client.id for task in tasks)
         most = max(most, len(alive))
-        submit(task)
+        submit(tasks)
 
     def counted_poll():
         outcomes = poll()
@@ -191,4 +196,4 @@ def test_a_round_holds_one_update_at_a_time(monkeypatch):
     from tesserafl.run.rounds import CostTable, play_round
 
     play_round(setup, engine, state, Coverage(setup.model.shapes), CostTable(setup=setup))
-    assert most == 1
+    assert most == held

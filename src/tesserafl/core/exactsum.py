@@ -11,23 +11,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tesserafl.core import kernels
 from tesserafl.core.errors import UpdateError
+from tesserafl.core.layout import Shape, weights_of
 from tesserafl.core.params import Params
 
 if TYPE_CHECKING:
     from tesserafl.core.submodel import SubModel, View
 
+Weights = list[tuple["View", int]]
+"""Distinct views of one parameter, each with the sum of the weights of those who reported it."""
+
 MAX_ENTRY = 256.0
 """Largest |delta| of one entry in one round. A weight that moved further has diverged."""
 
 _BITS = 62
-_CHUNK = 1 << 18
-"""Entries converted at once: the double and int64 temporaries stay in the processor's cache."""
 
 
 class ExactSum:
@@ -69,15 +74,19 @@ class ExactSum:
                 `max_entry`. Nothing is added then.
         """
         self._check_weight(weight)
-        check_delta(submodel, delta, params, self.max_entry)
-        for name, tensor in delta.items():
+        if kernels.compiled_for(params):
+            self._add_compiled(submodel, delta, weight, params)
+        elif (flat := kernels.together(list(delta.values()))) is not None:
+            check_places(submodel, delta, params)
+            if flat.size and not _largest(flat) <= self.max_entry:
+                _check_entries(delta, self.max_entry)
+            self._add_together(submodel, delta, flat, weight, params)
+        else:
+            check_delta(submodel, delta, params, self.max_entry)
+            for name, tensor in delta.items():
+                self._add_eagerly(submodel.views[name], tensor, weight, params)
+        for name in delta:
             view = submodel.views[name]
-            if view.name not in self.sums:
-                large = params[view.name]
-                self.sums[view.name] = torch.zeros(
-                    large.shape, dtype=torch.int64, device=large.device
-                )
-            view.add(self.sums[view.name], self._fixed(tensor, weight))
             self._views[view.key] = (view, self._views.get(view.key, (view, 0))[1] + weight)
         self.weight += weight
 
@@ -103,26 +112,98 @@ class ExactSum:
 
         The mean is 0 where the weight is 0. One parameter's temporaries live at a time.
         """
-        by_name: dict[str, list[tuple[View, int]]] = {}
-        for view, weight in self._views.values():
-            by_name.setdefault(view.name, []).append((view, weight))
-        for name in params:
-            if name not in by_name:
-                continue
+        for name, views in self._touched(params):
             total = self.sums[name]
-            weights = torch.zeros_like(total)
-            for view, weight in by_name[name]:
-                view.add(weights, weight)
+            weights = kernels.empty(total.shape, total)
+            for low, high, weight in _weights(views, total.shape):
+                weights.view(-1)[low:high] = torch.from_numpy(weight).to(total.device)
             mean = total.double().mul_(2.0**-self.scale).div_(weights.clamp(min=1))
             yield name, mean, weights
 
-    def _fixed(self, tensor: Tensor, weight: int) -> Tensor:
-        flat = tensor.detach().reshape(-1)
-        fixed = torch.empty(flat.shape, dtype=torch.int64, device=flat.device)
-        for start in range(0, flat.numel(), _CHUNK):
-            chunk = flat[start : start + _CHUNK].to(torch.float64, copy=True)
-            fixed[start : start + _CHUNK] = chunk.mul_(2.0**self.scale).round_()
-        return fixed.mul_(weight).reshape(tensor.shape)
+    def finished(self, params: Params) -> Iterator[tuple[str, Tensor]]:
+        """For each touched large parameter: name, and the parameter plus its mean delta.
+
+        Added in double precision; of the parameter's type. Makes no other full-size tensor.
+        """
+        compiled = kernels.compiled_for(params)
+        for name, views in self._touched(params):
+            old, sums = params[name], self.sums[name]
+            if compiled and kernels.takes(old):
+                cells = weights_of([(view.index, weight) for view, weight in views], old.shape)
+                yield name, kernels.finish(old, sums, self.scale, cells)
+            else:
+                weights = _weights(views, old.shape)
+                yield name, kernels.finish_eagerly(old, sums, self.scale, weights)
+
+    def _touched(self, params: Params) -> Iterator[tuple[str, Weights]]:
+        by_name: dict[str, Weights] = {}
+        for view, weight in self._views.values():
+            by_name.setdefault(view.name, []).append((view, weight))
+        for name in params:
+            if name in by_name:
+                yield name, by_name[name]
+
+    def _add_compiled(self, submodel: SubModel, delta: Params, weight: int, params: Params) -> None:
+        """One pass checks and adds; what was added before a bad entry was met is taken back."""
+        check_places(submodel, delta, params)
+        _check_entries({n: t for n, t in delta.items() if not kernels.takes(t)}, self.max_entry)
+        before, added = set(self.sums), []
+        for name, tensor in delta.items():
+            added.append(name)
+            if self._add(submodel.views[name], tensor, weight, params):
+                continue
+            for each in added:
+                self._add(submodel.views[each], delta[each], -weight, params)
+            for each in set(self.sums) - before:
+                del self.sums[each]
+            _check_entries({name: tensor}, self.max_entry)
+
+    def _add(self, view: View, small: Tensor, weight: int, params: Params) -> bool:
+        """False if an entry was beyond the bound. It added nothing; the others did."""
+        if not kernels.takes(small):
+            self._add_eagerly(view, small, weight, params)
+            return True
+        sums = self._sum(view, params)
+        layout = view.layout(sums.shape)
+        return kernels.add_fixed(sums, layout, small, self.scale, weight, self.max_entry)
+
+    def _add_together(
+        self,
+        submodel: SubModel,
+        delta: Params,
+        flat: npt.NDArray[Any],
+        weight: int,
+        params: Params,
+    ) -> None:
+        """Add a small delta whose entries, one tensor after another, are `flat`."""
+        fixed, at = kernels.fixed_together(flat, self.scale, weight), 0
+        for name in delta:
+            view = submodel.views[name]
+            sums, count = self._sum(view, params), math.prod(view.shape)
+            small = fixed[at : at + count].reshape(view.shape)
+            at += count
+            if view.blocks is None or not sums.is_cpu:
+                view.add(sums, torch.from_numpy(small).to(sums.device))
+                continue
+            array = sums.numpy()
+            for there, here in view.blocks:
+                array[there] += small[here]
+
+    def _add_eagerly(self, view: View, small: Tensor, weight: int, params: Params) -> None:
+        sums = self._sum(view, params)
+        if small.numel() <= kernels.BLOCK:
+            view.add(sums, kernels.to_fixed(small, self.scale, weight))
+            return
+        step = max(1, kernels.BLOCK * len(small) // small.numel())
+        for low in range(0, len(small), step):
+            rows = kernels.to_fixed(small[low : low + step], self.scale, weight)
+            view.rows(low, low + step).add(sums, rows)
+
+    def _sum(self, view: View, params: Params) -> Tensor:
+        if view.name not in self.sums:
+            large = params[view.name]
+            self.sums[view.name] = kernels.zeros(large.shape, large, torch.int64)
+        return self.sums[view.name]
 
     def _check_weight(self, weight: int) -> None:
         if not isinstance(weight, int) or weight < 1:
@@ -141,23 +222,64 @@ def check_delta(
 
     Small: finite and at most `max_entry`. `params` is the large model's.
     """
+    check_places(submodel, delta, params)
+    _check_entries(delta, max_entry)
+
+
+def check_places(submodel: SubModel, delta: Params, params: Params) -> None:
+    """Raise UpdateError unless a delta fits its sub-model and that fits the model."""
     for name, tensor in delta.items():
-        if name not in submodel.views:
+        view = submodel.views.get(name)
+        if view is None:
             raise UpdateError(f"the update holds {name!r}, which its sub-model does not")
-        view = submodel.views[name]
-        shape = view.shape
-        if view.name not in params or not view.fits(tuple(params[view.name].shape)):
+        large = params.get(view.name)
+        if large is None or not view.fits(large.shape):
             raise UpdateError(f"update entry {name!r} lies outside the model's {view.name!r}")
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != view.shape:
             raise UpdateError(
-                f"update entry {name!r} has shape {tuple(tensor.shape)}; expected is {shape}"
+                f"update entry {name!r} has shape {tuple(tensor.shape)}; expected is {view.shape}"
             )
-        if not tensor.numel():
-            continue
-        low, high = torch.aminmax(tensor.detach())
-        largest = float(torch.maximum(-low, high))
-        if not largest <= max_entry:  # also true for NaN
+
+
+def _check_entries(delta: Params, max_entry: float) -> None:
+    tensors = [tensor for tensor in delta.values() if tensor.numel()]
+    flat = kernels.together(tensors)
+    largest = [_largest(flat)] if flat is not None else [_largest(tensor) for tensor in tensors]
+    if all(value <= max_entry for value in largest):  # never true for NaN
+        return
+    for name, tensor in delta.items():
+        if tensor.numel() and not (reach := _largest(tensor)) <= max_entry:
             raise UpdateError(
-                f"update entry {name!r} reaches {largest:g}; allowed is a finite value up to "
+                f"update entry {name!r} reaches {reach:g}; allowed is a finite value up to "
                 f"{max_entry:g}. Training diverged: lower training.lr or set training.clip_norm"
             )
+
+
+def _weights(views: Weights, shape: Shape) -> Iterator[kernels.Piece]:
+    """The weights of all entries of a parameter, in pieces."""
+    count = math.prod(shape)
+    if count > kernels.BLOCK:
+        cells = weights_of([(view.index, weight) for view, weight in views], shape)
+        yield from kernels.expanded(cells)
+        return
+    (view, weight), *others = views
+    if not others and view.shape == shape and view.blocks is not None and len(view.blocks) == 1:
+        yield 0, count, np.array([weight])
+        return
+    weights = np.zeros(shape, np.int64)
+    for view, weight in views:
+        if view.blocks is None:
+            view.add(torch.from_numpy(weights), weight)
+        else:
+            for there, _ in view.blocks:
+                weights[there] += weight
+    yield 0, count, weights.reshape(-1)
+
+
+def _largest(entries: Tensor | npt.NDArray[Any]) -> float:
+    """The largest magnitude; not a number if there is one among them."""
+    if isinstance(entries, Tensor):
+        least, greatest = map(float, torch.aminmax(entries.detach()))
+    else:
+        least, greatest = float(entries.min()), float(entries.max())
+    return -least if -least > greatest else greatest

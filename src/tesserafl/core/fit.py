@@ -77,7 +77,11 @@ Forward = Callable[[Params, Tensor], Output]
 
 
 class Objective(Protocol):
-    """A loss that knows neither the model's family nor its names."""
+    """A loss that knows neither the model's family nor its names: a frozen dataclass.
+
+    It is pure, since engines may run it for many clients at once (`torch.func.vmap`). An example
+    whose labels are all `IGNORED` is padding and must not count.
+    """
 
     def __call__(
         self,
@@ -110,8 +114,8 @@ class CrossEntropy:
         """The mean loss of a batch, a scalar."""
         logits = forward(params, inputs).logits
         if "classes" in extra:
-            owned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            owned[extra["classes"]] = True
+            numbers = torch.arange(logits.shape[-1], device=logits.device)
+            owned = (numbers == extra["classes"][:, None]).any(dim=0)
             logits = logits.masked_fill(~owned, 0.0)
         return F.cross_entropy(
             logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED

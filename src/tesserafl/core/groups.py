@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tesserafl.core import seeds
-from tesserafl.core.model import Tie, fan_in_dims
+from tesserafl.core.model import Tie
+from tesserafl.core.modules import fan_in_dims
 from tesserafl.core.params import Params
 from tesserafl.core.permute import (
     TINY_UNITS,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from tesserafl.core import seeds
 from tesserafl.core.errors import ModelError, did_you_mean
+from tesserafl.core.modules import parameters_of
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import (
     Index,
@@ -31,6 +33,7 @@ from tesserafl.core.submodel import (
 )
 
 Sizes = Mapping[str, int]
+_MOST_SLICES = 64
 CLASSES = "classes"
 """The axis of a classifier's outputs, in every family."""
 Build = Callable[[Sizes], nn.Module]
@@ -117,6 +120,11 @@ class Model:
     save: Callable[[nn.Module, str], None] | None = field(default=None, repr=False)
     """Writes a trained module to a folder in its family's own format; None: safetensors + sizes."""
 
+    _slices: dict[object, SubModel] = field(default_factory=dict, init=False, repr=False)
+    """The newest results of `slice`: their indices and layouts are found once."""
+    _models: dict[SubModel, Model] = field(default_factory=dict, init=False, repr=False)
+    """The newest result of `resized`."""
+
     @property
     def num_entries(self) -> int:
         """Parameters of the whole model."""
@@ -134,6 +142,10 @@ class Model:
 
     def whole(self) -> SubModel:
         """The sub-model that leaves nothing out."""
+        return self._whole
+
+    @cached_property
+    def _whole(self) -> SubModel:
         return whole(self.sizes, self.shapes)
 
     def units(self, axis: str) -> int:
@@ -154,6 +166,7 @@ class Model:
     def slice(self, keep: Mapping[str, Units]) -> SubModel:
         """The sub-model that keeps these units (or blocks) of these axes, all of the others.
 
+        The same object for the same units, as long as few others were asked for in between.
         Where only some of the axes that share a size are given, the others keep the same units as
         the first of them.
 
@@ -161,6 +174,14 @@ class Model:
             ModelError: an unknown axis, a unit outside the axis, unequal numbers of units on axes
                 that share a size, or blocks that are not interchangeable.
         """
+        key = tuple((axis, _key(units)) for axis, units in keep.items())
+        if key not in self._slices:
+            while len(self._slices) >= _MOST_SLICES:
+                self._slices.pop(next(iter(self._slices)))
+            self._slices[key] = self._slice(keep)
+        return self._slices[key]
+
+    def _slice(self, keep: Mapping[str, Units]) -> SubModel:
         kept = {axis: self._checked(axis, units) for axis, units in keep.items()}
         widths = self._with_sharers(kept)
         sizes = dict(self.sizes)
@@ -183,6 +204,12 @@ class Model:
 
         Pre-trained parameters are cut with it; otherwise it initialises itself at its own sizes.
         """
+        if submodel not in self._models:
+            self._models.clear()  # one is asked for again and again
+            self._models[submodel] = self._resize(submodel)
+        return self._models[submodel]
+
+    def _resize(self, submodel: SubModel) -> Model:
         sizes = dict(submodel.sizes)
         load = self.pretrained
         return replace(
@@ -264,25 +291,9 @@ class Model:
                 )
 
 
-def parameters_of(module: nn.Module) -> Params:
-    """The module's parameters as plain tensors, each tied weight once."""
-    return {name: value.detach().clone() for name, value in module.named_parameters()}
-
-
-def fan_in_dims(module: nn.Module) -> dict[str, int]:
-    """Own parameter -> the dimension that runs over inputs, for modules that multiply by a matrix.
-
-    The one place that knows how such weights lie. Empty for any other module.
-    """
-    if isinstance(module, nn.MultiheadAttention):
-        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        return {name: 1 for name in names if getattr(module, name) is not None}
-    if isinstance(module, nn.RNNBase):
-        return {name: 1 for name, _ in module.named_parameters() if name.startswith("weight_")}
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return {"weight": 1}
-    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return {"weight": 0}
-    if type(module).__name__ == "Conv1D":  # transformers' transposed linear layer (GPT-2)
-        return {"weight": 0}
-    return {}
+def _key(units: Units) -> object:
+    if isinstance(units, range):
+        return units
+    if isinstance(units, slice):
+        return (units.start, units.stop, units.step)
+    return units.numpy().tobytes() if isinstance(units, Tensor) else tuple(units)

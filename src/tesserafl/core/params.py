@@ -16,6 +16,18 @@ def subtract(left: Params, right: Params) -> Params:
     return {name: left[name] - right[name] for name in left}
 
 
+_LINE = 64
+"""Bytes of a cache line, to which torch aligns what it allocates."""
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it does not begin at a cache line.
+
+    A matrix product's bits depend on that, and what was read from a file or a pipe lies anywhere.
+    """
+    return tensor if tensor.data_ptr() % _LINE == 0 else tensor.clone()
+
+
 def num_entries(params: Params) -> int:
     """How many numbers the parameters hold."""
     return sum(tensor.numel() for tensor in params.values())

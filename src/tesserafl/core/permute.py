@@ -20,7 +20,8 @@ from torch.func import functional_call
 
 from tesserafl.core import seeds
 from tesserafl.core.errors import ModelError
-from tesserafl.core.model import Build, Depth, Output, Sizes, Tie, parameters_of
+from tesserafl.core.model import Build, Depth, Output, Sizes, Tie
+from tesserafl.core.modules import parameters_of
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import index_tensor
 

@@ -10,6 +10,7 @@ and `Coverage` are written once, for every method and every model.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +18,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tesserafl.core import kernels
 from tesserafl.core.errors import ModelError
 from tesserafl.core.exactsum import ExactSum
+from tesserafl.core.layout import Index as Index
+from tesserafl.core.layout import Layout, Shape, is_whole, layout_of, runs_of
 from tesserafl.core.params import Params
-
-Index = slice | Tensor
-"""Entries along one dimension: a slice with plain start and stop, or a 1-d int64 tensor."""
 
 Units = Sequence[int] | range | slice | Tensor
 
@@ -52,6 +53,28 @@ def index_tensor(index: Index) -> Tensor:
     return torch.arange(index.start, index.stop) if isinstance(index, slice) else index
 
 
+def slices(index: Index) -> list[tuple[slice, slice]]:
+    """The index's ascending runs: their entries, and their places within the index."""
+    if isinstance(index, slice):
+        return [(index, slice(0, index.stop - index.start))]
+    starts, lengths = runs_of(index)
+    ends = lengths.cumsum()
+    return [
+        (slice(start, start + length), slice(end - length, end))
+        for start, length, end in zip(starts.tolist(), lengths.tolist(), ends.tolist(), strict=True)
+    ]
+
+
+def _within(index: Index, size: int) -> bool:
+    if isinstance(index, slice):
+        return bool(0 <= index.start <= index.stop <= size)
+    return not index.numel() or (int(index.min()) >= 0 and int(index.max()) < size)
+
+
+_FEW = 16
+"""Blocks of slices that a view is taken apart into rather than gathered."""
+
+
 @dataclass(frozen=True, eq=False)
 class View:
     """One small parameter as a place in a large one."""
@@ -61,10 +84,10 @@ class View:
     index: tuple[Index, ...]
     """One index per dimension."""
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Shape of the small parameter."""
-        return tuple(index_length(index) for index in self.index)
+        return tuple([index_length(index) for index in self.index])
 
     @cached_property
     def key(self) -> tuple[object, ...]:
@@ -77,43 +100,107 @@ class View:
                 parts.append(index.numpy().tobytes())
         return tuple(parts)
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
+    def fits(self, shape: Shape) -> bool:
         """Whether every entry lies within a large parameter of this shape."""
-        return len(shape) == len(self.index) and all(
-            0 <= index.start <= index.stop <= size
-            if isinstance(index, slice)
-            else bool((index >= 0).all() and (index < size).all())
-            for index, size in zip(self.index, shape, strict=True)
-        )
+        fits = self._fits.get(shape)
+        if fits is None:
+            fits = self._fits[shape] = len(shape) == len(self.index) and all(
+                map(_within, self.index, shape)
+            )
+        return fits
 
-    def read(self, large: Tensor) -> Tensor:
+    def layout(self, shape: Shape) -> Layout:
+        """Where the entries lie in a contiguous large parameter of this shape, which they fit."""
+        layout = self._layouts.get(shape)
+        if layout is None:
+            layout = self._layouts[shape] = layout_of(self.index, shape)
+        return layout
+
+    def read(self, large: Tensor, compiled: bool = False) -> Tensor:
         """A fresh contiguous tensor with the viewed entries of `large`."""
+        gathers = self._gathers
+        if not gathers:
+            # A slice shares storage with the large tensor: a client must own its bytes.
+            part = self._narrow(large)
+            if compiled:
+                return kernels.empty(part.shape, part).copy_(part)
+            return part.clone(memory_format=torch.contiguous_format)
+        if compiled and kernels.takes(large):
+            return kernels.read(large, self.layout(large.shape), self.shape)
         part = self._narrow(large)
-        for dim, index in self._gathers(large.device):
-            part = part.index_select(dim, index)
-        # A slice alone still shares storage with the large tensor: a client must own its bytes.
-        return part.clone(memory_format=torch.contiguous_format)
+        for dim, index in gathers:
+            part = part.index_select(dim, index.to(large.device))
+        return part.contiguous()
 
     def add(self, large: Tensor, small: Tensor | int) -> None:
         """Add `small` to the viewed entries of `large`, in place."""
-        part = self._narrow(large)
-        gathers = self._gathers(large.device)
-        if not gathers:
-            part.add_(small)
-        elif len(gathers) == 1 and isinstance(small, Tensor):
-            dim, index = gathers[0]
-            part.index_add_(dim, index, small)
+        if not self._gathers:
+            self._narrow(large).add_(small)
+        elif self.blocks is not None:
+            for there, here in self.blocks:
+                large[there].add_(small[here] if isinstance(small, Tensor) else small)
+        elif len(self._gathers) == 1 and isinstance(small, Tensor):
+            dim, index = self._gathers[0]
+            self._narrow(large).index_add_(dim, index.to(large.device), small)
         else:
+            part = self._narrow(large)
             mesh = [torch.arange(size, device=large.device) for size in part.shape]
-            for dim, index in gathers:
-                mesh[dim] = index
+            for dim, index in self._gathers:
+                mesh[dim] = index.to(large.device)
             part[torch.meshgrid(*mesh, indexing="ij")] += small
 
-    def _narrow(self, large: Tensor) -> Tensor:
-        return large[tuple(i if isinstance(i, slice) else slice(None) for i in self.index)]
+    def rows(self, low: int, high: int) -> View:
+        """The part of this view with entries `low` to `high` (excluded) of dimension 0."""
+        first = self.index[0]
+        if isinstance(first, slice):
+            first = slice(first.start + low, min(first.start + high, first.stop))
+        else:
+            first = first[low:high]
+        return View(self.name, (first, *self.index[1:]))
 
-    def _gathers(self, device: torch.device) -> list[tuple[int, Tensor]]:
-        return [(d, i.to(device)) for d, i in enumerate(self.index) if not isinstance(i, slice)]
+    def _narrow(self, large: Tensor) -> Tensor:
+        shape = large.shape
+        narrowings = self._narrowings.get(shape)
+        if narrowings is None:
+            narrowings = self._narrowings[shape] = [
+                (dim, index.start, index.stop - index.start)
+                for dim, index in enumerate(self.index)
+                if isinstance(index, slice) and not is_whole(index, shape[dim])
+            ]
+        for dim, start, length in narrowings:
+            large = large.narrow(dim, start, length)
+        return large
+
+    @cached_property
+    def _narrowings(self) -> dict[Shape, list[tuple[int, int, int]]]:
+        return {}
+
+    @cached_property
+    def _gathers(self) -> list[tuple[int, Tensor]]:
+        return [(d, index) for d, index in enumerate(self.index) if not isinstance(index, slice)]
+
+    @cached_property
+    def blocks(self) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]] | None:
+        """The view as few blocks of slices, in the large and in the small tensor, if it is that.
+
+        A window that wraps in two dimensions is four blocks.
+        """
+        dims, blocks = [], 1
+        for index in self.index:
+            dims.append(slices(index))
+            blocks *= len(dims[-1])
+            if blocks > _FEW:
+                return None
+        pairs = itertools.product(*dims)
+        return [(tuple(p[0] for p in pair), tuple(p[1] for p in pair)) for pair in pairs]
+
+    @cached_property
+    def _fits(self) -> dict[Shape, bool]:
+        return {}
+
+    @cached_property
+    def _layouts(self) -> dict[Shape, Layout]:
+        return {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +211,11 @@ class SubModel:
     """Sizes from which `Model.build` makes the small module."""
     views: Mapping[str, View]
     """Small parameter -> its place in the large model."""
+
+    @cached_property
+    def shape(self) -> tuple[tuple[str, int], ...]:
+        """Equal for sub-models that the same module serves."""
+        return tuple(sorted(self.sizes.items()))
 
     @property
     def num_entries(self) -> int:
@@ -146,7 +238,8 @@ class SubModel:
 
 def cut(params: Params, submodel: SubModel) -> Params:
     """The client's parameters, each a fresh tensor."""
-    return {name: view.read(params[view.name]) for name, view in submodel.views.items()}
+    compiled = kernels.compiled_for(params)
+    return {name: view.read(params[view.name], compiled) for name, view in submodel.views.items()}
 
 
 def merge(params: Params, total: ExactSum) -> Params:
@@ -155,10 +248,7 @@ def merge(params: Params, total: ExactSum) -> Params:
     Selective averaging of HeteroFL (Diao et al., ICLR 2021, Alg. 1), on deltas. The mean is taken
     in double precision from integer sums, so it does not depend on the order of the updates.
     """
-    merged = dict(params)
-    for name, mean, _ in total.means(params):
-        merged[name] = (params[name].double() + mean).to(params[name].dtype)
-    return merged
+    return {**params, **dict(total.finished(params))}
 
 
 class Coverage:
@@ -173,8 +263,13 @@ class Coverage:
         for submodel in submodels:
             for view in submodel.views.values():
                 counted[view.key] = (view, counted.get(view.key, (view, 0))[1] + 1)
+        compiled = kernels.compiled_for(self.counts)
         for view, times in counted.values():
-            view.add(self.counts[view.name], times)
+            count = self.counts[view.name]
+            if compiled:
+                kernels.add_number(count, view.layout(count.shape), times)
+            else:
+                view.add(count, times)
 
     @property
     def share(self) -> float:

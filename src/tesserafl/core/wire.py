@@ -76,7 +76,9 @@ def pack(header: Mapping[str, Any], groups: Mapping[str, Params]) -> bytes:
                 plain = plain.clone()  # safetensors refuses two names for one storage
             seen.add(plain.untyped_storage().data_ptr())
             tensors[f"{group}/{name}"] = plain
-    return save(tensors, metadata={"tessera": json.dumps({"groups": list(groups), **header})})
+    # With their order: safetensors has one of its own, and a gradient norm depends on it.
+    names = {group: list(params) for group, params in groups.items()}
+    return save(tensors, metadata={"tessera": json.dumps({"groups": names, **header})})
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Params]]:
@@ -91,10 +93,13 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Params]]:
             raise ValueError("its header is longer than the message")
         header = json.loads(data[8 : 8 + length])
         body = json.loads(header["__metadata__"]["tessera"])
-        groups: dict[str, Params] = {str(group): {} for group in body.pop("groups")}
-        for key, tensor in load(data).items():
-            group, _, name = key.partition("/")
-            groups[group][name] = tensor
+        tensors = load(data)
+        groups: dict[str, Params] = {
+            str(group): {str(name): tensors.pop(f"{group}/{name}") for name in names}
+            for group, names in body.pop("groups").items()
+        }
+        if tensors:
+            raise ValueError(f"it holds tensors of no group: {', '.join(sorted(tensors))}")
     except (
         ValueError,
         KeyError,

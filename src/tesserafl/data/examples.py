@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -70,6 +71,7 @@ class Examples:
             inputs = inputs.long()
         return inputs, self.labels[rows]
 
+    @cached_property
     def classes(self) -> Tensor:
         """The distinct labels, sorted, without the ignored ones: int64 [k]."""
         distinct: Tensor = torch.unique(self.labels)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from tesserafl.core import seeds
+from tesserafl.core.errors import TesseraError
 from tesserafl.core.fit import Fit, Fitted, Forward, Training
 from tesserafl.core.messages import Memory, Task, Update
 from tesserafl.core.method import Method
 from tesserafl.core.model import Model
-from tesserafl.core.params import Params, subtract
+from tesserafl.core.params import Params, aligned, subtract
 from tesserafl.data.examples import Examples
-from tesserafl.models.scaling import forward_of, own_scales
+from tesserafl.engines.batches import augment, batches
+from tesserafl.engines.cohort import Cohorts, Member
+from tesserafl.models.scaling import forward_of, hollow, own_scales
+
+Answer = tuple[Update, Memory]
 
 
 @dataclass(kw_only=True)
@@ -29,37 +34,109 @@ class ClientWorker:
     """Training examples of a client."""
     seed: int
     device: str = "cpu"
+    cohorts: Cohorts | None = None
+    """Trains clients of one shape together; None: one after another."""
     _modules: dict[tuple[tuple[str, int], ...], nn.Module] = field(default_factory=dict)
 
-    def work(self, task: Task, memory: Memory) -> tuple[Update, Memory]:
-        """Run one task; the same task gives the same bits in every process."""
-        fit = self.method.local(self.model, task, memory)
-        module = self._module(task)
-        forward = forward_of(self.model, task.submodel, module, fit.width_scaling)
-        scales: dict[str, float] = {}
-        if fit.width_scaling == "parameters":
-            scales = own_scales(self.model, task.submodel, module)
-            unscaled, fit = fit, replace(fit, params=_scaled(fit.params, scales))
-        key = (self.seed, task.round, task.client.id)
-        examples = self.examples(task.client.id)
-        with seeds.seeded(*key, "fit"):  # dropout draws from torch's own generator
-            fitted = execute(fit, forward, examples, seeds.generator(*key, "batches"), self.device)
-        if scales:
-            # By the change, so that what training left alone is left alone to the bit.
-            change = _scaled(
-                subtract(fitted.params, fit.params), {n: 1.0 / s for n, s in scales.items()}
+    @property
+    def group(self) -> int:
+        """Clients of one shape that are trained together, at most."""
+        return 1 if self.cohorts is None else self.cohorts.most
+
+    def work(self, task: Task, memory: Memory) -> Answer:
+        """Run one task; the same task gives the same bits in every process.
+
+        Raises:
+            TesseraError: the client cannot do it.
+        """
+        (answer,) = self.work_together([(task, memory)])
+        if isinstance(answer, TesseraError):
+            raise answer
+        return answer
+
+    def work_together(self, asked: Sequence[tuple[Task, Memory]]) -> list[Answer | TesseraError]:
+        """Run tasks of one shape, each with what its client remembers; answers in their order.
+
+        The same tasks together give the same bits in every process. A task that its client cannot
+        do is answered by the error; the others are done.
+        """
+        answers: dict[int, Answer | TesseraError] = {}
+        parts: dict[object, list[tuple[int, _Part]]] = {}
+        for position, (task, memory) in enumerate(asked):
+            try:
+                part = self._part(task, memory)
+                together = None if self.cohorts is None else part.member.shape
+            except TesseraError as error:
+                answers[position] = error
+                continue
+            parts.setdefault(position if together is None else together, []).append(
+                (position, part)
             )
-            params = {name: unscaled.params[name] + change[name] for name in change}
+        for group in parts.values():
+            fitted = self._train([part for _, part in group])
+            for (position, part), result in zip(group, fitted, strict=True):
+                try:
+                    answers[position] = self._answer(part, result)
+                except TesseraError as error:
+                    answers[position] = error
+        return [answers[position] for position in range(len(asked))]
+
+    def _part(self, task: Task, memory: Memory) -> _Part:
+        fit = self.method.local(self.model, task, memory)
+        scales: Mapping[str, float] = {}
+        if fit.width_scaling == "parameters":
+            scales = own_scales(self.model, task.submodel, self._module(task))
+        draw = seeds.generator(self.seed, task.round, task.client.id, "batches")
+        scaled = replace(fit, params=_scaled(fit.params, scales)) if scales else fit
+        member = Member(fit=scaled, examples=self.examples(task.client.id), draw=draw)
+        return _Part(task=task, memory=memory, member=member, unscaled=fit.params, scales=scales)
+
+    def _train(self, parts: Sequence[_Part]) -> list[Fitted]:
+        task, module = parts[0].task, self._module(parts[0].task)
+        scaling = parts[0].member.fit.width_scaling
+        forward = forward_of(self.model, task.submodel, module, scaling)
+        if self.cohorts is not None and len(parts) > 1:
+            key = (task.submodel.shape, scaling)
+            return self.cohorts.train([part.member for part in parts], forward, key)
+        fitted = []
+        for part in parts:
+            member, task = part.member, part.task
+            # Dropout draws from torch's own generator.
+            with seeds.seeded(self.seed, task.round, task.client.id, "fit"):
+                fitted.append(
+                    execute(member.fit, forward, member.examples, member.draw, self.device)
+                )
+        return fitted
+
+    def _answer(self, part: _Part, fitted: Fitted) -> Answer:
+        if part.scales:
+            # By the change, so that what training left alone is left alone to the bit.
+            back = {name: 1.0 / scale for name, scale in part.scales.items()}
+            change = _scaled(subtract(fitted.params, part.member.fit.params), back)
+            params = {name: part.unscaled[name] + change[name] for name in change}
             fitted = replace(fitted, params=params)
-        return self.method.report(self.model, task, fitted, memory)
+        return self.method.report(self.model, part.task, fitted, part.memory)
 
     def _module(self, task: Task) -> nn.Module:
-        key = tuple(sorted(task.submodel.sizes.items()))
+        key = task.submodel.shape
         if key not in self._modules:
             with seeds.seeded(0, "module"):  # its own weights are never used
                 module = self.model.module(task.submodel.sizes)
-            self._modules[key] = module.to(self.device).train()
+            self._modules[key] = hollow(module).to(self.device).train()
         return self._modules[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One task, ready to be trained."""
+
+    task: Task
+    memory: Memory
+    member: Member
+    unscaled: Params
+    """The parameters as they were sent."""
+    scales: Mapping[str, float]
+    """What they were multiplied by."""
 
 
 def _scaled(params: Params, scales: Mapping[str, float]) -> Params:
@@ -79,29 +156,32 @@ def execute(
         device: where to train; the result is on the CPU.
     """
     trainable = [name for name in fit.params if fit.trainable is None or name in fit.trainable]
-    params = {name: tensor.to(device) for name, tensor in fit.params.items()}
-    for name in trainable:
-        params[name] = params[name].detach().clone().requires_grad_()
-    leaves = [params[name] for name in trainable]
-    training, classes = fit.training, examples.classes()
+    params = {name: aligned(tensor.to(device)) for name, tensor in fit.params.items()}
+    leaves = [params[name].detach().requires_grad_() for name in trainable]
+    params.update(zip(trainable, leaves, strict=True))
+    training, classes = fit.training, examples.classes
     extra = {name: tensor.to(device) for name, tensor in fit.extra.items()}
     if training.mask_absent_classes:
         extra["classes"] = classes.to(device)
-    optimiser = _optimiser(training, leaves)
+    optimiser: torch.optim.Optimizer | None = None
     losses: list[Tensor] = []
     steps = 0
     for _ in range(training.epochs):
         losses = []
-        for rows in _batches(len(examples), training.batch_size, draw):
+        for rows in batches(len(examples), training.batch_size, draw):
             inputs, labels = examples.batch(rows)
             if training.augment and inputs.dim() == 4:
-                inputs = _augment(inputs, draw)
+                inputs = augment(inputs, draw)
             loss = fit.objective(forward, params, inputs.to(device), labels.to(device), extra)
             for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
                 leaf.grad = gradient
             if training.clip_norm is not None:
                 nn.utils.clip_grad_norm_(leaves, training.clip_norm)
-            optimiser.step()
+            if optimiser is None:
+                leaves, optimiser = _first_step(training, leaves)
+                params.update(zip(trainable, leaves, strict=True))
+            else:
+                optimiser.step()
             losses.append(loss.detach() * len(rows))
             steps += 1
     mean = float(torch.stack(losses).sum()) / len(examples)
@@ -114,6 +194,30 @@ def execute(
     )
 
 
+def _first_step(
+    training: Training, received: list[Tensor]
+) -> tuple[list[Tensor], torch.optim.Optimizer]:
+    """Leaves of the client's own after one step, and what does the others.
+
+    What was received is not written to. A plain step writes its result elsewhere and saves a copy.
+    """
+    plain = training.optimiser == "sgd" and not (training.momentum or training.weight_decay)
+    leaves = []
+    for leaf in received:
+        gradient = leaf.grad
+        assert gradient is not None
+        if plain:
+            own = torch.add(leaf.detach(), gradient, alpha=-training.lr).requires_grad_()
+        else:
+            own = leaf.detach().clone().requires_grad_()
+            own.grad = gradient
+        leaves.append(own)
+    optimiser = _optimiser(training, leaves)
+    if not plain:
+        optimiser.step()
+    return leaves, optimiser
+
+
 def _optimiser(training: Training, leaves: list[Tensor]) -> torch.optim.Optimizer:
     if training.optimiser == "adamw":
         return torch.optim.AdamW(leaves, lr=training.lr, weight_decay=training.weight_decay)
@@ -122,29 +226,6 @@ def _optimiser(training: Training, leaves: list[Tensor]) -> torch.optim.Optimize
         lr=training.lr,
         momentum=training.momentum,
         weight_decay=training.weight_decay,
-    )
-
-
-def _batches(total: int, size: int, draw: torch.Generator) -> Iterator[Tensor]:
-    batches = list(torch.split(torch.randperm(total, generator=draw), size))
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        # One example alone has no batch statistics: it joins the batch before it.
-        batches[-2:] = [torch.cat(batches[-2:])]
-    yield from batches
-
-
-def _augment(images: Tensor, draw: torch.Generator) -> Tensor:
-    """Flip with probability 1/2 and shift by up to 4 pixels (He et al., CVPR 2016, 4.2)."""
-    batch, _, height, width = images.shape
-    flip = torch.rand(batch, generator=draw) < 0.5
-    images = torch.where(flip[:, None, None, None], images.flip(3), images)
-    padded = nn.functional.pad(images, (4, 4, 4, 4))
-    top, left = torch.randint(0, 9, (2, batch), generator=draw)
-    rows = top[:, None] + torch.arange(height)  # [batch, height]
-    columns = left[:, None] + torch.arange(width)  # [batch, width]
-    position = torch.arange(batch)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[position, rows[:, :, None], columns[:, None, :]].permute(
-        0, 3, 1, 2
     )
 
 

@@ -15,7 +15,7 @@ from tesserafl.core.errors import MessageError, TesseraError
 from tesserafl.core.messages import Memory, Task
 from tesserafl.core.wire import decode_update, encode_task
 from tesserafl.engines.client import ClientWorker
-from tesserafl.engines.frames import read_frame, write_frame
+from tesserafl.engines.frames import Frame, read_frame, write_frame
 from tesserafl.engines.seam import Done, Failed, Outcome
 
 
@@ -25,31 +25,41 @@ class InProcess:
 
     worker: ClientWorker
     memories: dict[int, Memory] = field(default_factory=dict)
-    _waiting: deque[Task] = field(default_factory=deque)
+    _waiting: deque[Sequence[Task]] = field(default_factory=deque)
 
     @property
     def capacity(self) -> int:
-        """One: the next sub-model is cut when the last update has been folded."""
+        """One: the next sub-models are cut when the last updates have been folded."""
         return 1
+
+    @property
+    def group(self) -> int:
+        """As many as the worker trains together."""
+        return self.worker.group
 
     def restore(self, memories: Mapping[int, Memory]) -> None:
         """Give the clients back what a checkpoint held."""
         self.memories = dict(memories)
 
-    def submit(self, task: Task) -> None:
-        """Queue a task."""
-        self._waiting.append(task)
+    def submit(self, tasks: Sequence[Task]) -> None:
+        """Queue a group."""
+        self._waiting.append(tasks)
 
     def poll(self) -> list[Outcome]:
-        """Work on the oldest task."""
-        task = self._waiting.popleft()
-        begun = time.perf_counter()
-        try:
-            update, memory = self.worker.work(task, self.memories.get(task.client.id, {}))
-        except TesseraError as error:
-            return [Failed(client=task.client.id, reason="error", text=str(error))]
-        keep(self.memories, task.client.id, memory)
-        return [Done(update=update, seconds=time.perf_counter() - begun)]
+        """Work on the oldest group."""
+        tasks, begun = self._waiting.popleft(), time.perf_counter()
+        asked = [(task, self.memories.get(task.client.id, {})) for task in tasks]
+        answers = self.worker.work_together(asked)
+        seconds = (time.perf_counter() - begun) / len(tasks)
+        outcomes: list[Outcome] = []
+        for task, answer in zip(tasks, answers, strict=True):
+            if isinstance(answer, TesseraError):
+                outcomes.append(Failed(client=task.client.id, reason="error", text=str(answer)))
+                continue
+            update, memory = answer
+            keep(self.memories, task.client.id, memory)
+            outcomes.append(Done(update=update, seconds=seconds))
+        return outcomes
 
     def close(self) -> None:
         """Nothing to release."""
@@ -58,7 +68,8 @@ class InProcess:
 @dataclass(kw_only=True)
 class _Process:
     process: subprocess.Popen[bytes]
-    task: Task | None = None
+    tasks: Sequence[Task] = ()
+    """What it works on; empty: idle."""
 
     @property
     def stdin(self) -> IO[bytes]:
@@ -83,15 +94,15 @@ def keep(memories: dict[int, Memory], client: int, memory: Memory) -> None:
 
 
 class WorkerPool:
-    """Worker processes that each do one client's work at a time.
+    """Worker processes that each work on one group of tasks at a time.
 
     Tasks and updates cross as safetensors frames on the process's standard input and output. A
-    worker that dies is started again and its task done again; a task that kills two is an error.
+    worker that dies is started again and its group done again; a group that kills two is an error.
     """
 
-    def __init__(self, command: Sequence[str], hello: bytes, size: int) -> None:
-        self._command, self._hello = list(command), hello
-        self._waiting: deque[Task] = deque()
+    def __init__(self, command: Sequence[str], hello: bytes, size: int, group: int = 1) -> None:
+        self._command, self._hello, self.group = list(command), hello, group
+        self._waiting: deque[Sequence[Task]] = deque()
         self._again: set[int] = set()
         self.memories: dict[int, Memory] = {}
         self._selector = selectors.DefaultSelector()
@@ -106,16 +117,16 @@ class WorkerPool:
 
     @property
     def capacity(self) -> int:
-        """One task a worker."""
+        """One group a worker."""
         return len(self._processes)
 
     def restore(self, memories: Mapping[int, Memory]) -> None:
         """Give the clients back what a checkpoint held."""
         self.memories = dict(memories)
 
-    def submit(self, task: Task) -> None:
-        """Hand a task to a free worker, or queue it."""
-        self._waiting.append(task)
+    def submit(self, tasks: Sequence[Task]) -> None:
+        """Hand a group to a free worker, or queue it."""
+        self._waiting.append(tasks)
         self._dispatch()
 
     def poll(self) -> list[Outcome]:
@@ -124,9 +135,7 @@ class WorkerPool:
         while not outcomes:
             self._dispatch()
             for key, _ in self._selector.select():
-                outcome = self._collect(key.data)
-                if outcome is not None:
-                    outcomes.append(outcome)
+                outcomes += self._collect(key.data)
         return outcomes
 
     def close(self) -> None:
@@ -154,26 +163,34 @@ class WorkerPool:
 
     def _dispatch(self) -> None:
         for worker in self._processes:
-            if worker.task is None and self._waiting:
-                worker.task = self._waiting.popleft()
-                memory = self.memories.get(worker.task.client.id, {})
+            if not worker.tasks and self._waiting:
+                worker.tasks = self._waiting.popleft()
                 # A dead worker's end of file is the next thing that `_collect` reads.
                 with contextlib.suppress(BrokenPipeError):
-                    write_frame(worker.stdin, encode_task(worker.task, memory))
+                    write_frame(worker.stdin, str(len(worker.tasks)).encode())
+                    for task in worker.tasks:
+                        memory = self.memories.get(task.client.id, {})
+                        write_frame(worker.stdin, encode_task(task, memory))
 
-    def _collect(self, worker: _Process) -> Outcome | None:
-        task = worker.task
-        frame = read_frame(worker.stdout)
-        if frame is None:
-            self._replace(worker)
-            return None
-        assert task is not None
-        worker.task = None
-        if frame.failed:
-            text = frame.body.decode()
-            if worker.process.poll() == FAULT or text.startswith("Traceback"):
+    def _collect(self, worker: _Process) -> list[Outcome]:
+        frames: list[tuple[Task, Frame]] = []
+        # Of an idle worker there is one thing to read: its end.
+        while len(frames) < max(1, len(worker.tasks)):
+            frame = read_frame(worker.stdout)
+            if frame is None:
+                self._replace(worker)
+                return []
+            task = worker.tasks[len(frames)]
+            if frame.failed and frame.body.startswith(b"Traceback"):
+                text = frame.body.decode()
                 raise RuntimeError(f"client {task.client.id}, round {task.round}: {text}")
-            return Failed(client=task.client.id, reason="error", text=text)
+            frames.append((task, frame))
+        worker.tasks = ()
+        return [self._outcome(task, frame) for task, frame in frames]
+
+    def _outcome(self, task: Task, frame: Frame) -> Outcome:
+        if frame.failed:
+            return Failed(client=task.client.id, reason="error", text=frame.body.decode())
         update, memory = decode_update(frame.body)
         if (update.client, update.round) != (task.client.id, task.round):
             raise MessageError(
@@ -185,17 +202,19 @@ class WorkerPool:
         return Done(update=update, seconds=frame.seconds)
 
     def _replace(self, worker: _Process) -> None:
-        """Start a dead worker anew. Its task is done again: a lost worker must not change a bit."""
-        task, code = worker.task, worker.process.wait()
+        """Start a dead worker anew and do its group again: a lost worker must not change a bit."""
+        tasks, code = worker.tasks, worker.process.wait()
         self._end(worker)
-        if task is not None:
-            if task.client.id in self._again:
+        if tasks:
+            clients = [task.client.id for task in tasks]
+            if not self._again.isdisjoint(clients):
                 raise TesseraError(
-                    f"client {task.client.id}: its worker process ended with code {code}, twice; "
-                    f"is there enough memory for {self.capacity} workers? lower engine.workers"
+                    f"client {', '.join(map(str, clients))}: the worker process ended with code "
+                    f"{code}, twice; is there enough memory for {self.capacity} workers? lower "
+                    f"engine.workers"
                 )
-            self._again.add(task.client.id)
-            self._waiting.appendleft(task)
+            self._again.update(clients)
+            self._waiting.appendleft(tasks)
         fresh = self._start()
         self._processes[self._processes.index(worker)] = fresh
         if read_frame(fresh.stdout) is None:

@@ -1,11 +1,13 @@
 """The seam between runs and engines: submit tasks, poll outcomes.
 
 Synchronous rounds are a special case of it: submit a cohort, poll until all answered or failed.
+Tasks are handed over in groups of one sub-model shape, since an engine that simulates clients may
+train a group in one program. Groups never depend on the engine's capacity, so neither do the bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -20,7 +22,12 @@ class Done:
 
     update: Update
     seconds: float
-    """The client's own computing time."""
+    """The client's own computing time; a group that is trained together shares its time evenly."""
+
+    @property
+    def client(self) -> int:
+        """Who answered."""
+        return self.update.client
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +47,12 @@ class Engine(Protocol):
 
     @property
     def capacity(self) -> int:
-        """Tasks that may be under way at once; more wait with the caller, uncut."""
+        """Groups that may be under way at once; more wait with the caller, uncut."""
+        ...
+
+    @property
+    def group(self) -> int:
+        """Tasks of a group, at most; 1 for an engine whose clients are devices."""
         ...
 
     @property
@@ -52,8 +64,8 @@ class Engine(Protocol):
         """Give the clients back what a checkpoint held."""
         ...
 
-    def submit(self, task: Task) -> None:
-        """Hand a task to its client."""
+    def submit(self, tasks: Sequence[Task]) -> None:
+        """Hand a group of tasks of one sub-model shape to their clients."""
         ...
 
     def poll(self) -> list[Outcome]:

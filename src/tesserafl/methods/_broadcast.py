@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
+from tesserafl.core.kernels import BLOCK, empty
 from tesserafl.core.params import Params
 from tesserafl.methods._blocks import Grid
 from tesserafl.models.scaling import own_scales
+
+
+class _Options(TypedDict):
+    beta: float
+    of_updates: bool
+    similarity: bool
 
 
 def tiled_init(grid: Grid, seed: int) -> Params:
@@ -45,7 +54,7 @@ def broadcast_mean(
     of_updates: bool,
     similarity: bool,
 ) -> Tensor:
-    """One parameter after in-place averaging and weighted broadcast.
+    """One parameter after in-place averaging and weighted broadcast, some rows at a time.
 
     Args:
         old: B before the round, any shape.
@@ -57,6 +66,48 @@ def broadcast_mean(
             stays with them.
         similarity: multiply a block's weight by exp(-|mean delta|).
     """
+    options: _Options = {"beta": beta, "of_updates": of_updates, "similarity": similarity}
+    if similarity or old.numel() <= BLOCK:  # a block's own weight is made from all of its entries
+        return _broadcast(old, mean, weights, order, **options)
+    new = empty(old.shape, old)
+    for rows, groups in _some_rows(order[0], old):
+        part = (old[rows], mean[rows], weights[rows])
+        new[rows] = _broadcast(*part, (groups, *order[1:]), **options)
+    return new
+
+
+def _some_rows(
+    groups: Tensor | None, tensor: Tensor
+) -> Iterator[tuple[slice | Tensor, Tensor | None]]:
+    """Rows of `tensor`, a few places of every group at a time; and how these rows are grouped.
+
+    Blocks of such rows hold the same positions of all the blocks, so a position's sum over blocks
+    has all its terms, in their order.
+    """
+    count = 1 if groups is None else len(groups)
+    places = len(tensor) // count
+    step = max(2, BLOCK * places // tensor.numel())  # one place alone would be summed another way
+    starts = list(range(0, places, step))
+    if len(starts) > 1 and places - starts[-1] < 2:
+        starts.pop()
+    for start, stop in itertools.pairwise([*starts, places]):
+        if groups is None:
+            yield slice(start, stop), None
+        else:
+            rows = groups[:, start:stop].to(tensor.device)
+            yield rows.reshape(-1), torch.arange(rows.numel()).reshape(rows.shape)
+
+
+def _broadcast(
+    old: Tensor,
+    mean: Tensor,
+    weights: Tensor,
+    order: Sequence[Tensor | None],
+    *,
+    beta: float,
+    of_updates: bool,
+    similarity: bool,
+) -> Tensor:
     before = old.double()
     if all(groups is None or len(groups) == 1 for groups in order):
         return (before + mean).to(old.dtype)  # one block: its own mean is the broadcast

@@ -56,13 +56,18 @@ def width_tasks(
     training: Training,
     keep: Callable[[int, Client], Mapping[str, Units]],
 ) -> Iterator[Task]:
-    """One task per client, with the units that `keep(slot, client)` names per axis."""
+    """One task per client, with the units that `keep(slot, client)` names per axis.
+
+    A part that the client before had too is not cut again: nobody writes to a task's parameters.
+    """
+    last: Task | None = None
     for slot, client in enumerate(clients):
         submodel = model.slice(keep(slot, client))
-        yield Task(
-            round=state.round,
-            client=client,
-            submodel=submodel,
-            params=cut(state.params, submodel),
-            training=training,
+        if last is not None and last.submodel is submodel:
+            params = last.params
+        else:
+            params = cut(state.params, submodel)
+        last = Task(
+            round=state.round, client=client, submodel=submodel, params=params, training=training
         )
+        yield last

@@ -27,7 +27,6 @@ from tesserafl.core.method import (
     train_everything,
 )
 from tesserafl.core.model import Model
-from tesserafl.core.submodel import cut
 from tesserafl.methods._width import check_ratios, prefix
 
 
@@ -51,12 +50,12 @@ class FedAvg:
     ) -> Iterator[Task]:
         """Everybody gets everything (Alg. 1, server, line 6)."""
         everything = self._trained(model).whole()
-        for client in clients:
+        for client in clients:  # nobody writes to a task's parameters: all may hold the same
             yield Task(
                 round=state.round,
                 client=client,
                 submodel=everything,
-                params=cut(state.params, everything),
+                params=state.params,
                 training=training,
             )
 

@@ -28,8 +28,8 @@ class Costs:
     activation_bytes: int
     """What autograd keeps for the backward pass of one batch."""
     peak_bytes: int
-    """Predicted peak of training: parameters, their copy in the module and the received ones,
-    gradients, the optimiser's buffers, activations."""
+    """Predicted peak of training: received and trained parameters, gradients, the optimiser's
+    buffers, activations."""
 
 
 def costs_of(
@@ -92,5 +92,5 @@ def _counted(
         bytes_each_way=parameter_bytes,
         flops_per_example=counter.get_total_flops() / len(inputs),
         activation_bytes=activations,
-        peak_bytes=parameter_bytes * (4 + buffers) + activations,
+        peak_bytes=parameter_bytes * (3 + buffers) + activations,
     )

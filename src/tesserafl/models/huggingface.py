@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tesserafl.core import seeds
 from tesserafl.core.axes import probe
 from tesserafl.core.errors import ConfigError, ModelError, did_you_mean
-from tesserafl.core.model import Model, Output, Sizes, parameters_of
+from tesserafl.core.model import Model, Output, Sizes
+from tesserafl.core.modules import parameters_of
 from tesserafl.core.params import Params
 from tesserafl.models.configs import Config, Knob, config_of, fit_to_data, knobs_of, resized
 

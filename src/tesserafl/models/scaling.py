@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tesserafl.core.fit import Forward, WidthScaling
-from tesserafl.core.model import Model, Output, fan_in_dims
+from tesserafl.core.model import Model, Output
+from tesserafl.core.modules import fan_in_dims
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import SubModel
 
@@ -70,6 +71,16 @@ def forward_of(
         return _output(functional_call(module, given, (inputs,), tie_weights=not tied))
 
     return forward
+
+
+def hollow(module: nn.Module) -> nn.Module:
+    """The module without memory for weights of its own, for a `forward_of` that brings them.
+
+    Its parameters keep their shapes; what they hold is one zero.
+    """
+    for value in module.parameters():
+        value.data = value.data.new_zeros(()).expand(value.shape)
+    return module
 
 
 def _sources(module: nn.Module) -> dict[str, str]:

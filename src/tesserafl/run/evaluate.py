@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tesserafl.core.method import Predictor
 from tesserafl.core.metrics import Metrics, measure
-from tesserafl.core.params import Params
+from tesserafl.core.params import Params, aligned
 from tesserafl.data.examples import Examples, FederatedData
 from tesserafl.models.normalisation import collect_statistics, has_statistics
 from tesserafl.models.scaling import forward_of
@@ -35,8 +35,8 @@ class Evaluator:
         """Metrics over the examples; `params` replaces the predictor's own."""
         model = predictor.model
         module = self._module(predictor)
-        values = {n: t.to(self.device) for n, t in (params or predictor.params).items()}
         source = params or predictor.params
+        values = {name: aligned(tensor.to(self.device)) for name, tensor in source.items()}
         if has_statistics(module) and source is not self._filled:
             self.fill_statistics(module, values)
             self._filled = source

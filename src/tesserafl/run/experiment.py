@@ -19,10 +19,12 @@ from tesserafl.data.settings import DataSettings
 from tesserafl.methods import METHODS, FedBRB, MethodSettings
 from tesserafl.models import MLP, MODELS, HuggingFace, ModelSettings
 
+Batching = Literal["auto", "sequential", "vmapped", "compiled"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """Where and how clients are computed; only threads and device change bits."""
+    """Where and how clients are computed; the number of workers alone never changes bits."""
 
     workers: int = 1
     """processes that train clients; 1 trains them in the main process. Any number, the same bits"""
@@ -30,6 +32,11 @@ class EngineSettings:
     """threads of one worker's matrix products; another number may change the last bits"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where clients train; auto takes a GPU if there is one"""
+    batching: Batching = "auto"
+    """how clients train: one after another, those of one shape in one vectorised program, or that
+    program compiled; auto decides by the model and the length of the run, config.json says how"""
+    group: int = 16
+    """clients that one vectorised program trains, at most; fewer spread over more workers"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +69,7 @@ class Experiment:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must be in [0, 1); got {self.dropout}")
-        for name in ("workers", "threads"):
+        for name in ("workers", "threads", "group"):
             if getattr(self.engine, name) < 1:
                 raise ConfigError(
                     f"engine.{name} must be at least 1; got {getattr(self.engine, name)}"

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 
 from rich.table import Table
 
-from tesserafl.core.messages import Client
 from tesserafl.core.method import State
 from tesserafl.core.submodel import Coverage
+from tesserafl.run.classes import classes_of
 from tesserafl.run.rounds import CostTable
 from tesserafl.run.setup import Setup
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientClass:
+class PlannedClass:
     """What the clients of one ratio (and one memory size) would hold and do."""
 
     ratio: float
@@ -46,7 +46,7 @@ class Plan:
     """Parameters of the global model."""
     axes: dict[str, int]
     """Axis -> units (or blocks)."""
-    classes: tuple[ClientClass, ...]
+    classes: tuple[PlannedClass, ...]
     coverage: dict[int, float]
     """Rounds -> share of the global model's entries that were trained at least once."""
 
@@ -67,30 +67,22 @@ def make_plan(setup: Setup, coverage_rounds: Sequence[int] = (1, 2, 5, 10, 20, 5
     )
 
 
-def _classes(setup: Setup, state: State, whole: int) -> list[ClientClass]:
+def _classes(setup: Setup, state: State, whole: int) -> list[PlannedClass]:
     experiment, costs = setup.experiment, CostTable(setup=setup)
-    ratios = experiment.method.ratio
-    groups: dict[tuple[float, int | None], list[Client]] = {}
-    for client in setup.clients:
-        key = (ratios[client.id % len(ratios)], client.memory_bytes)
-        groups.setdefault(key, []).append(client)
     classes = []
-    for (ratio, memory), members in groups.items():
-        task = next(
-            iter(experiment.method.configure(setup.model, state, members[:1], experiment.training))
-        )
-        cost = costs.of(task.submodel)
+    for kind in classes_of(experiment, setup.model, setup.clients, state):
+        cost = costs.of(kind.submodel)
         classes.append(
-            ClientClass(
-                ratio=ratio,
-                num_clients=len(members),
+            PlannedClass(
+                ratio=kind.ratio,
+                num_clients=len(kind.members),
                 num_entries=cost.num_entries,
                 share=cost.num_entries / whole,
                 bytes_each_way=cost.bytes_each_way,
                 flops_per_step=cost.flops_per_example * experiment.training.batch_size,
                 activation_bytes=cost.activation_bytes,
                 peak_bytes=cost.peak_bytes,
-                memory_bytes=memory,
+                memory_bytes=kind.memory_bytes,
             )
         )
     return classes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from tesserafl.core.params import Params
 from tesserafl.core.submodel import Coverage, SubModel
 from tesserafl.engines.seam import Done, Engine, Failed
 from tesserafl.models.costs import Costs, costs_of
+from tesserafl.run.classes import classes_of
 from tesserafl.run.setup import Setup
 
 _MIB = 1 << 20
@@ -32,7 +33,7 @@ class CostTable:
 
     def of(self, submodel: SubModel) -> Costs:
         """Costs of one training step of this sub-model on a full batch."""
-        key = tuple(sorted(submodel.sizes.items()))
+        key = submodel.shape
         if key not in self._known:
             training, train = self.setup.experiment.training, self.setup.data.clients[0].train
             rows = torch.arange(training.batch_size) % len(train)
@@ -101,12 +102,11 @@ def play_round(
 def check_memory(setup: Setup, state: State, costs: CostTable) -> None:
     """Raise CapacityError if a client's part does not fit its memory."""
     limited = [client for client in setup.clients if client.memory_bytes is not None]
-    training = setup.experiment.training
-    for task in setup.experiment.method.configure(setup.model, state, limited, training):
-        peak, limit = costs.of(task.submodel).peak_bytes, task.client.memory_bytes
+    for kind in classes_of(setup.experiment, setup.model, limited, state):
+        peak, limit = costs.of(kind.submodel).peak_bytes, kind.memory_bytes
         if limit is not None and peak > limit:
             raise CapacityError(
-                f"client {task.client.id} has {limit / _MIB:.2f} MiB, training its part takes "
+                f"client {kind.members[0].id} has {limit / _MIB:.2f} MiB, training its part takes "
                 f"about {peak / _MIB:.2f} MiB; lower method.ratio or training.batch_size "
                 f"(tessera plan shows what fits)"
             )
@@ -120,28 +120,25 @@ def _updates(
     costs: CostTable,
     notes: Notes,
 ) -> Iterator[Update]:
-    """Submit as many tasks as the engine takes at once; pass each answer on, then forget it."""
-    pending: dict[int, Task] = {}
+    """Submit as many groups as the engine takes at once; pass each answer on, then forget it."""
+    groups = _groups(_asked(setup, tasks, notes), engine.group)
+    pending: dict[int, tuple[Task, list[int]]] = {}  # client -> its task, its group's clients
+    under_way = 0
     while True:
-        free = engine.capacity - len(pending)
-        asked = list(itertools.islice(tasks, free))
-        for task in asked:
-            notes.bytes_down += task.num_bytes
-            if setup.answers(task.round, task.client):
-                pending[task.client.id] = task
-                engine.submit(task)
-            else:
-                notes.failures.append(_failure(task.client.id, "offline", "did not answer"))
+        for group in itertools.islice(groups, engine.capacity - under_way):
+            clients = [task.client.id for task in group]
+            pending |= {task.client.id: (task, clients) for task in group}
+            engine.submit(group)
+            under_way += 1
         if not pending:
-            if len(asked) < free:
-                return
-            continue
+            return
         for outcome in engine.poll():
+            task, clients = pending.pop(outcome.client)
+            clients.remove(task.client.id)
+            under_way -= not clients
             if isinstance(outcome, Failed):
-                del pending[outcome.client]
                 notes.failures.append(_failure(outcome.client, outcome.reason, outcome.text))
                 continue
-            task = pending.pop(outcome.update.client)
             try:
                 # Here, not where it is summed: one bad update must not cost the round.
                 check_delta(outcome.update.submodel, outcome.update.delta, large)
@@ -150,6 +147,30 @@ def _updates(
                 continue
             _note(task, outcome, costs, notes)
             yield outcome.update
+
+
+def _asked(setup: Setup, tasks: Iterable[Task], notes: Notes) -> Iterator[Task]:
+    """The tasks of the clients that will answer."""
+    for task in tasks:
+        notes.bytes_down += task.num_bytes
+        if setup.answers(task.round, task.client):
+            yield task
+        else:
+            notes.failures.append(_failure(task.client.id, "offline", "did not answer"))
+
+
+def _groups(tasks: Iterable[Task], size: int) -> Iterator[list[Task]]:
+    """Tasks of one sub-model shape, `size` at a time; the groups that stay incomplete come last.
+
+    A group is a matter of the cohort alone: its numbers may depend on who is in it.
+    """
+    waiting: dict[object, list[Task]] = {}
+    for task in tasks:
+        group = waiting.setdefault(task.submodel.shape, [])
+        group.append(task)
+        if len(group) == size:
+            yield waiting.pop(task.submodel.shape)
+    yield from waiting.values()
 
 
 def _note(task: Task, done: Done, costs: CostTable, notes: Notes) -> None:

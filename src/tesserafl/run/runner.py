@@ -52,7 +52,7 @@ def start(experiment: Experiment, folder: Path, listener: Listener | None = None
     setup = prepare(experiment)
     first = first_state(setup)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", to_json(experiment))
+    write_json(folder / "config.json", to_json(setup.experiment))
     return _play(setup, folder, listener, first)
 
 

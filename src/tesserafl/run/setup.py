@@ -18,6 +18,7 @@ from tesserafl.engines.client import ClientWorker
 from tesserafl.engines.local import InProcess, WorkerPool
 from tesserafl.engines.seam import Engine
 from tesserafl.methods import MethodSettings
+from tesserafl.run.batching import choose, cohorts_of, group_of
 from tesserafl.run.experiment import Experiment, to_json
 
 _MIB = 1 << 20
@@ -40,6 +41,8 @@ class Setup:
 
     def answers(self, round: int, client: Client) -> bool:
         """Whether a client that was asked answers."""
+        if self.experiment.dropout == 0.0:
+            return True
         draw = seeds.generator(self.experiment.seed, round, client.id, "answers")
         return float(torch.rand((), generator=draw)) >= self.experiment.dropout
 
@@ -47,11 +50,13 @@ class Setup:
 def prepare(experiment: Experiment) -> Setup:
     """Load the data, probe the model, describe the clients; the same in every process."""
     data = load(experiment.data, experiment.seed)
+    model, clients = experiment.model.build_model(data.spec), clients_of(experiment, data)
+    batching = choose(experiment, model, data, clients)
     return Setup(
-        experiment=experiment,
+        experiment=replace(experiment, engine=replace(experiment.engine, batching=batching)),
         data=data,
-        model=experiment.model.build_model(data.spec),
-        clients=clients_of(experiment, data),
+        model=model,
+        clients=clients,
     )
 
 
@@ -94,6 +99,7 @@ def client_worker(setup: Setup) -> ClientWorker:
         examples=examples,
         seed=setup.experiment.seed,
         device=device_of(setup.experiment),
+        cohorts=cohorts_of(setup.experiment, setup.clients, device_of(setup.experiment)),
     )
 
 
@@ -108,8 +114,11 @@ def make_engine(setup: Setup) -> Engine:
     if workers == 1:
         return InProcess(worker=client_worker(setup))
     alone = replace(setup.experiment, engine=replace(setup.experiment.engine, workers=1))
+    together = setup.experiment.engine.batching != "sequential"
+    group = group_of(setup.experiment) if together else 1
     return WorkerPool(
         [sys.executable, "-m", "tesserafl.run.worker"],
         json.dumps(to_json(alone)).encode(),
-        min(workers, setup.experiment.clients_per_round),
+        size=min(workers, setup.experiment.clients_per_round),
+        group=group,
     )

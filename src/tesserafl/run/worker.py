@@ -11,10 +11,11 @@ import signal
 import sys
 import time
 import traceback
+from typing import IO
 
 from tesserafl.core.errors import TesseraError
 from tesserafl.core.wire import decode_task, encode_update
-from tesserafl.engines.client import threads
+from tesserafl.engines.client import ClientWorker, threads
 from tesserafl.engines.frames import read_frame, write_frame
 from tesserafl.engines.local import FAULT
 from tesserafl.run.experiment import from_json
@@ -34,17 +35,30 @@ def main() -> None:
     with threads(experiment.engine.threads):
         worker = client_worker(prepare(experiment))
         write_frame(output, b"ready")
-        while (frame := read_frame(sys.stdin.buffer)) is not None:
-            begun = time.perf_counter()
-            try:
-                body = encode_update(*worker.work(*decode_task(frame.body)))
-                failed = False
-            except TesseraError as error:
-                body, failed = str(error).encode(), True
-            except Exception:
-                write_frame(output, traceback.format_exc().encode(), failed=True)
-                raise SystemExit(FAULT) from None
-            write_frame(output, body, time.perf_counter() - begun, failed)
+        try:
+            while (head := read_frame(sys.stdin.buffer)) is not None:
+                _serve(worker, int(head.body), output)
+        except Exception:
+            write_frame(output, traceback.format_exc().encode(), failed=True)
+            raise SystemExit(FAULT) from None
+
+
+def _serve(worker: ClientWorker, number: int, output: IO[bytes]) -> None:
+    """Read the tasks of one group, work on them, write as many answers."""
+    asked = []
+    for _ in range(number):
+        frame = read_frame(sys.stdin.buffer)
+        if frame is None:  # the main process is gone
+            return
+        asked.append(decode_task(frame.body))
+    begun = time.perf_counter()
+    answers = worker.work_together(asked)
+    seconds = (time.perf_counter() - begun) / number
+    for answer in answers:
+        if isinstance(answer, TesseraError):
+            write_frame(output, str(answer).encode(), seconds, failed=True)
+        else:
+            write_frame(output, encode_update(*answer), seconds)
 
 
 if __name__ == "__main__":

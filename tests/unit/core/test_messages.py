@@ -307,3 +307,10 @@ def test_any_other_json_gives_a_message_or_a_message_error(
         body[key] = replace_somewhere(body[key], pick, new)
 
     assert_decoded_or_refused(kind, with_body(kind, change))
+
+
+def test_tensors_keep_their_order() -> None:
+    # A clipped gradient's norm sums over the parameters in order: another order, other bits.
+    params = {name: torch.zeros(2) for name in ("z", "a", "m.10", "m.2")}
+    _, groups = unpack(pack({}, {"params": params}))
+    assert list(groups["params"]) == list(params)

@@ -4,7 +4,8 @@ from torch import nn
 
 from tesserafl.core.axes import probe
 from tesserafl.core.errors import ModelError
-from tesserafl.core.model import Tie, fan_in_dims
+from tesserafl.core.model import Tie
+from tesserafl.core.modules import fan_in_dims
 from tesserafl.core.params import sha256
 from tesserafl.core.submodel import cut
 

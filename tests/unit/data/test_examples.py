@@ -40,7 +40,7 @@ def test_take_keeps_the_order_that_was_asked() -> None:
 
 def test_classes_are_sorted_and_leave_out_ignored_positions() -> None:
     labels = torch.tensor([[4, -100], [2, 4]])
-    assert Examples(inputs=labels.int(), labels=labels).classes().tolist() == [2, 4]
+    assert Examples(inputs=labels.int(), labels=labels).classes.tolist() == [2, 4]
 
 
 def test_num_bytes_counts_both_tensors() -> None:

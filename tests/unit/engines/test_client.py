@@ -9,7 +9,8 @@ from tesserafl.core import seeds
 from tesserafl.core.fit import CrossEntropy, Fit, Training
 from tesserafl.core.model import Output
 from tesserafl.data.examples import Examples
-from tesserafl.engines.client import _augment, _batches, execute
+from tesserafl.engines.batches import augment, batches
+from tesserafl.engines.client import execute
 
 
 def examples(count: int = 9) -> Examples:
@@ -73,15 +74,15 @@ def test_absent_classes_are_masked_to_zero_logits():
 
 @pytest.mark.parametrize(("total", "sizes"), [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (1, [1])])
 def test_batches_cover_all_once_and_none_is_a_lone_example(total, sizes):
-    batches = list(_batches(total, 4, seeds.generator(0, "b")))
-    assert [len(batch) for batch in batches] == sizes
-    assert torch.cat(batches).sort().values.tolist() == list(range(total))
+    parts = list(batches(total, 4, seeds.generator(0, "b")))
+    assert [len(batch) for batch in parts] == sizes
+    assert torch.cat(parts).sort().values.tolist() == list(range(total))
 
 
 def test_augmentation_shifts_and_flips_but_invents_nothing():
     images = torch.arange(1.0, 2 * 6 * 6 + 1).reshape(2, 1, 6, 6)
-    seen = [_augment(images, seeds.generator(seed, "augment")) for seed in range(20)]
-    again = _augment(images, seeds.generator(0, "augment"))
+    seen = [augment(images, seeds.generator(seed, "augment")) for seed in range(20)]
+    again = augment(images, seeds.generator(0, "augment"))
     assert torch.equal(seen[0], again)
     assert len({tuple(image.reshape(-1).tolist()) for image in seen}) > 15
     for image in seen:

@@ -8,7 +8,8 @@ import torch
 from tesserafl.core.axes import probe
 from tesserafl.core.errors import ConfigError, ModelError
 from tesserafl.core.fit import CrossEntropy
-from tesserafl.core.model import Model, Output, Tie, parameters_of
+from tesserafl.core.model import Model, Output, Tie
+from tesserafl.core.modules import parameters_of
 from tesserafl.core.submodel import SubModel, cut
 from tesserafl.data.examples import Spec
 from tesserafl.models.huggingface import HuggingFace

@@ -4,7 +4,8 @@ from torch import nn
 from torch.func import functional_call
 
 from tesserafl.core.axes import probe
-from tesserafl.core.model import Model, Output, parameters_of
+from tesserafl.core.model import Model, Output
+from tesserafl.core.modules import parameters_of
 from tesserafl.core.submodel import SubModel, cut, index_tensor
 from tesserafl.data.examples import Spec
 from tesserafl.models.cnn import CNN

@@ -1,0 +1,41 @@
+"""The order of a client's examples, and their augmentation: the same draws for every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def batches(total: int, size: int, draw: torch.Generator) -> Iterator[Tensor]:
+    """One epoch: every example once, int64 [batch] rows each, at most `size + 1` of them."""
+    rows = torch.randperm(total, generator=draw)
+    if total <= size:
+        yield rows
+        return
+    split = list(torch.split(rows, size))
+    if len(split) > 1 and len(split[-1]) == 1:
+        # One example alone has no batch statistics: it joins the batch before it.
+        split[-2:] = [torch.cat(split[-2:])]
+    yield from split
+
+
+def widest(total: int, size: int) -> int:
+    """Examples in the largest batch of a client that has `total`."""
+    return size + 1 if total > size and total % size == 1 else min(total, size)
+
+
+def augment(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Flip with probability 1/2 and shift by up to 4 pixels (He et al., CVPR 2016, 4.2)."""
+    batch, _, height, width = images.shape
+    flip = torch.rand(batch, generator=draw) < 0.5
+    images = torch.where(flip[:, None, None, None], images.flip(3), images)
+    padded = nn.functional.pad(images, (4, 4, 4, 4))
+    top, left = torch.randint(0, 9, (2, batch), generator=draw)
+    rows = top[:, None] + torch.arange(height)  # [batch, height]
+    columns = left[:, None] + torch.arange(width)  # [batch, width]
+    position = torch.arange(batch)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[position, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )
