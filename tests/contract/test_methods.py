@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tesserafl.core import seeds
+from tesserafl.core.checks import check_delta
 from tesserafl.core.errors import UpdateError
-from tesserafl.core.exactsum import check_delta
 from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Task, Update
 from tesserafl.core.method import State, Weighting

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tesserafl.core import kernels
+from tesserafl.core.checks import MAX_ENTRY, check_delta, check_entries, check_places, largest
 from tesserafl.core.errors import UpdateError
 from tesserafl.core.layout import Shape, weights_of
 from tesserafl.core.params import Params
@@ -29,10 +30,20 @@ if TYPE_CHECKING:
 Weights = list[tuple["View", int]]
 """Distinct views of one parameter, each with the sum of the weights of those who reported it."""
 
-MAX_ENTRY = 256.0
-"""Largest |delta| of one entry in one round. A weight that moved further has diverged."""
-
 _BITS = 62
+
+
+class _Small(NamedTuple):
+    """A delta of a small sub-model that was checked and not added yet."""
+
+    submodel: SubModel
+    names: tuple[str, ...]
+    flat: npt.NDArray[Any]
+    weight: int
+
+
+_TOGETHER = 16
+"""Small deltas that are added in one go."""
 
 
 class ExactSum:
@@ -57,8 +68,15 @@ class ExactSum:
                 f"their product must stay below 2^{_BITS}"
             )
         self.weight = 0
-        self.sums: Params = {}
+        self._sums: Params = {}
+        self._waiting: list[_Small] = []
         self._views: dict[tuple[object, ...], tuple[View, int]] = {}
+
+    @property
+    def sums(self) -> Params:
+        """The sums so far, int64, of the large parameters that somebody reported."""
+        self._add_waiting()
+        return self._sums
 
     def fold(self, submodel: SubModel, delta: Params, weight: int, params: Params) -> None:
         """Add one client's delta.
@@ -78,9 +96,9 @@ class ExactSum:
             self._add_compiled(submodel, delta, weight, params)
         elif (flat := kernels.together(list(delta.values()))) is not None:
             check_places(submodel, delta, params)
-            if flat.size and not _largest(flat) <= self.max_entry:
-                _check_entries(delta, self.max_entry)
-            self._add_together(submodel, delta, flat, weight, params)
+            if flat.size and not largest(flat) <= self.max_entry:
+                check_entries(delta, self.max_entry)
+            self._await(submodel, delta, flat, weight, params)
         else:
             check_delta(submodel, delta, params, self.max_entry)
             for name, tensor in delta.items():
@@ -146,7 +164,7 @@ class ExactSum:
     def _add_compiled(self, submodel: SubModel, delta: Params, weight: int, params: Params) -> None:
         """One pass checks and adds; what was added before a bad entry was met is taken back."""
         check_places(submodel, delta, params)
-        _check_entries({n: t for n, t in delta.items() if not kernels.takes(t)}, self.max_entry)
+        check_entries({n: t for n, t in delta.items() if not kernels.takes(t)}, self.max_entry)
         before, added = set(self.sums), []
         for name, tensor in delta.items():
             added.append(name)
@@ -156,7 +174,7 @@ class ExactSum:
                 self._add(submodel.views[each], delta[each], -weight, params)
             for each in set(self.sums) - before:
                 del self.sums[each]
-            _check_entries({name: tensor}, self.max_entry)
+            check_entries({name: tensor}, self.max_entry)
 
     def _add(self, view: View, small: Tensor, weight: int, params: Params) -> bool:
         """False if an entry was beyond the bound. It added nothing; the others did."""
@@ -167,7 +185,7 @@ class ExactSum:
         layout = view.layout(sums.shape)
         return kernels.add_fixed(sums, layout, small, self.scale, weight, self.max_entry)
 
-    def _add_together(
+    def _await(
         self,
         submodel: SubModel,
         delta: Params,
@@ -175,12 +193,33 @@ class ExactSum:
         weight: int,
         params: Params,
     ) -> None:
-        """Add a small delta whose entries, one tensor after another, are `flat`."""
-        fixed, at = kernels.fixed_together(flat, self.scale, weight), 0
-        for name in delta:
-            view = submodel.views[name]
-            sums, count = self._sum(view, params), math.prod(view.shape)
-            small = fixed[at : at + count].reshape(view.shape)
+        """Add a small delta, one tensor after another in `flat`, with the next ones of its kind.
+
+        A small model costs calls, not arithmetic: clients of one sub-model share them.
+        """
+        names = tuple(delta)
+        if self._waiting and (self._waiting[0].submodel, self._waiting[0].names) != (
+            submodel,
+            names,
+        ):
+            self._add_waiting()
+        for name in names:
+            self._sum(submodel.views[name], params)
+        self._waiting.append(_Small(submodel, names, flat, weight))
+        if len(self._waiting) == _TOGETHER:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, []
+        fixed = kernels.fixed_together(np.stack([small.flat for small in waiting]), self.scale)
+        fixed *= np.array([small.weight for small in waiting])[:, None]
+        total, at = fixed.sum(axis=0), 0
+        for name in waiting[0].names:
+            view = waiting[0].submodel.views[name]
+            sums, count = self._sums[view.name], math.prod(view.shape)
+            small = total[at : at + count].reshape(view.shape)
             at += count
             if view.blocks is None or not sums.is_cpu:
                 view.add(sums, torch.from_numpy(small).to(sums.device))
@@ -200,10 +239,10 @@ class ExactSum:
             view.rows(low, low + step).add(sums, rows)
 
     def _sum(self, view: View, params: Params) -> Tensor:
-        if view.name not in self.sums:
+        if view.name not in self._sums:
             large = params[view.name]
-            self.sums[view.name] = kernels.zeros(large.shape, large, torch.int64)
-        return self.sums[view.name]
+            self._sums[view.name] = kernels.zeros(large.shape, large, torch.int64)
+        return self._sums[view.name]
 
     def _check_weight(self, weight: int) -> None:
         if not isinstance(weight, int) or weight < 1:
@@ -212,46 +251,6 @@ class ExactSum:
             raise UpdateError(
                 f"the weights folded so far ({self.weight}) and this one ({weight}) exceed the "
                 f"declared {self.max_weight}; an update was folded twice or the bound is wrong"
-            )
-
-
-def check_delta(
-    submodel: SubModel, delta: Params, params: Params, max_entry: float = MAX_ENTRY
-) -> None:
-    """Raise UpdateError unless a delta fits its sub-model, that fits the model, and all is small.
-
-    Small: finite and at most `max_entry`. `params` is the large model's.
-    """
-    check_places(submodel, delta, params)
-    _check_entries(delta, max_entry)
-
-
-def check_places(submodel: SubModel, delta: Params, params: Params) -> None:
-    """Raise UpdateError unless a delta fits its sub-model and that fits the model."""
-    for name, tensor in delta.items():
-        view = submodel.views.get(name)
-        if view is None:
-            raise UpdateError(f"the update holds {name!r}, which its sub-model does not")
-        large = params.get(view.name)
-        if large is None or not view.fits(large.shape):
-            raise UpdateError(f"update entry {name!r} lies outside the model's {view.name!r}")
-        if tensor.shape != view.shape:
-            raise UpdateError(
-                f"update entry {name!r} has shape {tuple(tensor.shape)}; expected is {view.shape}"
-            )
-
-
-def _check_entries(delta: Params, max_entry: float) -> None:
-    tensors = [tensor for tensor in delta.values() if tensor.numel()]
-    flat = kernels.together(tensors)
-    largest = [_largest(flat)] if flat is not None else [_largest(tensor) for tensor in tensors]
-    if all(value <= max_entry for value in largest):  # never true for NaN
-        return
-    for name, tensor in delta.items():
-        if tensor.numel() and not (reach := _largest(tensor)) <= max_entry:
-            raise UpdateError(
-                f"update entry {name!r} reaches {reach:g}; allowed is a finite value up to "
-                f"{max_entry:g}. Training diverged: lower training.lr or set training.clip_norm"
             )
 
 
@@ -274,12 +273,3 @@ def _weights(views: Weights, shape: Shape) -> Iterator[kernels.Piece]:
             for there, _ in view.blocks:
                 weights[there] += weight
     yield 0, count, weights.reshape(-1)
-
-
-def _largest(entries: Tensor | npt.NDArray[Any]) -> float:
-    """The largest magnitude; not a number if there is one among them."""
-    if isinstance(entries, Tensor):
-        least, greatest = map(float, torch.aminmax(entries.detach()))
-    else:
-        least, greatest = float(entries.min()), float(entries.max())
-    return -least if -least > greatest else greatest

@@ -32,7 +32,7 @@ MIN_ENTRIES = 1 << 20
 BLOCK = 1 << 18
 """Entries that an eager loop converts at once: its temporaries stay in the processor's cache."""
 
-TOGETHER = 1 << 17
+TOGETHER = 1 << 18
 """Tensors of at most this many entries in all are checked and converted as one array."""
 
 _HUGE = 1 << 22
@@ -121,8 +121,8 @@ def together(tensors: Sequence[Tensor]) -> npt.NDArray[Any] | None:
     return np.concatenate([t.detach().numpy().reshape(-1) for t in tensors])
 
 
-def fixed_together(flat: npt.NDArray[Any], scale: int, weight: int) -> Ints:
-    """weight x round(flat x 2^scale); overwrites `flat`.
+def fixed_together(flat: npt.NDArray[Any], scale: int) -> Ints:
+    """round(flat x 2^scale); overwrites `flat`.
 
     Exact in float32 too: a power of two changes the exponent alone, and entries are below
     2^(62 - scale).
@@ -131,8 +131,6 @@ def fixed_together(flat: npt.NDArray[Any], scale: int, weight: int) -> Ints:
         flat = flat.astype(np.float64)
     flat *= flat.dtype.type(2.0**scale)
     result: Ints = np.rint(flat, out=flat).astype(np.int64)
-    if weight != 1:
-        result *= weight
     return result
 
 

@@ -32,5 +32,8 @@ def seeded(seed: int, *keys: int | str) -> Iterator[None]:
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derive(seed, *keys))
+        # Not torch.manual_seed: it queues a call, with a traceback, for every absent device.
+        torch.default_generator.manual_seed(derive(seed, *keys))
+        if devices:
+            torch.cuda.manual_seed_all(derive(seed, *keys))
         yield

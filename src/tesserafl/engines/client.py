@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tesserafl.core import seeds
 from tesserafl.core.errors import TesseraError
-from tesserafl.core.fit import Fit, Fitted, Forward, Training
+from tesserafl.core.fit import Fit, Fitted, Forward
 from tesserafl.core.messages import Memory, Task, Update
 from tesserafl.core.method import Method
 from tesserafl.core.model import Model
@@ -19,6 +19,7 @@ from tesserafl.core.params import Params, aligned, subtract
 from tesserafl.data.examples import Examples
 from tesserafl.engines.batches import augment, batches
 from tesserafl.engines.cohort import Cohorts, Member
+from tesserafl.engines.optimisers import Optimiser
 from tesserafl.models.scaling import forward_of, hollow, own_scales
 
 Answer = tuple[Update, Memory]
@@ -36,7 +37,8 @@ class ClientWorker:
     device: str = "cpu"
     cohorts: Cohorts | None = None
     """Trains clients of one shape together; None: one after another."""
-    _modules: dict[tuple[tuple[str, int], ...], nn.Module] = field(default_factory=dict)
+    _modules: dict[object, nn.Module] = field(default_factory=dict)
+    _forwards: dict[object, Forward] = field(default_factory=dict)
 
     @property
     def group(self) -> int:
@@ -92,11 +94,13 @@ class ClientWorker:
         return _Part(task=task, memory=memory, member=member, unscaled=fit.params, scales=scales)
 
     def _train(self, parts: Sequence[_Part]) -> list[Fitted]:
-        task, module = parts[0].task, self._module(parts[0].task)
-        scaling = parts[0].member.fit.width_scaling
-        forward = forward_of(self.model, task.submodel, module, scaling)
+        task, scaling = parts[0].task, parts[0].member.fit.width_scaling
+        key = (task.submodel.shape, scaling)
+        if key not in self._forwards:
+            module = self._module(task)
+            self._forwards[key] = forward_of(self.model, task.submodel, module, scaling)
+        forward = self._forwards[key]
         if self.cohorts is not None and len(parts) > 1:
-            key = (task.submodel.shape, scaling)
             return self.cohorts.train([part.member for part in parts], forward, key)
         fitted = []
         for part in parts:
@@ -163,69 +167,31 @@ def execute(
     extra = {name: tensor.to(device) for name, tensor in fit.extra.items()}
     if training.mask_absent_classes:
         extra["classes"] = classes.to(device)
-    optimiser: torch.optim.Optimizer | None = None
+    optimiser = Optimiser(training)
     losses: list[Tensor] = []
+    sizes: list[int] = []
     steps = 0
     for _ in range(training.epochs):
-        losses = []
+        losses, sizes = [], []
         for rows in batches(len(examples), training.batch_size, draw):
             inputs, labels = examples.batch(rows)
             if training.augment and inputs.dim() == 4:
                 inputs = augment(inputs, draw)
             loss = fit.objective(forward, params, inputs.to(device), labels.to(device), extra)
-            for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
-                leaf.grad = gradient
-            if training.clip_norm is not None:
-                nn.utils.clip_grad_norm_(leaves, training.clip_norm)
-            if optimiser is None:
-                leaves, optimiser = _first_step(training, leaves)
-                params.update(zip(trainable, leaves, strict=True))
-            else:
-                optimiser.step()
-            losses.append(loss.detach() * len(rows))
+            gradients = torch.autograd.grad(loss, leaves)
+            leaves = optimiser.step(leaves, gradients)
+            params.update(zip(trainable, leaves, strict=True))
+            losses.append(loss.detach())
+            sizes.append(len(rows))
             steps += 1
-    mean = float(torch.stack(losses).sum()) / len(examples)
+    shares = torch.tensor(sizes, dtype=losses[0].dtype, device=device)
+    mean = float((torch.stack(losses) * shares).sum()) / len(examples)
     return Fitted(
         params={name: params[name].detach().cpu() for name in trainable},
         num_examples=len(examples),
         num_steps=steps,
         metrics={"loss": mean},
         classes=classes,
-    )
-
-
-def _first_step(
-    training: Training, received: list[Tensor]
-) -> tuple[list[Tensor], torch.optim.Optimizer]:
-    """Leaves of the client's own after one step, and what does the others.
-
-    What was received is not written to. A plain step writes its result elsewhere and saves a copy.
-    """
-    plain = training.optimiser == "sgd" and not (training.momentum or training.weight_decay)
-    leaves = []
-    for leaf in received:
-        gradient = leaf.grad
-        assert gradient is not None
-        if plain:
-            own = torch.add(leaf.detach(), gradient, alpha=-training.lr).requires_grad_()
-        else:
-            own = leaf.detach().clone().requires_grad_()
-            own.grad = gradient
-        leaves.append(own)
-    optimiser = _optimiser(training, leaves)
-    if not plain:
-        optimiser.step()
-    return leaves, optimiser
-
-
-def _optimiser(training: Training, leaves: list[Tensor]) -> torch.optim.Optimizer:
-    if training.optimiser == "adamw":
-        return torch.optim.AdamW(leaves, lr=training.lr, weight_decay=training.weight_decay)
-    return torch.optim.SGD(
-        leaves,
-        lr=training.lr,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
     )
 
 

@@ -9,7 +9,7 @@ all clients. A client's numbers never meet another's: results are those of `exec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -25,6 +25,11 @@ from tesserafl.data.examples import Examples
 from tesserafl.engines.batches import batches
 from tesserafl.engines.graphs import Program, trace
 from tesserafl.engines.optimisers import num_slots, optimise, scalars_of
+
+_Given = tuple[Tensor, int | None]
+"""An input of a step: a tensor, and 0 if it is stacked or None if all members share it."""
+_AT_ONCE = 1 << 22
+"""Bytes of batches that are gathered at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,41 +123,54 @@ class _Stack:
 
     def train(self, orders: Sequence[list[NDArray[np.int64]]]) -> list[Fitted]:
         """Every member's steps; `orders` holds the rows of each of its batches."""
-        cohorts, training = self.cohorts, self.fit.training
-        batch_rows = self._batch_rows(orders)
-        examples = self._examples()
-        weights, frozen, extra = self._tensors()
-        slots: list[tuple[Tensor, int | None]] = []
+        number, (weights, frozen, extra) = len(self.trained), self._tensors()
+        slots = [(torch.zeros_like(t), dim) for t, dim in weights] * num_slots(self.fit.training)
         losses: list[Tensor] = []
-        finals: dict[int, list[Tensor]] = {}
-        for step in range(len(orders[0])):
-            training_still = sum(len(order) > step for order in orders)
-            rows = cohorts.rows(training_still)
-            weights, slots = _top(weights, rows), _top(slots, rows)
-            if step == 0:
-                slots = [(torch.zeros_like(t), d) for t, d in weights] * num_slots(training)
-            inputs, labels = examples.batch(batch_rows[step, :rows])
-            arguments = [
-                *weights,
-                *slots,
-                *_top(frozen, rows),
-                *_top(extra, rows),
-                (inputs.to(cohorts.device), 0),
-                (labels.to(cohorts.device), 0),
-                *((scalar, None) for scalar in scalars_of(training, step, cohorts.device)),
-            ]
-            tensors, dims = [t for t, _ in arguments], tuple(d for _, d in arguments)
-            signature = tuple((tuple(t.shape), d) for t, d in arguments)
-            program = cohorts.program((self.key, signature), self._step(dims), tensors)
+        finals: dict[int, tuple[Tensor, ...]] = {}
+        rows, program = 0, None
+        for step, (inputs, labels) in enumerate(self._batches(orders)):
+            last = [len(order) == step + 1 for order in orders]
+            needed = self.cohorts.rows(sum(len(order) > step for order in orders))
+            if needed != rows:
+                rows, program = needed, None
+                weights, slots, frozen, extra = (
+                    _top(tensors, rows) for tensors in (weights, slots, frozen, extra)
+                )
+            batch = [(inputs[:rows], 0), (labels[:rows], 0)]
+            given = [*weights, *slots, *frozen, *extra, *batch, *self._scalars(step)]
+            tensors = [tensor for tensor, _ in given]
+            if program is None or step == 1:  # in the first step members may share their weights
+                program = self._program(given)
             with torch.no_grad():
                 *after, loss = program(*tensors)
             losses.append(loss)
-            weights = [(t, 0) for t in after[: len(self.trained)]]
-            slots = [(t, 0) for t in after[len(self.trained) :]]
-            for rank in range(training_still):
-                if len(orders[rank]) == step + 1:
-                    finals[rank] = after[: len(self.trained)]
+            weights = [(tensor, 0) for tensor in after[:number]]
+            slots = [(tensor, 0) for tensor in after[number:]]
+            if any(last):
+                members = zip(*(tensor.cpu().unbind() for tensor in after[:number]), strict=True)
+                finals |= {r: own for r, own in enumerate(members) if r < len(last) and last[r]}
         return self._fitted(orders, finals, losses)
+
+    def _scalars(self, step: int) -> list[_Given]:
+        if step == 0 or self.fit.training.optimiser == "adamw":
+            numbers = scalars_of(self.fit.training, step, self.cohorts.device)
+            self.scalars: list[_Given] = [(number, None) for number in numbers]
+        return self.scalars
+
+    def _batches(
+        self, orders: Sequence[list[NDArray[np.int64]]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and labels of every step [rows, width, ...], several steps gathered at once."""
+        table, examples, device = self._batch_rows(orders), self._examples(), self.cohorts.device
+        size = table[0].numel() * 4 * max(1, examples.inputs[0].numel())
+        for rows in torch.split(table, max(1, _AT_ONCE // size)):
+            inputs, labels = examples.batch(rows)
+            yield from zip(inputs.to(device), labels.to(device), strict=True)
+
+    def _program(self, given: Sequence[_Given]) -> Program:
+        signature = tuple((tuple(tensor.shape), dim) for tensor, dim in given)
+        function = self._step(tuple(dim for _, dim in given))
+        return self.cohorts.program((self.key, signature), function, [t for t, _ in given])
 
     def _step(self, dims: tuple[int | None, ...]) -> Program:
         """One step of all members, a function of flat tensors: see `train` for their order."""
@@ -177,14 +195,14 @@ class _Stack:
 
         return lambda *flat: list(vmap(one, in_dims=dims)(*flat))
 
-    def _tensors(self) -> tuple[list[tuple[Tensor, int | None]], ...]:
+    def _tensors(self) -> tuple[list[_Given], ...]:
         """Trained and frozen parameters and the objective's tensors, each with its vmap dimension.
 
         A tensor that is equal for all members is not copied, until a step makes them differ.
         """
         rows, device = self.cohorts.rows(len(self.members)), self.cohorts.device
 
-        def stacked(tensors: Sequence[Tensor]) -> tuple[Tensor, int | None]:
+        def stacked(tensors: Sequence[Tensor]) -> _Given:
             # By value: in a worker process equal tensors are not the same object, and which
             # program runs must not depend on that.
             if all(t is tensors[0] or torch.equal(t, tensors[0]) for t in tensors):
@@ -235,28 +253,21 @@ class _Stack:
     def _fitted(
         self,
         orders: Sequence[list[NDArray[np.int64]]],
-        finals: Mapping[int, list[Tensor]],
+        finals: Mapping[int, tuple[Tensor, ...]],
         losses: Sequence[Tensor],
     ) -> list[Fitted]:
         table = np.zeros((len(losses), self.cohorts.rows(len(orders))))
         for step, loss in enumerate(losses):
             table[step, : len(loss)] = loss.detach().cpu().numpy()
-        host: dict[int, list[tuple[Tensor, ...]]] = {}
         fitted = []
         for rank, (member, order) in enumerate(zip(self.members, orders, strict=True)):
-            stacks = finals[rank]
-            if id(stacks) not in host:
-                host[id(stacks)] = [tensor.detach().cpu().unbind() for tensor in stacks]
             total = len(member.examples)
             epoch = len(order) // member.fit.training.epochs  # steps of one
             sizes = [len(batch) for batch in order[-epoch:]]
             last = table[len(order) - epoch : len(order), rank]
             fitted.append(
                 Fitted(
-                    params={
-                        name: rows[rank]
-                        for name, rows in zip(self.trained, host[id(stacks)], strict=True)
-                    },
+                    params=dict(zip(self.trained, finals[rank], strict=True)),
                     num_examples=total,
                     num_steps=len(order),
                     metrics={"loss": float(last @ np.array(sizes)) / total},
@@ -276,9 +287,7 @@ def _order(member: Member) -> list[NDArray[np.int64]]:
     ]
 
 
-def _top(
-    tensors: Sequence[tuple[Tensor, int | None]], rows: int
-) -> list[tuple[Tensor, int | None]]:
+def _top(tensors: Sequence[_Given], rows: int) -> list[_Given]:
     return [(t if d is None or len(t) == rows else t[:rows], d) for t, d in tensors]
 
 

@@ -1,4 +1,8 @@
-"""The optimisers of `torch.optim` as functions of one client's tensors, for `torch.func.vmap`."""
+"""A client's optimiser: as an object for one client, as a function for `torch.func.vmap`.
+
+Clients come and go with every task. SGD is written out here, with the bits of `torch.optim.SGD`,
+since making one of torch's optimisers takes as long as ten steps of a small network.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,68 @@ from tesserafl.core.fit import Training
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 """torch.optim.AdamW's."""
+
+
+class Optimiser:
+    """The steps of one client. What it was given for the first step is not written to."""
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self._momenta: list[Tensor] | None = None
+        self._adamw: torch.optim.AdamW | None = None
+        self._own = False
+
+    @torch.no_grad()
+    def step(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """The weights after one more step, as leaves that want a gradient.
+
+        After the first step `weights` must be what the step before returned; they are changed.
+        """
+        if self._training.clip_norm is not None:
+            gradients = _clipped(gradients, self._training.clip_norm)
+        if self._training.optimiser == "adamw":
+            return self._step_adamw(weights, gradients)
+        lr, decay, momentum = (
+            self._training.lr,
+            self._training.weight_decay,
+            self._training.momentum,
+        )
+        if decay:
+            gradients = [g.add(w, alpha=decay) for w, g in zip(weights, gradients, strict=True)]
+        if momentum and self._momenta is None:
+            self._momenta = [gradient.clone() for gradient in gradients]
+            gradients = self._momenta
+        elif self._momenta is not None:
+            for kept, gradient in zip(self._momenta, gradients, strict=True):
+                kept.mul_(momentum).add_(gradient)
+            gradients = self._momenta
+        if self._own:
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.add_(gradient, alpha=-lr)
+            return list(weights)
+        self._own = True
+        return [
+            torch.add(weight, gradient, alpha=-lr).requires_grad_()
+            for weight, gradient in zip(weights, gradients, strict=True)
+        ]
+
+    def _step_adamw(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+        if self._adamw is None:
+            weights = [weight.clone().requires_grad_() for weight in weights]
+            self._adamw = torch.optim.AdamW(
+                weights, lr=self._training.lr, weight_decay=self._training.weight_decay
+            )
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        self._adamw.step()
+        return list(weights)
+
+
+def _clipped(gradients: Sequence[Tensor], most: float) -> list[Tensor]:
+    """Scaled so that their norm is at most `most`: `torch.nn.utils.clip_grad_norm_`."""
+    norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+    factor = (most / (torch.linalg.vector_norm(norms) + 1e-6)).clamp(max=1.0)
+    return [gradient * factor for gradient in gradients]
 
 
 def num_slots(training: Training) -> int:
@@ -45,9 +111,7 @@ def optimise(
         scalars: `scalars_of` this step.
     """
     if training.clip_norm is not None:
-        squares = torch.stack([gradient.square().sum() for gradient in gradients])
-        factor = (training.clip_norm / (squares.sum().sqrt() + 1e-6)).clamp(max=1.0)
-        gradients = [gradient * factor for gradient in gradients]
+        gradients = _clipped(gradients, training.clip_norm)
     lr, decay = scalars[0], training.weight_decay
     if training.optimiser == "adamw":
         return _adamw(decay, weights, slots, gradients, scalars)

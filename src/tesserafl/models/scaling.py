@@ -60,17 +60,52 @@ def forward_of(
         own = own_scales(model, submodel, module)
         scales = {alias: scale for alias, scale in scales.items() if alias not in own}
     sources = _sources(module)
-    tied = {alias: name for alias, name in sources.items() if alias != name and scales}
+    # Recurrent layers keep a second list of their weights, which torch knows how to change.
+    recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
+    places = None if recurrent else _places(module)
+    aliases = list(sources) if places is None else [alias for _, _, alias in places]
 
     def forward(params: Params, inputs: Tensor) -> Output:
-        if not scales:
-            return _output(functional_call(module, params, (inputs,)))
-        # Both names of a tied weight are given, since only one use of it may be scaled.
-        given = params | {alias: params[name] for alias, name in tied.items()}
-        given |= {alias: given[alias] * scale for alias, scale in scales.items()}
-        return _output(functional_call(module, given, (inputs,), tie_weights=not tied))
+        given = {alias: params[sources[alias]] for alias in aliases}
+        given |= {alias: given[alias] * scale for alias, scale in scales.items() if alias in given}
+        return _output(_call(module, places, given, inputs))
 
     return forward
+
+
+_Places = list[tuple[dict[str, nn.Parameter | None], str, str]]
+
+
+def _places(module: nn.Module) -> _Places:
+    """Where every parameter lies: a part's own parameters, the key there, the alias.
+
+    A tied weight lies in several places, since only one use of it may be scaled.
+    """
+    return [
+        (part._parameters, key, f"{path}.{key}" if path else key)
+        for path, part in module.named_modules()
+        for key, value in part._parameters.items()
+        if value is not None
+    ]
+
+
+def _call(
+    module: nn.Module, places: _Places | None, given: Params, inputs: Tensor
+) -> Output | Tensor:
+    """`torch.func.functional_call`, without finding the places anew in every call."""
+    out: Output | Tensor
+    if places is None:
+        out = functional_call(module, given, (inputs,), tie_weights=False)
+        return out
+    held = [own[key] for own, key, _ in places]
+    try:
+        for own, key, alias in places:
+            own[key] = given[alias]  # type: ignore[assignment]
+        out = module(inputs)
+        return out
+    finally:
+        for (own, key, _), value in zip(places, held, strict=True):
+            own[key] = value
 
 
 def hollow(module: nn.Module) -> nn.Module:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from tesserafl.core.checks import check_delta, check_deltas
 from tesserafl.core.errors import CapacityError, UpdateError
-from tesserafl.core.exactsum import check_delta
 from tesserafl.core.messages import Task, Update
 from tesserafl.core.method import State
 from tesserafl.core.params import Params
@@ -132,7 +132,9 @@ def _updates(
             under_way += 1
         if not pending:
             return
-        for outcome in engine.poll():
+        outcomes = engine.poll()
+        good = _all_good([o.update for o in outcomes if isinstance(o, Done)], large)
+        for outcome in outcomes:
             task, clients = pending.pop(outcome.client)
             clients.remove(task.client.id)
             under_way -= not clients
@@ -141,7 +143,8 @@ def _updates(
                 continue
             try:
                 # Here, not where it is summed: one bad update must not cost the round.
-                check_delta(outcome.update.submodel, outcome.update.delta, large)
+                if not good:
+                    check_delta(outcome.update.submodel, outcome.update.delta, large)
             except UpdateError as error:
                 notes.failures.append(_failure(task.client.id, "error", str(error)))
                 continue
@@ -171,6 +174,15 @@ def _groups(tasks: Iterable[Task], size: int) -> Iterator[list[Task]]:
         if len(group) == size:
             yield waiting.pop(task.submodel.shape)
     yield from waiting.values()
+
+
+def _all_good(updates: Sequence[Update], large: Params) -> bool:
+    """Whether all may be summed, checked at once; if not, each is looked at alone."""
+    try:
+        check_deltas([(update.submodel, update.delta) for update in updates], large)
+    except UpdateError:
+        return False
+    return True
 
 
 def _note(task: Task, done: Done, costs: CostTable, notes: Notes) -> None:

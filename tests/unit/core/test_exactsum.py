@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tesserafl.core.checks import MAX_ENTRY, check_delta
 from tesserafl.core.errors import UpdateError
-from tesserafl.core.exactsum import MAX_ENTRY, ExactSum, check_delta
+from tesserafl.core.exactsum import ExactSum
 from tesserafl.core.params import Params, sha256
 from tesserafl.core.submodel import SubModel, View
 

@@ -11,6 +11,7 @@ from tesserafl.core.model import Output
 from tesserafl.data.examples import Examples
 from tesserafl.engines.batches import augment, batches
 from tesserafl.engines.client import execute
+from tesserafl.engines.optimisers import Optimiser
 
 
 def examples(count: int = 9) -> Examples:
@@ -90,3 +91,36 @@ def test_augmentation_shifts_and_flips_but_invents_nothing():
         for before, after in zip(images, image, strict=True):
             kept = after[after != 0]
             assert set(kept.tolist()) <= set(before.reshape(-1).tolist())
+
+
+OPTIMISERS = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "decay": {"weight_decay": 0.1},
+    "all": {"momentum": 0.9, "weight_decay": 0.1, "clip_norm": 0.5},
+    "adamw": {"optimiser": "adamw", "weight_decay": 0.1, "clip_norm": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_a_client_steps_with_the_bits_of_torchs_optimisers(name: str) -> None:
+    training = Training(lr=0.1, **OPTIMISERS[name])
+    draw = seeds.generator(5)
+    start = [torch.randn(4, 3, generator=draw), torch.randn(3, generator=draw)]
+    theirs = [t.clone().requires_grad_() for t in start]
+    kind, extra = (torch.optim.SGD, {"momentum": training.momentum})
+    if training.optimiser == "adamw":
+        kind, extra = torch.optim.AdamW, {}
+    reference = kind(theirs, lr=0.1, weight_decay=training.weight_decay, **extra)
+    ours, optimiser = [t.clone() for t in start], Optimiser(training)
+    received = ours
+    for _ in range(4):
+        gradients = [torch.randn(t.shape, generator=draw) for t in start]
+        for leaf, gradient in zip(theirs, gradients, strict=True):
+            leaf.grad = gradient.clone()
+        if training.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(theirs, training.clip_norm)
+        reference.step()
+        ours = optimiser.step(ours, gradients)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(received, start, strict=True))  # not written to
