@@ -28,8 +28,9 @@ from tesserafl.core import seeds
 from tesserafl.core.fit import Training
 from tesserafl.core.submodel import Coverage
 from tesserafl.data.examples import ClientData, Examples, FederatedData, Spec
-from tesserafl.engines.client import ClientWorker, threads
+from tesserafl.engines.client import ClientWorker
 from tesserafl.engines.local import InProcess
+from tesserafl.engines.process import threads
 from tesserafl.methods import FedAvg
 from tesserafl.models import CNN
 from tesserafl.run.experiment import Experiment

@@ -35,7 +35,7 @@ from tesserafl.core.model import Model
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import SubModel, cut, index_tensor, merge
 from tesserafl.data.examples import Spec
-from tesserafl.engines.client import threads
+from tesserafl.engines.process import threads
 from tesserafl.models import HuggingFace, ResNet
 
 WIDTHS = (0.25,) * 4 + (0.5,) * 3 + (1.0,) * 3

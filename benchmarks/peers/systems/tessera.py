@@ -28,7 +28,7 @@ from tesserafl.core.messages import Client
 from tesserafl.core.model import Model
 from tesserafl.core.submodel import Coverage
 from tesserafl.data.examples import ClientData, Examples, FederatedData, Spec
-from tesserafl.engines.client import threads
+from tesserafl.engines.process import threads
 from tesserafl.methods import FedAvg
 from tesserafl.models import MLP
 from tesserafl.run.batching import choose

@@ -175,6 +175,7 @@ def sum_of(
     total = ExactSum(max_weight=max(1, sum(weights.values())))
     for update in updates:
         total.fold(update.submodel, update.delta, weights[update.client], params)
+        del update  # its memory serves the next client
     return total
 
 

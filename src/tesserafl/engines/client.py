@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -193,19 +192,3 @@ def execute(
         metrics={"loss": mean},
         classes=classes,
     )
-
-
-@contextlib.contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Torch computes with this many threads inside the block; bits depend on it.
-
-    On a GPU, convolutions and matrix products take kernels that repeat their bits.
-    """
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from tesserafl.core.errors import TesseraError
 from tesserafl.core.submodel import Coverage
-from tesserafl.engines.client import threads
+from tesserafl.engines.process import threads
 from tesserafl.run.experiment import Batching, Experiment, from_json, to_json
 from tesserafl.run.rounds import CostTable, play_round
 from tesserafl.run.setup import make_engine, prepare

@@ -134,7 +134,8 @@ def _updates(
             return
         outcomes = engine.poll()
         good = _all_good([o.update for o in outcomes if isinstance(o, Done)], large)
-        for outcome in outcomes:
+        while outcomes:  # what was passed on is let go before the next client trains
+            outcome = outcomes.pop(0)
             task, clients = pending.pop(outcome.client)
             clients.remove(task.client.id)
             under_way -= not clients
@@ -150,6 +151,7 @@ def _updates(
                 continue
             _note(task, outcome, costs, notes)
             yield outcome.update
+        del outcome, task
 
 
 def _asked(setup: Setup, tasks: Iterable[Task], notes: Notes) -> Iterator[Task]:

@@ -13,7 +13,7 @@ from tesserafl.core.method import Predictor, State
 from tesserafl.core.metrics import Metrics
 from tesserafl.core.params import sha256
 from tesserafl.core.submodel import Coverage
-from tesserafl.engines.client import threads
+from tesserafl.engines.process import threads
 from tesserafl.engines.seam import Engine
 from tesserafl.run import checkpoint as checkpoints
 from tesserafl.run.checkpoint import Checkpoint

@@ -15,9 +15,10 @@ from typing import IO
 
 from tesserafl.core.errors import TesseraError
 from tesserafl.core.wire import decode_task, encode_update
-from tesserafl.engines.client import ClientWorker, threads
+from tesserafl.engines.client import ClientWorker
 from tesserafl.engines.frames import read_frame, write_frame
 from tesserafl.engines.local import FAULT
+from tesserafl.engines.process import threads
 from tesserafl.run.experiment import from_json
 from tesserafl.run.setup import client_worker, prepare
 
