@@ -256,6 +256,24 @@ def test_server_hooks_leave_the_global_generator_alone(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@each_method
+def test_an_update_is_not_read_after_the_next_one_was_asked_for(name: str) -> None:
+    """Engines reuse an update's memory: nothing may be read from it later."""
+    federation = Federation(CUT[name], "mlp")
+    state = federation.init()
+    clean = federation.updates(federation.tasks(state))
+    spoilt = [replace(u, delta={n: t.clone() for n, t in u.delta.items()}) for u in clean]
+
+    def passing() -> Iterator[Update]:
+        for update in spoilt:
+            yield update
+            for tensor in update.delta.values():
+                tensor.fill_(99.0)
+
+    after = federation.method.aggregate(federation.model, state, CLIENTS[:4], passing())
+    assert sha256(after.params) == sha256(federation.aggregate(state, clean).params)
+
+
 @each_pair
 def test_where_nobody_answers_only_the_round_advances(name: str, family: str) -> None:
     federation = Federation(CUT[name], family)

@@ -88,6 +88,7 @@ class Method(Protocol):
         """The next state, from the updates of those of `clients` that answered.
 
         Takes the updates one at a time, in any order; the result does not depend on the order.
+        An update's tensors hold until the next one is asked for: what must last is cloned.
         With no update at all only the round advances.
         """
         ...

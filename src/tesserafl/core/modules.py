@@ -8,8 +8,8 @@ from tesserafl.core.params import Params
 
 
 def parameters_of(module: nn.Module) -> Params:
-    """The module's parameters as plain tensors, each tied weight once."""
-    return {name: value.detach().clone() for name, value in module.named_parameters()}
+    """The module's parameters as plain tensors that share its memory, each tied weight once."""
+    return {name: value.detach() for name, value in module.named_parameters()}
 
 
 def fan_in_dims(module: nn.Module) -> dict[str, int]:

@@ -113,8 +113,17 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Params]]:
     return body, groups
 
 
+Parts = tuple[dict[str, Any], dict[str, Params]]
+"""A message taken apart: plain JSON values, and groups of tensors."""
+
+
 def encode_task(task: Task, memory: Memory) -> bytes:
     """A task with the client's memory, for an engine whose clients are other processes."""
+    return pack(*task_parts(task, memory))
+
+
+def task_parts(task: Task, memory: Memory) -> Parts:
+    """What `encode_task` packs."""
     header = {
         "round": task.round,
         "client": asdict(task.client),
@@ -122,12 +131,16 @@ def encode_task(task: Task, memory: Memory) -> bytes:
         "training": asdict(task.training),
         "options": dict(task.options),
     }
-    return pack(header, {"params": task.params, "extra": task.extra, "memory": memory})
+    return header, {"params": task.params, "extra": dict(task.extra), "memory": memory}
 
 
 def decode_task(data: bytes) -> tuple[Task, Memory]:
     """The inverse of `encode_task`; raises MessageError."""
-    body, groups = unpack(data)
+    return task_of(*unpack(data))
+
+
+def task_of(body: dict[str, Any], groups: dict[str, Params]) -> tuple[Task, Memory]:
+    """The inverse of `task_parts`; raises MessageError."""
     header = _validated(_Task, body)
     try:
         training = Training(**header.training)
@@ -147,6 +160,11 @@ def decode_task(data: bytes) -> tuple[Task, Memory]:
 
 def encode_update(update: Update, memory: Memory) -> bytes:
     """An update with the client's new memory."""
+    return pack(*update_parts(update, memory))
+
+
+def update_parts(update: Update, memory: Memory) -> Parts:
+    """What `encode_update` packs."""
     header = {
         "round": update.round,
         "client": update.client,
@@ -155,12 +173,16 @@ def encode_update(update: Update, memory: Memory) -> bytes:
         "num_steps": update.num_steps,
         "metrics": dict(update.metrics),
     }
-    return pack(header, {"delta": update.delta, "extra": update.extra, "memory": memory})
+    return header, {"delta": update.delta, "extra": dict(update.extra), "memory": memory}
 
 
 def decode_update(data: bytes) -> tuple[Update, Memory]:
     """The inverse of `encode_update`; raises MessageError."""
-    body, groups = unpack(data)
+    return update_of(*unpack(data))
+
+
+def update_of(body: dict[str, Any], groups: dict[str, Params]) -> tuple[Update, Memory]:
+    """The inverse of `update_parts`; raises MessageError."""
     header = _validated(_Update, body)
     update = Update(
         round=header.round,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import selectors
 import subprocess
 import time
@@ -13,10 +14,11 @@ from typing import IO
 
 from tesserafl.core.errors import MessageError, TesseraError
 from tesserafl.core.messages import Memory, Task
-from tesserafl.core.wire import decode_update, encode_task
+from tesserafl.core.wire import task_parts, update_of
 from tesserafl.engines.client import ClientWorker
-from tesserafl.engines.frames import Frame, read_frame, write_frame
+from tesserafl.engines.frames import read_frame, write_frame
 from tesserafl.engines.seam import Done, Failed, Outcome
+from tesserafl.engines.slab import Slab
 
 
 @dataclass(kw_only=True)
@@ -68,6 +70,10 @@ class InProcess:
 @dataclass(kw_only=True)
 class _Process:
     process: subprocess.Popen[bytes]
+    down: Slab
+    """Tasks lie there."""
+    up: Slab
+    """Updates lie there."""
     tasks: Sequence[Task] = ()
     """What it works on; empty: idle."""
 
@@ -96,8 +102,10 @@ def keep(memories: dict[int, Memory], client: int, memory: Memory) -> None:
 class WorkerPool:
     """Worker processes that each work on one group of tasks at a time.
 
-    Tasks and updates cross as safetensors frames on the process's standard input and output. A
-    worker that dies is started again and its group done again; a group that kills two is an error.
+    Tasks and updates lie in memory that both processes see; frames on the worker's standard input
+    and output say where. An update's tensors are views: they hold until the worker is asked again.
+    A worker that dies is started again and its group done again; a group that kills two is an
+    error.
     """
 
     def __init__(self, command: Sequence[str], hello: bytes, size: int, group: int = 1) -> None:
@@ -106,7 +114,7 @@ class WorkerPool:
         self._again: set[int] = set()
         self.memories: dict[int, Memory] = {}
         self._selector = selectors.DefaultSelector()
-        self._processes = [self._start() for _ in range(size)]
+        self._processes = [self._start(index) for index in range(size)]
         for worker in self._processes:  # all load at the same time; rounds begin when all are ready
             if read_frame(worker.stdout) is None:
                 self.close()
@@ -145,9 +153,16 @@ class WorkerPool:
         self._processes = []
         self._selector.close()
 
-    def _start(self) -> _Process:
-        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        worker = _Process(process=process)
+    def _start(self, index: int) -> _Process:
+        down, up = Slab(), Slab()
+        shared = (down.descriptor, up.descriptor)
+        process = subprocess.Popen(
+            [*self._command, str(index), *map(str, shared)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=shared,
+        )
+        worker = _Process(process=process, down=down, up=up)
         write_frame(worker.stdin, self._hello)
         self._selector.register(worker.stdout, selectors.EVENT_READ, worker)
         return worker
@@ -160,46 +175,52 @@ class WorkerPool:
         with contextlib.suppress(BrokenPipeError):  # what was written to a dead worker is lost
             worker.stdin.close()
         worker.stdout.close()
+        worker.down.close()
+        worker.up.close()
 
     def _dispatch(self) -> None:
         for worker in self._processes:
             if not worker.tasks and self._waiting:
                 worker.tasks = self._waiting.popleft()
+                worker.down.start_over()
+                places = [
+                    worker.down.put(*task_parts(task, self.memories.get(task.client.id, {})))
+                    for task in worker.tasks
+                ]
                 # A dead worker's end of file is the next thing that `_collect` reads.
                 with contextlib.suppress(BrokenPipeError):
-                    write_frame(worker.stdin, str(len(worker.tasks)).encode())
-                    for task in worker.tasks:
-                        memory = self.memories.get(task.client.id, {})
-                        write_frame(worker.stdin, encode_task(task, memory))
+                    write_frame(worker.stdin, json.dumps(places).encode())
 
     def _collect(self, worker: _Process) -> list[Outcome]:
-        frames: list[tuple[Task, Frame]] = []
-        # Of an idle worker there is one thing to read: its end.
-        while len(frames) < max(1, len(worker.tasks)):
-            frame = read_frame(worker.stdout)
-            if frame is None:
-                self._replace(worker)
-                return []
-            task = worker.tasks[len(frames)]
-            if frame.failed and frame.body.startswith(b"Traceback"):
-                text = frame.body.decode()
-                raise RuntimeError(f"client {task.client.id}, round {task.round}: {text}")
-            frames.append((task, frame))
-        worker.tasks = ()
-        return [self._outcome(task, frame) for task, frame in frames]
-
-    def _outcome(self, task: Task, frame: Frame) -> Outcome:
+        frame = read_frame(worker.stdout)
+        if frame is None:
+            self._replace(worker)
+            return []
+        tasks, worker.tasks = worker.tasks, ()
         if frame.failed:
-            return Failed(client=task.client.id, reason="error", text=frame.body.decode())
-        update, memory = decode_update(frame.body)
+            clients = ", ".join(str(task.client.id) for task in tasks)
+            raise RuntimeError(f"client {clients}, round {tasks[0].round}: {frame.body.decode()}")
+        seconds = frame.seconds / len(tasks)
+        answers = json.loads(frame.body)
+        return [
+            self._outcome(worker, task, answer, seconds)
+            for task, answer in zip(tasks, answers, strict=True)
+        ]
+
+    def _outcome(
+        self, worker: _Process, task: Task, answer: str | list[int], seconds: float
+    ) -> Outcome:
+        if isinstance(answer, str):
+            return Failed(client=task.client.id, reason="error", text=answer)
+        update, memory = update_of(*worker.up.get(*answer))
         if (update.client, update.round) != (task.client.id, task.round):
             raise MessageError(
                 f"a worker answered for client {update.client} in round {update.round}; asked was "
                 f"client {task.client.id} in round {task.round}"
             )
-        keep(self.memories, task.client.id, memory)
+        keep(self.memories, task.client.id, {name: t.clone() for name, t in memory.items()})
         self._again.discard(task.client.id)
-        return Done(update=update, seconds=frame.seconds)
+        return Done(update=update, seconds=seconds)
 
     def _replace(self, worker: _Process) -> None:
         """Start a dead worker anew and do its group again: a lost worker must not change a bit."""
@@ -215,7 +236,7 @@ class WorkerPool:
                 )
             self._again.update(clients)
             self._waiting.appendleft(tasks)
-        fresh = self._start()
-        self._processes[self._processes.index(worker)] = fresh
+        index = self._processes.index(worker)
+        fresh = self._processes[index] = self._start(index)
         if read_frame(fresh.stdout) is None:
             raise TesseraError("a worker process ended and its successor too; see their messages")

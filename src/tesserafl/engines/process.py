@@ -10,8 +10,10 @@ from functools import cache
 
 import torch
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt` (malloc.h)."""
+_LARGEST_KEPT = 32 << 20
+"""Bytes: the largest threshold that glibc takes."""
 
 
 @contextlib.contextmanager
@@ -37,10 +39,11 @@ def _keep_freed_memory() -> None:
 
     Every client's gradients, weights and update are as large as the last one's. By default glibc
     asks the system for them anew, which clears every page: a fifth of a round of a large model.
+    Tensors above the limit, mostly the server's own, are still given back: they would fragment it.
     """
     if sys.platform != "linux":
         return
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_MMAP_MAX, 0)
+        mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
         mallopt(_TRIM_THRESHOLD, 2**31 - 1)

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from tesserafl.core import seeds
 from tesserafl.core.errors import ConfigError
@@ -29,11 +28,11 @@ from tesserafl.models.scaling import forward_of
 from tesserafl.run.classes import classes_of
 from tesserafl.run.experiment import Batching, Experiment
 
-MOST_FLOPS = 3e7
+MOST_FLOPS = 1e7
 """Of one client's step. Above, a step is arithmetic, not dispatch, and batching gains nothing."""
-STEPS_TO_TRACE = 100_000
+STEPS_TO_TRACE = 30_000
 """Client steps of a whole run that pay for tracing: seconds to start / seconds saved in each."""
-STEPS_TO_COMPILE = 500_000
+STEPS_TO_COMPILE = 200_000
 """Client steps of a whole run that pay for compiling."""
 
 
@@ -101,11 +100,8 @@ def _obstacle(
     module = model.module(device="meta")
     if reason := obstacle(module, training):
         return reason
-    on_cpu = experiment.engine.device == "cpu" or not torch.cuda.is_available()
     if worth and group_of(experiment) == 1:
         return "a round has one client"
-    if worth and on_cpu and any(isinstance(p, nn.modules.conv._ConvNd) for p in module.modules()):
-        return "grouped convolutions are slow on a processor"
     # Multiply and add, forward and backward twice: a bound that needs no state and no sub-model.
     least = 6 * model.num_entries * min(experiment.method.ratio) ** 2
     if worth and least * training.batch_size > 10 * MOST_FLOPS:

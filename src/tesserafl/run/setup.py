@@ -86,9 +86,15 @@ def device_of(experiment: Experiment) -> str:
     return "cuda" if asked == "cuda" or (asked == "auto" and found) else "cpu"
 
 
-def client_worker(setup: Setup) -> ClientWorker:
-    """Does the work of this experiment's clients in this process."""
+def client_worker(setup: Setup, index: int = 0) -> ClientWorker:
+    """Does the work of this experiment's clients in this process, the `index`-th of its kind.
+
+    Processes are dealt to the GPUs in turn.
+    """
     method: MethodSettings = setup.experiment.method
+    device = device_of(setup.experiment)
+    if device == "cuda":
+        device = f"cuda:{index % torch.cuda.device_count()}"
 
     def examples(client: int) -> Examples:
         return setup.data.clients[client].train
@@ -98,8 +104,8 @@ def client_worker(setup: Setup) -> ClientWorker:
         method=method,
         examples=examples,
         seed=setup.experiment.seed,
-        device=device_of(setup.experiment),
-        cohorts=cohorts_of(setup.experiment, setup.clients, device_of(setup.experiment)),
+        device=device,
+        cohorts=cohorts_of(setup.experiment, setup.clients, device),
     )
 
 

@@ -1,6 +1,7 @@
 """A worker process of the local engine: reads an experiment, then answers task after task.
 
-Started as `python -m tesserafl.run.worker`; frames on standard input and output.
+Started as `python -m tesserafl.run.worker INDEX DOWN UP`: its number, and the descriptors of the
+memory that it shares with the main process. Frames on standard input and output.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import traceback
 from typing import IO
 
 from tesserafl.core.errors import TesseraError
-from tesserafl.core.wire import decode_task, encode_update
+from tesserafl.core.wire import task_of, update_parts
 from tesserafl.engines.client import ClientWorker
 from tesserafl.engines.frames import read_frame, write_frame
 from tesserafl.engines.local import FAULT
 from tesserafl.engines.process import threads
+from tesserafl.engines.slab import Slab
 from tesserafl.run.experiment import from_json
 from tesserafl.run.setup import client_worker, prepare
 
@@ -32,34 +34,31 @@ def main() -> None:
     hello = read_frame(sys.stdin.buffer)
     if hello is None:
         return
+    index, down, up = map(int, sys.argv[1:])
     experiment = from_json(json.loads(hello.body))
     with threads(experiment.engine.threads):
-        worker = client_worker(prepare(experiment))
+        worker = client_worker(prepare(experiment), index)
+        tasks, updates = Slab(down), Slab(up)
         write_frame(output, b"ready")
         try:
-            while (head := read_frame(sys.stdin.buffer)) is not None:
-                _serve(worker, int(head.body), output)
+            while (frame := read_frame(sys.stdin.buffer)) is not None:
+                _serve(worker, json.loads(frame.body), tasks, updates, output)
         except Exception:
             write_frame(output, traceback.format_exc().encode(), failed=True)
             raise SystemExit(FAULT) from None
 
 
-def _serve(worker: ClientWorker, number: int, output: IO[bytes]) -> None:
+def _serve(
+    worker: ClientWorker, places: list[list[int]], down: Slab, up: Slab, output: IO[bytes]
+) -> None:
     """Read the tasks of one group, work on them, write as many answers."""
-    asked = []
-    for _ in range(number):
-        frame = read_frame(sys.stdin.buffer)
-        if frame is None:  # the main process is gone
-            return
-        asked.append(decode_task(frame.body))
     begun = time.perf_counter()
-    answers = worker.work_together(asked)
-    seconds = (time.perf_counter() - begun) / number
-    for answer in answers:
-        if isinstance(answer, TesseraError):
-            write_frame(output, str(answer).encode(), seconds, failed=True)
-        else:
-            write_frame(output, encode_update(*answer), seconds)
+    up.start_over()
+    answers = [
+        str(answer) if isinstance(answer, TesseraError) else up.put(*update_parts(*answer))
+        for answer in worker.work_together([task_of(*down.get(*place)) for place in places])
+    ]
+    write_frame(output, json.dumps(answers).encode(), time.perf_counter() - begun)
 
 
 if __name__ == "__main__":
