@@ -35,7 +35,10 @@ _NEEDED = (
     "datasets",
     "flwr-datasets",
 )
-_OPTIONAL = {"transformers": "Hugging Face models (pip install 'tesserafl[huggingface]')"}
+_OPTIONAL = {
+    "transformers": "Hugging Face models (pip install 'tesserafl[huggingface]')",
+    "numba": "compiled sums of large models (pip install 'tesserafl[fast]')",
+}
 
 
 def examine() -> Iterator[Finding]:
@@ -56,6 +59,11 @@ def examine() -> Iterator[Finding]:
         yield Finding(what="gpu", found=names)
     else:
         yield Finding(what="gpu", found="none; clients train on the processor")
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    yield Finding(
+        what="compiler",
+        found=compiler or "none; for engine.batching compiled on a processor",
+    )
     threads = os.environ.get("OMP_NUM_THREADS")
     yield Finding(
         what="OMP_NUM_THREADS",
