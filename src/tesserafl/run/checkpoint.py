@@ -41,8 +41,6 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint of `checkpoint.state.round` rounds; older ones but one are removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for torn in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-        torn.unlink()
     state = checkpoint.state
     groups = {"params": state.params, "coverage": checkpoint.coverage}
     groups |= {f"memory-{client}": memory for client, memory in checkpoint.memories.items()}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,25 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} does not exist; is {path.parent} a run folder?") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process; what a process that was killed left half-written goes.
+
+    Raises:
+        CheckpointError: another process works in it.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it if we die
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"another process works in {folder}; wait for it, or stop it and resume"
+            ) from error
+        for torn in folder.glob("**/.*.tmp"):
+            torn.unlink(missing_ok=True)
+        yield
 
 
 def sync_folder(folder: Path) -> None:

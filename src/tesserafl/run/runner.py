@@ -27,7 +27,7 @@ from tesserafl.run.experiment import (
     with_absolute_paths,
 )
 from tesserafl.run.export import export_model
-from tesserafl.run.files import read_json, write_json
+from tesserafl.run.files import alone_in, read_json, write_json
 from tesserafl.run.report import write_partition, write_report
 from tesserafl.run.rounds import CostTable, check_memory, play_round
 from tesserafl.run.setup import Setup, device_of, make_engine, prepare
@@ -78,12 +78,13 @@ def first_state(setup: Setup) -> State:
 def _play(
     setup: Setup, folder: Path, listener: Listener | None, first: State | None
 ) -> dict[str, Any]:
-    write_partition(folder, setup)
     with (
+        alone_in(folder),
         threads(setup.experiment.engine.threads),
         contextlib.closing(make_engine(setup)) as engine,
         contextlib.closing(EventLog(folder / "events.jsonl")) as log,
     ):
+        write_partition(folder, setup)
         run = _Run(setup=setup, engine=engine, folder=folder, log=log, listener=listener)
         return run.to_the_end(first)
 
