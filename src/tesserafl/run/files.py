@@ -58,9 +58,10 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         CheckpointError: another process works in it.
     """
-    with (folder / ".lock").open("w") as lock:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it if we die
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however
         except BlockingIOError as error:
             raise CheckpointError(
                 f"another process works in {folder}; wait for it, or stop it and resume"
@@ -68,6 +69,8 @@ def alone_in(folder: Path) -> Iterator[None]:
         for torn in folder.glob("**/.*.tmp"):
             torn.unlink(missing_ok=True)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

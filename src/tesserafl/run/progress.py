@@ -13,6 +13,11 @@ from rich.progress import Progress as Bar
 
 from tesserafl.run.events import Event
 
+_WAYS = {
+    "sequential": "one after another (engine.batching sequential)",
+    "vmapped": "many in one program (engine.batching vmapped)",
+    "compiled": "many in one program, compiled (engine.batching compiled)",
+}
 _LINES = 10
 """Plain lines in a run, about."""
 
@@ -57,6 +62,8 @@ class Progress:
         """Show an event of the run under way."""
         if event["kind"] in ("start", "resume"):
             self._begin(int(event["experiment"]["rounds"]))
+            batching = event["experiment"]["engine"]["batching"]
+            self._bar.console.print(f"clients train {_WAYS[batching]}", highlight=False)
         elif event["kind"] == "evaluate":
             self._accuracy = f"accuracy {event['accuracy']:.4f}  "
         elif event["kind"] == "round":
