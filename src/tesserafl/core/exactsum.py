@@ -38,6 +38,8 @@ class _Small(NamedTuple):
 
     submodel: SubModel
     names: tuple[str, ...]
+    places: tuple[object, ...]
+    """Keys of the views of these names."""
     flat: npt.NDArray[Any]
     weight: int
 
@@ -198,14 +200,12 @@ class ExactSum:
         A small model costs calls, not arithmetic: clients of one sub-model share them.
         """
         names = tuple(delta)
-        if self._waiting and (self._waiting[0].submodel, self._waiting[0].names) != (
-            submodel,
-            names,
-        ):
+        places = tuple(submodel.views[name].key for name in names)
+        if self._waiting and (self._waiting[0].names, self._waiting[0].places) != (names, places):
             self._add_waiting()
         for name in names:
             self._sum(submodel.views[name], params)
-        self._waiting.append(_Small(submodel, names, flat, weight))
+        self._waiting.append(_Small(submodel, names, places, flat, weight))
         if len(self._waiting) == _TOGETHER:
             self._add_waiting()
 

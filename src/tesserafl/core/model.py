@@ -292,8 +292,6 @@ class Model:
 
 
 def _key(units: Units) -> object:
-    if isinstance(units, range):
-        return units
-    if isinstance(units, slice):
-        return (units.start, units.stop, units.step)
-    return units.numpy().tobytes() if isinstance(units, Tensor) else tuple(units)
+    if isinstance(units, range | slice):
+        return repr(units)
+    return torch.as_tensor(units, dtype=torch.int64).cpu().numpy().tobytes()

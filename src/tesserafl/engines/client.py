@@ -74,7 +74,11 @@ class ClientWorker:
                 (position, part)
             )
         for group in parts.values():
-            fitted = self._train([part for _, part in group])
+            try:
+                fitted = self._train([part for _, part in group])
+            except TesseraError as error:  # of the group, as far as anybody can tell
+                answers |= {position: error for position, _ in group}
+                continue
             for (position, part), result in zip(group, fitted, strict=True):
                 try:
                     answers[position] = self._answer(part, result)
@@ -125,7 +129,7 @@ class ClientWorker:
         if key not in self._modules:
             with seeds.seeded(0, "module"):  # its own weights are never used
                 module = self.model.module(task.submodel.sizes)
-            self._modules[key] = hollow(module).to(self.device).train()
+            self._modules[key] = hollow(module.to(self.device)).train()
         return self._modules[key]
 
 
@@ -163,7 +167,7 @@ def execute(
     leaves = [params[name].detach().requires_grad_() for name in trainable]
     params.update(zip(trainable, leaves, strict=True))
     training, classes = fit.training, examples.classes
-    extra = {name: tensor.to(device) for name, tensor in fit.extra.items()}
+    extra = {name: aligned(tensor.to(device)) for name, tensor in fit.extra.items()}
     if training.mask_absent_classes:
         extra["classes"] = classes.to(device)
     optimiser = Optimiser(training)
@@ -177,8 +181,10 @@ def execute(
             if training.augment and inputs.dim() == 4:
                 inputs = augment(inputs, draw)
             loss = fit.objective(forward, params, inputs.to(device), labels.to(device), extra)
-            gradients = torch.autograd.grad(loss, leaves)
+            # What the loss does not depend on has a gradient of zero, as in a cohort.
+            gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
             leaves = optimiser.step(leaves, gradients)
+            del gradients  # before the next ones are made
             params.update(zip(trainable, leaves, strict=True))
             losses.append(loss.detach())
             sizes.append(len(rows))

@@ -116,7 +116,7 @@ class _Stack:
         self.cohorts, self.forward, self.members = cohorts, forward, members
         self.fit = fit = members[0].fit
         # A schedule changes the rate in every round; programs take it as an input.
-        self.key = (key, replace(fit.training, lr=1.0), fit.objective, fit.trainable)
+        self.key = (key, replace(fit.training, lr=1.0), fit.objective)
         self.trained = [n for n in fit.params if fit.trainable is None or n in fit.trainable]
         self.frozen = [n for n in fit.params if n not in self.trained]
         self.extra = list(fit.extra) + ["classes"] * fit.training.mask_absent_classes
@@ -168,7 +168,12 @@ class _Stack:
             yield from zip(inputs.to(device), labels.to(device), strict=True)
 
     def _program(self, given: Sequence[_Given]) -> Program:
-        signature = tuple((tuple(tensor.shape), dim) for tensor, dim in given)
+        names = (tuple(self.trained), tuple(self.frozen), tuple(self.extra))
+        strides = self.cohorts.compiled  # a compiled program is made for these too
+        signature = (
+            names,
+            *((t.shape, t.dtype, t.stride() if strides else None, dim) for t, dim in given),
+        )
         function = self._step(tuple(dim for _, dim in given))
         return self.cohorts.program((self.key, signature), function, [t for t, _ in given])
 

@@ -23,10 +23,11 @@ def trace(function: Program, examples: Sequence[Tensor], *, compiled: bool) -> P
         examples: inputs of the shapes that the program will see.
         compiled: hand the program to torch.compile. Takes seconds and a C++ compiler.
     """
-    graph = make_fx(functionalize(function))(*examples).graph  # pure: no operation writes in place
+    traced = make_fx(functionalize(function))(*examples)  # pure: no operation writes in place
+    graph = traced.graph
     _simplify(graph)
     graph.set_codegen(fx.graph.CodeGen())  # flat arguments: no tree to take apart in every call
-    program = fx.GraphModule(torch.nn.Module(), graph)
+    program = fx.GraphModule(traced, graph)  # which holds the buffers and constants
     if not compiled:
         return program.forward
     from torch._inductor import compile as lower  # imports the compiler: seconds
@@ -42,20 +43,22 @@ def _simplify(graph: fx.Graph) -> None:
     """
     seen: dict[object, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function":
+        if node.op != "call_function" or _draws(node):
             continue
         source = _unchanged(node)
         if source is None:
-            key = (node.target, node.args, tuple(sorted(node.kwargs.items())))
-            try:
-                source = seen.setdefault(key, node)
-            except TypeError:  # a list among the arguments: nothing to compare by
-                continue
+            # As text: numbers that are equal but of another type (1, 1.0, True) differ there.
+            key = (node.target, repr(node.args), repr(sorted(node.kwargs.items())))
+            source = seen.setdefault(key, node)
         if source is not node:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
     graph.eliminate_dead_code()
     graph.lint()
+
+
+def _draws(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _unchanged(node: fx.Node) -> fx.Node | None:
@@ -65,14 +68,16 @@ def _unchanged(node: fx.Node) -> fx.Node | None:
         return None
     if node.target is _ATEN.detach.default:
         return source
+    same = _kind(node) is not None and _kind(node) == _kind(source)
     if node.target is _ATEN.mul.Scalar and node.args[1] == 1:
-        return source
+        return source if same else None
     if node.target in (_ATEN.expand.default, _ATEN.view.default, _ATEN._unsafe_view.default):
-        same = _shape(node) is not None and _shape(node) == _shape(source)
         return source if same else None
     return None
 
 
-def _shape(node: fx.Node) -> tuple[int, ...] | None:
+def _kind(node: fx.Node) -> tuple[object, ...] | None:
     value = node.meta.get("val", node.meta.get("tensor_meta"))
-    return None if value is None else tuple(value.shape)
+    if value is None or not hasattr(value, "shape"):  # several outputs have none
+        return None
+    return tuple(value.shape), value.dtype

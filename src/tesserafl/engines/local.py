@@ -93,10 +93,10 @@ FAULT = 70
 
 
 def keep(memories: dict[int, Memory], client: int, memory: Memory) -> None:
-    """Replace what a client keeps; an empty memory is none."""
+    """Replace what a client keeps by a copy, since it may be a part of more; empty is none."""
     memories.pop(client, None)
     if memory:
-        memories[client] = memory
+        memories[client] = {name: tensor.clone() for name, tensor in memory.items()}
 
 
 class WorkerPool:
@@ -210,6 +210,7 @@ class WorkerPool:
     def _outcome(
         self, worker: _Process, task: Task, answer: str | list[int], seconds: float
     ) -> Outcome:
+        self._again.discard(task.client.id)
         if isinstance(answer, str):
             return Failed(client=task.client.id, reason="error", text=answer)
         update, memory = update_of(*worker.up.get(*answer))
@@ -218,8 +219,7 @@ class WorkerPool:
                 f"a worker answered for client {update.client} in round {update.round}; asked was "
                 f"client {task.client.id} in round {task.round}"
             )
-        keep(self.memories, task.client.id, {name: t.clone() for name, t in memory.items()})
-        self._again.discard(task.client.id)
+        keep(self.memories, task.client.id, memory)
         return Done(update=update, seconds=seconds)
 
     def _replace(self, worker: _Process) -> None:

@@ -20,7 +20,8 @@ _LARGEST_KEPT = 32 << 20
 def threads(number: int) -> Iterator[None]:
     """Torch computes with this many threads inside the block; bits depend on it.
 
-    On a GPU, convolutions and matrix products take kernels that repeat their bits.
+    On a GPU, convolutions and matrix products take kernels that repeat their bits. For good, the
+    process keeps memory that was freed.
     """
     _keep_freed_memory()
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

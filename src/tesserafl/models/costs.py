@@ -28,8 +28,8 @@ class Costs:
     activation_bytes: int
     """What autograd keeps for the backward pass of one batch."""
     peak_bytes: int
-    """Predicted peak of training: received and trained parameters, gradients, the optimiser's
-    buffers, activations."""
+    """Predicted peak of training: received and trained parameters, gradients (once more each where
+    they are clipped and where weights decay), the optimiser's buffers, activations."""
 
 
 def costs_of(
@@ -87,10 +87,13 @@ def _counted(
     parameter_bytes = sum(tensor.numel() * tensor.element_size() for tensor in params.values())
     activations = sum(kept.values())
     buffers = {"adamw": 2, "sgd": 1 if training.momentum else 0}[training.optimiser]
+    copies = (training.clip_norm is not None) + (
+        training.optimiser == "sgd" and training.weight_decay > 0
+    )
     return Costs(
         num_entries=submodel.num_entries,
         bytes_each_way=parameter_bytes,
         flops_per_example=counter.get_total_flops() / len(inputs),
         activation_bytes=activations,
-        peak_bytes=parameter_bytes * (3 + buffers) + activations,
+        peak_bytes=parameter_bytes * (3 + buffers + copies) + activations,
     )

@@ -111,7 +111,8 @@ def _call(
 def hollow(module: nn.Module) -> nn.Module:
     """The module without memory for weights of its own, for a `forward_of` that brings them.
 
-    Its parameters keep their shapes; what they hold is one zero.
+    Its parameters keep their shapes; what they hold is one zero, for code that looks at them
+    elsewhere than where they are registered.
     """
     for value in module.parameters():
         value.data = value.data.new_zeros(()).expand(value.shape)

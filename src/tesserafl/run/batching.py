@@ -8,23 +8,20 @@ to config.json, so that a run that is resumed elsewhere is trained in the same w
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from tesserafl.core import seeds
-from tesserafl.core.errors import ConfigError
-from tesserafl.core.fit import Fit
-from tesserafl.core.messages import Client
+from tesserafl.core.errors import ConfigError, TesseraError
+from tesserafl.core.messages import Client, Memory, Task
 from tesserafl.core.model import Model
-from tesserafl.core.params import Params
-from tesserafl.core.submodel import SubModel, cut
 from tesserafl.data.examples import Examples, FederatedData
 from tesserafl.engines.batches import widest
-from tesserafl.engines.cohort import Cohorts, Member, obstacle
+from tesserafl.engines.client import ClientWorker
+from tesserafl.engines.cohort import Cohorts, obstacle
+from tesserafl.engines.graphs import trace
 from tesserafl.models.costs import costs_of
-from tesserafl.models.scaling import forward_of
 from tesserafl.run.classes import classes_of
 from tesserafl.run.experiment import Batching, Experiment
 
@@ -58,7 +55,9 @@ def choose(
         )
     if asked != "auto":
         return asked
-    return "compiled" if steps >= STEPS_TO_COMPILE and _can_compile(experiment) else "vmapped"
+    if steps >= STEPS_TO_COMPILE and _compiles():
+        return "compiled"
+    return "vmapped"
 
 
 def cohorts_of(experiment: Experiment, clients: Sequence[Client], device: str) -> Cohorts | None:
@@ -106,32 +105,45 @@ def _obstacle(
     least = 6 * model.num_entries * min(experiment.method.ratio) ** 2
     if worth and least * training.batch_size > 10 * MOST_FLOPS:
         return "a step is long"
+    if worth and training.mask_absent_classes:
+        return "every number of own classes would take a program of its own"
     state = experiment.method.init(model, experiment.seed, experiment.rounds)
-    submodels = [c.submodel for c in classes_of(experiment, model, clients, state)]
-    largest = max(submodels, key=lambda submodel: submodel.num_entries)
-    train = data.clients[0].train
+    tasks = [kind.task for kind in classes_of(experiment, model, clients, state)]
+    largest = max(tasks, key=lambda task: task.submodel.num_entries)
+    train = data.clients[largest.client.id].train
     batch = train.batch(torch.arange(training.batch_size) % len(train))
-    flops = costs_of(model, largest, training, *batch).flops_per_example * training.batch_size
-    if worth and flops > MOST_FLOPS:
+    costs = costs_of(model, largest.submodel, training, *batch)
+    if worth and costs.flops_per_example * training.batch_size > MOST_FLOPS:
         return "a step is long"
-    return _failure(experiment, model, largest, train, state.params)
+    return _difference(experiment, model, largest, train)
 
 
-def _failure(
-    experiment: Experiment, model: Model, submodel: SubModel, train: Examples, params: Params
-) -> str | None:
-    """What a trial with two clients fails with."""
-    forward = forward_of(model, submodel, model.module(submodel.sizes).train(), "none")
-    fit = Fit(params=cut(params, submodel), training=experiment.training)
-    few = train.take(torch.arange(1))
-    members = [Member(fit=fit, examples=few, draw=seeds.generator(0, "trial")) for _ in range(2)]
+def _difference(experiment: Experiment, model: Model, task: Task, train: Examples) -> str | None:
+    """What two clients with too few examples for a batch get otherwise together than alone."""
+    few = train.take(torch.arange(3) % len(train))
+    alone = ClientWorker(model=model, method=experiment.method, examples=lambda client: few, seed=0)
+    cohorts = Cohorts(most=2, width=lambda size: 4)
+    asked: list[tuple[Task, Memory]] = [(task, {}), (task, {})]
     try:
-        Cohorts(most=2, width=lambda size: 1).train(members, forward, "trial")
-    except RuntimeError as error:
+        expected, _ = alone.work(task, {})
+        answers = replace(alone, cohorts=cohorts).work_together(asked)
+    except Exception as error:  # a foreign model's code may fail with anything
         return f"its code is not for many clients at once ({str(error).splitlines()[0]})"
+    for answer in answers:
+        if isinstance(answer, TesseraError):
+            return str(answer)
+        for name, delta in expected.delta.items():
+            scale = float(delta.abs().max())
+            if not float((answer[0].delta[name] - delta).abs().max()) <= 0.01 * scale + 1e-6:
+                return f"{name!r} is trained otherwise: examples of a batch influence each other"
     return None
 
 
-def _can_compile(experiment: Experiment) -> bool:
-    on_gpu = experiment.engine.device != "cpu" and torch.cuda.is_available()
-    return on_gpu or any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+def _compiles() -> bool:
+    """Whether torch finds all that it needs to compile, tried on one addition."""
+    one = torch.ones(8)
+    try:
+        (two,) = trace(lambda tensor: [tensor + tensor], [one], compiled=True)(one)
+    except Exception:  # no compiler, no headers, no cache folder: each fails in its own way
+        return False
+    return bool((two == 2.0).all())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from tesserafl.core.messages import Client
+from tesserafl.core.messages import Client, Task
 from tesserafl.core.method import State
 from tesserafl.core.model import Model
 from tesserafl.core.submodel import SubModel
@@ -20,23 +20,29 @@ class ClientClass:
     memory_bytes: int | None
     """What the clients have; None: no limit."""
     members: tuple[Client, ...]
-    submodel: SubModel
+    task: Task
     """What the first of them trains first; for the others its place may differ, its size not."""
+
+    @property
+    def submodel(self) -> SubModel:
+        """The part that they train."""
+        return self.task.submodel
 
 
 def classes_of(
     experiment: Experiment, model: Model, clients: Sequence[Client], state: State
 ) -> Iterator[ClientClass]:
-    """Every class, in the order of its first member."""
-    # On `meta` a cut costs nothing: only who gets which part is wanted.
-    state = replace(state, params={n: t.to("meta") for n, t in state.params.items()})
+    """Every class, in the order of its first member; one that trains nothing is left out.
+
+    Parameters on `meta` make the cuts free, for methods that do not look at values.
+    """
     ratios = experiment.method.ratio
     groups: dict[tuple[float, int | None], list[Client]] = {}
     for client in clients:
         key = (ratios[client.id % len(ratios)], client.memory_bytes)
         groups.setdefault(key, []).append(client)
     for (ratio, memory), members in groups.items():
-        (task,) = experiment.method.configure(model, state, members[:1], experiment.training)
-        yield ClientClass(
-            ratio=ratio, memory_bytes=memory, members=tuple(members), submodel=task.submodel
-        )
+        tasks = experiment.method.configure(model, state, members[:1], experiment.training)
+        task = next(iter(tasks), None)
+        if task is not None:
+            yield ClientClass(ratio=ratio, memory_bytes=memory, members=tuple(members), task=task)

@@ -130,6 +130,7 @@ def _updates(
             pending |= {task.client.id: (task, clients) for task in group}
             engine.submit(group)
             under_way += 1
+            del group  # its tasks hold parameters
         if not pending:
             return
         outcomes = engine.poll()
@@ -175,7 +176,8 @@ def _groups(tasks: Iterable[Task], size: int) -> Iterator[list[Task]]:
         group.append(task)
         if len(group) == size:
             yield waiting.pop(task.submodel.shape)
-    yield from waiting.values()
+    while waiting:
+        yield waiting.pop(next(iter(waiting)))
 
 
 def _all_good(updates: Sequence[Update], large: Params) -> bool:

@@ -8,6 +8,8 @@ from tesserafl.core.model import Tie
 from tesserafl.core.modules import fan_in_dims
 from tesserafl.core.params import sha256
 from tesserafl.core.submodel import cut
+from tesserafl.data.examples import Spec
+from tesserafl.models import MLP
 
 
 class Net(nn.Module):
@@ -149,3 +151,20 @@ def test_fan_in_of_the_layers_that_multiply():
     assert fan_in_dims(nn.MultiheadAttention(4, 2)) == {"in_proj_weight": 1}
     assert fan_in_dims(nn.LSTM(2, 3)) == {"weight_ih_l0": 1, "weight_hh_l0": 1}
     assert fan_in_dims(nn.LayerNorm(3)) == {} == fan_in_dims(nn.Embedding(3, 2))
+
+
+def test_units_given_in_other_ways_are_not_mistaken_for_each_other() -> None:
+    model = MLP(hidden=(8,)).build_model(
+        Spec(kind="vector", task="vector-classification", shape=(4,), num_classes=2)
+    )
+    by_slice, by_list = (
+        model.slice({"hidden1": slice(0, 4, 2)}),
+        model.slice({"hidden1": [0, 4, 2]}),
+    )
+    assert (by_slice.sizes["hidden1"], by_list.sizes["hidden1"]) == (2, 3)
+    small = model.slice({"hidden1": torch.tensor([1, 0], dtype=torch.int32)})
+    assert (
+        small.sizes["hidden1"],
+        model.slice({"hidden1": torch.tensor([1])}).sizes["hidden1"],
+    ) == (2, 1)
+    assert model.slice({"hidden1": range(3)}) is model.slice({"hidden1": range(3)})

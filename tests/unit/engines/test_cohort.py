@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from tesserafl.core import seeds
+from tesserafl.core.axes import probe
 from tesserafl.core.fit import CrossEntropy, Fit, Fitted, Training
 from tesserafl.core.model import Model
 from tesserafl.data.examples import Examples, Spec
 from tesserafl.engines.batches import batches, widest
 from tesserafl.engines.client import execute
 from tesserafl.engines.cohort import Cohorts, Member, obstacle
+from tesserafl.engines.graphs import trace
 from tesserafl.models import CNN, MLP
 from tesserafl.models.scaling import forward_of
 
@@ -164,3 +166,53 @@ def test_what_cannot_be_trained_together_is_known(module, training, word) -> Non
 def test_the_widest_batch(total: int) -> None:
     longest = max(len(rows) for rows in batches(total, 4, draw_of(0)))
     assert widest(total, 4) == longest
+
+
+class Normalised(nn.Module):
+    """With a buffer, an index that is a buffer, and a constant, as embeddings and scalings have."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.linspace(-0.1, 0.1, 6))
+        self.register_buffer("order", torch.tensor([5, 4, 3, 2, 1, 0]))
+        self.first, self.head = nn.Linear(6, hidden), nn.Linear(hidden, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs = (inputs - self.mean)[:, self.order] * torch.tensor(2.0)
+        return self.head(torch.relu(self.first(inputs)))
+
+
+def test_buffers_and_constants_are_part_of_a_program() -> None:
+    model = probe(
+        lambda sizes: Normalised(sizes["hidden"]), {"hidden": 5}, lambda: torch.randn(2, 6)
+    )
+    fits = [Fit(params=model.init(0), training=TRAININGS["sgd"])] * len(SIZES)
+    assert_alike(*both_ways(model, VECTORS, fits))
+
+
+def test_parameters_in_another_order_take_a_program_of_their_own() -> None:
+    model = MLP(hidden=(3, 3)).build_model(VECTORS)  # layers.1 and head are alike in shape
+    start = model.init(0)
+    forward = forward_of(model, model.whole(), model.module().train(), "none")
+    cohorts = Cohorts(most=2, width=lambda size: size)
+    results = []
+    for names in (list(start), list(start)[::-1]):
+        fit = Fit(params={n: start[n] for n in names}, training=TRAININGS["sgd"])
+        members = [
+            Member(fit=fit, examples=examples_of(VECTORS, 8, c), draw=draw_of(c)) for c in range(2)
+        ]
+        results.append(cohorts.train(members, forward, "model"))
+    for one, other in zip(*results, strict=True):
+        for name in start:
+            torch.testing.assert_close(one.params[name], other.params[name])
+
+
+def test_equal_numbers_of_other_types_are_other_operations() -> None:
+    whole = torch.arange(4)
+
+    def mixed(numbers: Tensor) -> list[Tensor]:
+        return [numbers + 1, numbers + 1.0, numbers * 1.0]
+
+    expected, got = mixed(whole), trace(mixed, [whole], compiled=False)(whole)
+    for one, other in zip(expected, got, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)

@@ -27,6 +27,7 @@ def chosen(asked: Experiment) -> str:
     return prepare(asked).experiment.engine.batching
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in itself
 def test_short_runs_are_sequential_long_ones_traced_very_long_ones_compiled() -> None:
     assert chosen(experiment(STEPS_TO_TRACE - 10)) == "sequential"
     assert chosen(experiment(STEPS_TO_TRACE)) == "vmapped"
@@ -34,7 +35,7 @@ def test_short_runs_are_sequential_long_ones_traced_very_long_ones_compiled() ->
 
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("tesserafl.run.batching._compiles", lambda: False)
     assert chosen(experiment(STEPS_TO_COMPILE)) == "vmapped"
 
 
@@ -72,3 +73,23 @@ def test_the_choice_is_kept_whatever_the_workers() -> None:
 def test_a_cohort_is_split_evenly(cohort: int, most: int, group: int) -> None:
     asked = experiment(clients_per_round=cohort, engine={"group": most})
     assert group_of(asked) == group
+
+
+@pytest.mark.parametrize(
+    ("trick", "reason"),
+    [
+        (lambda hidden: hidden - hidden.mean(0), "influence each other"),
+        (lambda hidden: hidden * (1.0 if bool(hidden.sum() > 0) else 2.0), "many clients at once"),
+    ],
+    ids=["mixes a batch", "looks at values"],
+)
+def test_a_model_that_only_fails_in_a_cohort_is_found_by_a_trial(monkeypatch, trick, reason):
+    from tesserafl.models import mlp
+
+    plain = mlp._Net.forward
+    monkeypatch.setattr(
+        mlp._Net, "forward", lambda net, inputs: plain(net, trick(inputs.flatten(1)))
+    )
+    assert chosen(experiment()) == "sequential"
+    with pytest.raises(ConfigError, match=reason):
+        prepare(experiment(engine={"batching": "vmapped"}))
