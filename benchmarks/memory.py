@@ -31,6 +31,7 @@ from tesserafl.engines.process import threads
 from tesserafl.methods import FedAvg, HeteroFL
 from tesserafl.models import MLP
 from tesserafl.run.experiment import EngineSettings, Experiment
+from tesserafl.run.federate import federate
 from tesserafl.run.rounds import CostTable, play_round
 from tesserafl.run.setup import Setup, clients_of, make_engine
 
@@ -92,10 +93,10 @@ def server(rounds: int) -> dict[str, Any]:
 def _play(setup: Setup, rounds: int) -> tuple[list[float], list[float]]:
     resident, seconds = [], []
     with threads(1), contextlib.closing(make_engine(setup)) as engine:
-        state = setup.experiment.method.init(setup.model, 0, rounds)
+        federation = federate(setup, setup.experiment.method.init(setup.model, 0, rounds))
         coverage, costs = Coverage(setup.model.shapes), CostTable(setup=setup)
         for _ in range(rounds):
-            state, notes = play_round(setup, engine, state, coverage, costs)
+            notes = play_round(setup, engine, federation, coverage, costs)
             resident.append(_resident())
             seconds.append(notes.seconds)
     return resident, seconds

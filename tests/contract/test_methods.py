@@ -17,14 +17,15 @@ from tesserafl.core import seeds
 from tesserafl.core.checks import check_delta
 from tesserafl.core.errors import UpdateError
 from tesserafl.core.fit import Training
-from tesserafl.core.messages import Client, Task, Update
-from tesserafl.core.method import State, Weighting
+from tesserafl.core.messages import Client, Memory, Task, Update
+from tesserafl.core.method import State, Weighting, average_trained
 from tesserafl.core.model import Model
 from tesserafl.core.params import sha256
 from tesserafl.core.submodel import Coverage, cut, index_tensor
 from tesserafl.data.examples import Examples, Spec
 from tesserafl.engines.client import ClientWorker, execute
 from tesserafl.methods import (
+    DPSGD,
     METHODS,
     FedAvg,
     FedBRB,
@@ -33,6 +34,7 @@ from tesserafl.methods import (
     FedRolex,
     HeteroFL,
     MethodSettings,
+    MSfusion,
 )
 from tesserafl.methods._width import kept_units
 from tesserafl.models import CNN, MLP
@@ -49,6 +51,8 @@ CUT: dict[str, MethodSettings] = {
     "fedrolex": FedRolex(ratio=RATIO),
     "fedecover": FedEcover(ratio=RATIO),
     "fedbrb": FedBRB(ratio=RATIO),
+    "msfusion": MSfusion(ratio=RATIO, contrast=0.5),
+    "dpsgd": DPSGD(ratio=RATIO),
     # Further settings of the same methods.
     "heterofl by examples, unscaled": HeteroFL(
         ratio=RATIO, weighting="examples", width_scaling="none"
@@ -58,6 +62,15 @@ CUT: dict[str, MethodSettings] = {
     "fedbrb glued": FedBRB(ratio=RATIO, rolling="independent", anneal="cosine"),
     "fedbrb similar": FedBRB(ratio=RATIO, broadcast_weight="similarity", width_scaling="output"),
     "fedbrb of updates": FedBRB(ratio=RATIO, broadcast_of="updates"),
+    "msfusion staggered": MSfusion(ratio=RATIO, layer_phase="staggered", contrast=0.0),
+    "msfusion adaptive": MSfusion(
+        ratio=RATIO, overlap_schedule="adaptive", momentum="carry", weighting="uniform"
+    ),
+    "msfusion against all": MSfusion(ratio=RATIO, contrast=1.0, negatives="both"),
+    "msfusion against peers": MSfusion(
+        ratio=RATIO, negatives="peers", peer_negatives=1, width_scaling="parameters"
+    ),
+    "dpsgd by examples": DPSGD(ratio=RATIO, weighting="examples"),
 }
 WHOLE: dict[str, MethodSettings] = {
     "fedavg": FedAvg(weighting="uniform"),
@@ -66,12 +79,20 @@ WHOLE: dict[str, MethodSettings] = {
     "fedrolex": FedRolex(ratio=(1.0,)),
     "fedecover": FedEcover(ratio=(1.0,)),
     "fedbrb": FedBRB(ratio=(1.0,), strict=False),
+    "msfusion": MSfusion(ratio=(1.0,), contrast=0.0, weighting="uniform"),
+    "dpsgd": DPSGD(),
     "heterofl in parameters": HeteroFL(ratio=(1.0,), width_scaling="parameters"),
     "fedrolex by class": FedRolex(ratio=(1.0, 1.0)),
     "fedbrb diagonal": FedBRB(ratio=(1.0,), strict=False, rolling="diagonal", broadcast=1.0),
     "fedbrb glued": FedBRB(ratio=(1.0,), strict=False, rolling="independent", broadcast=0.0),
     "fedbrb similar": FedBRB(ratio=(1.0,), strict=False, broadcast_weight="similarity"),
     "fedbrb of updates": FedBRB(ratio=(1.0,), strict=False, broadcast_of="updates"),
+    "msfusion adaptive": MSfusion(
+        ratio=(1.0,), contrast=0.0, weighting="uniform", overlap_schedule="adaptive"
+    ),
+    "msfusion staggered": MSfusion(
+        ratio=(1.0,), contrast=0.0, weighting="uniform", layer_phase="staggered", stride=3
+    ),
 }
 
 VECTORS = Spec(kind="vector", task="vector-classification", shape=(6,), num_classes=3)
@@ -134,7 +155,10 @@ class Federation:
     def tasks(self, state: State, clients: Sequence[Client] = CLIENTS[:4]) -> Iterator[Task]:
         return self.method.configure(self.model, state, clients, self.training)
 
-    def updates(self, tasks: Iterator[Task]) -> list[Update]:
+    def updates(
+        self, tasks: Iterator[Task], memories: dict[int, Memory] | None = None
+    ) -> list[Update]:
+        """With `memories` clients remember, as they do in engines; else each is new."""
         kind = FAMILIES[self.family][1].kind
         worker = ClientWorker(
             model=self.model,
@@ -142,20 +166,32 @@ class Federation:
             examples=lambda client: examples_of(kind, client),
             seed=self.seed,
         )
-        return [worker.work(task, {})[0] for task in tasks]
+        updates = []
+        for task in tasks:
+            update, memory = worker.work(task, (memories or {}).get(task.client.id, {}))
+            if memories is not None:
+                memories[task.client.id] = memory
+            updates.append(update)
+        return updates
 
     def aggregate(
         self, state: State, updates: Sequence[Update], clients: Sequence[Client] = CLIENTS[:4]
     ) -> State:
         return self.method.aggregate(self.model, state, clients, iter(updates))
 
-    def round(self, state: State, clients: Sequence[Client] = CLIENTS[:4]) -> State:
-        return self.aggregate(state, self.updates(self.tasks(state, clients)), clients)
+    def round(
+        self,
+        state: State,
+        clients: Sequence[Client] = CLIENTS[:4],
+        memories: dict[int, Memory] | None = None,
+    ) -> State:
+        updates = self.updates(self.tasks(state, clients), memories)
+        return self.aggregate(state, updates, clients)
 
     def run(self, rounds: int) -> State:
-        state = self.init(rounds)
+        state, memories = self.init(rounds), {}
         for round in range(rounds):  # another cohort in every round
-            state = self.round(state, [CLIENTS[(round + i) % 6] for i in (0, 3, 2)])
+            state = self.round(state, [CLIENTS[(round + i) % 6] for i in (0, 3, 2)], memories)
         return state
 
     def loss(self, state: State) -> float:
@@ -172,9 +208,10 @@ class Federation:
         return total / count
 
 
-def bits(state: State) -> tuple[str, object]:
+def bits(state: State) -> tuple[str, str, object]:
     plain = {"seed": state.seed, "rounds": state.rounds, "round": state.round}
-    return sha256(state.params), plain | {"notes": copy.deepcopy(dict(state.notes))}
+    notes = copy.deepcopy(dict(state.notes))
+    return sha256(state.params), sha256(state.extra), plain | {"notes": notes}
 
 
 def task_bits(task: Task) -> tuple[object, ...]:
@@ -200,14 +237,17 @@ def test_every_method_is_under_contract() -> None:
 def test_hooks_do_not_change_their_arguments(name: str, family: str) -> None:
     method, model = CUT[name], model_of(family)
     federation = Federation(method, family, training=MASKED)
-    state = federation.round(federation.init())  # a state with notes, where a method keeps some
+    memories: dict[int, Memory] = {}
+    # A state with notes, where a method keeps some, and clients that remember.
+    state = federation.round(federation.init(), memories=memories)
     clients = list(CLIENTS[:4])
     before = bits(state)
     tasks = list(method.configure(model, state, clients, MASKED))
     assert (bits(state), clients) == (before, list(CLIENTS[:4]))
     updates = []
     for task in tasks:
-        sent, memory = task_bits(task), {"kept": torch.ones(2)}
+        sent, memory = task_bits(task), memories[task.client.id] | {"kept": torch.ones(2)}
+        remembered = sha256(memory)
         fit = method.local(model, task, memory)
         module = model.module(task.submodel.sizes).train()
         forward = forward_of(model, task.submodel, module, fit.width_scaling)
@@ -217,7 +257,7 @@ def test_hooks_do_not_change_their_arguments(name: str, family: str) -> None:
         assert task_bits(task) == sent
         updates.append(method.report(model, task, fitted, memory)[0])
         assert (task_bits(task), sha256(fitted.params)) == (sent, trained)
-        assert sha256(memory) == sha256({"kept": torch.ones(2)})
+        assert sha256(memory) == remembered
     deltas = [sha256(update.delta) for update in updates]
     after = method.aggregate(model, state, clients, iter(updates))
     assert (bits(state), clients) == (before, list(CLIENTS[:4]))
@@ -271,7 +311,7 @@ def test_an_update_is_not_read_after_the_next_one_was_asked_for(name: str) -> No
                 tensor.fill_(99.0)
 
     after = federation.method.aggregate(federation.model, state, CLIENTS[:4], passing())
-    assert sha256(after.params) == sha256(federation.aggregate(state, clean).params)
+    assert bits(after) == bits(federation.aggregate(state, clean))
 
 
 @each_pair
@@ -296,28 +336,76 @@ def test_a_seed_decides_every_bit(name: str, family: str) -> None:
 @each_pair
 def test_the_order_of_updates_changes_no_bit(name: str, family: str) -> None:
     federation = Federation(CUT[name], family)
-    state = federation.init()
+    state = federation.round(federation.init())
     updates = federation.updates(federation.tasks(state))
     orders = list(itertools.permutations(updates))[::5]
-    assert len({sha256(federation.aggregate(state, order).params) for order in orders}) == 1
+    first, *others = [bits(federation.aggregate(state, order)) for order in orders]
+    assert all(other == first for other in others)
+
+
+ENTRYWISE = [name for name, method in CUT.items() if method.entrywise]
+
+
+@pytest.mark.parametrize("name", ENTRYWISE)
+@pytest.mark.parametrize("training", [TRAINING, MASKED], ids=["plain", "masked"])
+def test_an_entrywise_method_averages_what_was_trained_and_no_more(
+    name: str, training: Training
+) -> None:
+    """Peers that keep a part fold nothing but that, and learn nothing from the others."""
+    federation, memories = Federation(CUT[name], "mlp", training=training), {}
+    state = federation.round(federation.init(), memories=memories)
+    assert (state.notes, state.extra) == ({}, {})
+    updates = federation.updates(federation.tasks(state), memories)
+    mean = average_trained(CUT[name], federation.model, state, CLIENTS[:4], iter(updates))
+    assert bits(federation.aggregate(state, updates)) == bits(mean)
+
+
+def test_what_looks_at_the_whole_is_not_entrywise() -> None:
+    assert {name for name in CUT if name not in ENTRYWISE} == {
+        "fedecover",
+        "fedecover decaying",
+        "fedbrb",
+        "fedbrb diagonal",
+        "fedbrb glued",
+        "fedbrb similar",
+        "fedbrb of updates",
+        "msfusion adaptive",
+        "msfusion against all",
+        "msfusion against peers",
+    }
+
+
+@each_pair
+def test_who_trains_what_is_known_without_values(name: str, family: str) -> None:
+    """Peers work out from the public part of a state alone what everybody trains."""
+    federation = Federation(CUT[name], family)
+    state = federation.round(federation.init())
+    bare = replace(state, params={n: t.to("meta") for n, t in state.params.items()})
+    for task, planned in zip(federation.tasks(state), federation.tasks(bare), strict=True):
+        views = [{n: v.key for n, v in t.submodel.views.items()} for t in (task, planned)]
+        assert views[0] == views[1]
+        assert all(tensor.is_meta for tensor in planned.params.values())
 
 
 @each_pair
 def test_a_state_survives_a_checkpoint(name: str, family: str, tmp_path: Path) -> None:
     federation = Federation(CUT[name], family)
-    state = federation.round(federation.init())
+    memories: dict[int, Memory] = {}
+    state = federation.round(federation.init(), memories=memories)
     saved = checkpoint.Checkpoint(
-        state=state,
+        states=[state],
         coverage=Coverage(federation.model.shapes).counts,
-        memories={},
+        memories={client: memory for client, memory in memories.items() if memory},
         totals={},
         events_bytes=0,
     )
     checkpoint.save(tmp_path, saved)
     found = checkpoint.latest(tmp_path)
     assert found is not None
-    assert bits(found.state) == bits(state)
-    assert bits(federation.round(found.state)) == bits(federation.round(state))
+    (again,) = found.states
+    assert bits(again) == bits(state)
+    after = federation.round(state, memories=memories)
+    assert bits(federation.round(again, memories=dict(found.memories))) == bits(after)
 
 
 @cache

@@ -8,7 +8,7 @@ from tesserafl.core.errors import ConfigError, ModelError
 from tesserafl.data.examples import Spec
 from tesserafl.experiments import EXPERIMENTS
 from tesserafl.models import HuggingFace
-from tesserafl.run.runner import first_state
+from tesserafl.run.runner import first_federation
 from tesserafl.run.setup import prepare
 from tesserafl.run.study import start_study
 
@@ -49,7 +49,7 @@ def test_every_row_of_a_study_can_begin(name):
     rows = named.rows(named.base(None), frozenset())
     setup = prepare(next(iter(rows.values())))
     for row in rows.values():
-        first_state(replace(setup, experiment=row))
+        first_federation(replace(setup, experiment=row))
 
 
 def test_a_bad_row_is_refused_before_the_first_is_trained(tmp_path):

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from tesserafl.models import MLP
 from tesserafl.run.batching import choose
 from tesserafl.run.events import EventLog
 from tesserafl.run.experiment import Batching, EngineSettings, Experiment
+from tesserafl.run.federate import federate
 from tesserafl.run.rounds import CostTable, play_round
 from tesserafl.run.setup import Setup, clients_of, make_engine
 
@@ -118,17 +119,16 @@ def main() -> None:
         contextlib.closing(make_engine(setup)) as engine,
         contextlib.closing(EventLog(Path(folder) / "events.jsonl")) as log,
     ):
-        state: Any = setup.experiment.method.init(setup.model, 0, LONG_RUN)
+        federation = federate(setup, setup.experiment.method.init(setup.model, 0, LONG_RUN))
         coverage, costs = Coverage(setup.model.shapes), CostTable(setup=setup)
         steps: list[int] = []
 
         def one_round(number: int) -> None:
-            nonlocal state
-            state, notes = play_round(setup, engine, state, coverage, costs)
+            notes = play_round(setup, engine, federation, coverage, costs)
             log.write(
                 {
                     "kind": "round",
-                    "round": state.round,
+                    "round": federation.round,
                     "asked": len(notes.clients) + len(notes.failures),
                     "answered": len(notes.clients),
                     "loss": notes.loss,
@@ -142,7 +142,7 @@ def main() -> None:
 
         bench.play(one_round)
         net = bench.workload.net()
-        net.load_state_dict(dict(state.params))
+        net.load_state_dict(dict(federation.assembled().params))
         assert len(steps) == bench.total * bench.workload.per_round, "a client did not answer"
         note = f"clients are trained {setup.experiment.engine.batching}"
         bench.finish(torch_logits(net, bench.workload), sum(steps) / len(steps), note)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tesserafl.core.errors import ModelError
-from tesserafl.core.groups import independent_groups
+from tesserafl.core.groups import feature_layout, independent_groups
 from tesserafl.core.model import Build, Depth, Model, Sizes, Tie, Width
 from tesserafl.core.params import Params
 from tesserafl.core.permute import Layout, PermutationTest, Place
@@ -90,6 +90,7 @@ def probe(
         depths=depths,
         ties={name: tuple(dims) for name, dims in ties.items()},
         shapes=shapes,
+        features=feature_layout(test, widths, ties),
         pretrained=pretrained,
         save=save,
     )

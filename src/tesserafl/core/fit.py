@@ -29,7 +29,7 @@ class Training:
     schedule: Literal["constant", "cosine"] = "constant"
     """how the learning rate falls over the rounds; cosine ends at zero"""
     momentum: float = 0.0
-    """momentum of SGD; the buffer starts empty in every round"""
+    """momentum of SGD; the buffer starts empty in every round, unless the method carries it on"""
     weight_decay: float = 0.0
     """decay of the weights (L2 for SGD, decoupled for AdamW)"""
     clip_norm: float | None = None
@@ -145,6 +145,51 @@ class Fit:
     """How a cut layer makes up for the inputs that it does not sum."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors that the objective reads."""
+    references: Mapping[str, Params] = field(default_factory=dict)
+    """Further parameter sets of the names and shapes of `params`, which are not trained. For every
+    batch the objective reads in `extra[name]` the features [batch, features] that the model gives
+    with them for the batch's inputs: detached, without dropout, ones for padding. They are scaled
+    as `width_scaling` says."""
+    momentum: Params | None = None
+    """SGD's momentum buffers to start with, by trainable name and of its shape; None: empty. Under
+    `width_scaling="parameters"` they are those of the scaled parameters, as they came back."""
+    keep_momentum: bool = False
+    """Whether the buffers are asked for when the last step is done."""
+
+    def __post_init__(self) -> None:
+        """Check the references.
+
+        Raises:
+            ConfigError: a reference has the name of another tensor that the objective reads, or
+                other parameters than `params`.
+        """
+        taken = {*self.extra, *(["classes"] if self.training.mask_absent_classes else [])}
+        for name, reference in self.references.items():
+            if name in taken:
+                raise ConfigError(
+                    f"Fit.references[{name!r}]: the objective reads another tensor of this name; "
+                    f"give the reference a name other than {', '.join(sorted(taken))}"
+                )
+            check_alike(f"Fit.references[{name!r}]", reference, self.params)
+
+
+def check_alike(what: str, given: Params, expected: Params) -> None:
+    """Raise unless `given` has the names and the shapes of `expected`.
+
+    Raises:
+        ConfigError: it has not; the message begins with `what`.
+    """
+    if given.keys() != expected.keys():
+        wrong = ", ".join(sorted(given.keys() ^ expected.keys()))
+        raise ConfigError(
+            f"{what} must have exactly the names {', '.join(expected)}; wrong or missing: {wrong}"
+        )
+    for name, tensor in given.items():
+        if tensor.shape != expected[name].shape:
+            raise ConfigError(
+                f"{what}[{name!r}] has the shape {tuple(tensor.shape)}; it must have "
+                f"{tuple(expected[name].shape)}: cut it to the task's sub-model"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,3 +206,7 @@ class Fitted:
     """Of the local training: `loss` is the mean over the last epoch."""
     classes: Tensor
     """int64 [k], the classes that the client owns."""
+    num_reference_examples: int = 0
+    """Forward passes with the references' parameters, counted in examples."""
+    momentum: Params | None = None
+    """SGD's buffers after the last step, by trainable name; None: not asked for."""

@@ -8,20 +8,22 @@ A group is found without knowing any name. A unit changed where it is produced (
 outputs, a gain, an embedding) changes exactly that unit where a linear layer reads it, unless
 something in between mixes units: so places that see the same unit are linked. A linked set is a
 group if it passes the permutation test alone; what does not pass stays with the axis itself.
+
+The features in front of the head are the units of the one group that moves them when permuted.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from tesserafl.core import seeds
-from tesserafl.core.model import Tie
+from tesserafl.core.model import Tie, Width
 from tesserafl.core.modules import fan_in_dims
 from tesserafl.core.params import Params
 from tesserafl.core.permute import (
@@ -30,7 +32,11 @@ from tesserafl.core.permute import (
     Layout,
     PermutationTest,
     Place,
+    alike,
+    entries_in_order,
     passes,
+    permuted,
+    splits_of,
 )
 from tesserafl.core.submodel import index_tensor
 
@@ -67,6 +73,48 @@ def independent_groups(
         owner = owners.get((test.role(parameter), dim), axis)
         found.setdefault(owner, {})[parameter, dim] = parts
     return found
+
+
+def feature_layout(
+    test: PermutationTest,
+    widths: Mapping[str, Width],
+    ties: Mapping[str, Sequence[Tie | None]],
+) -> Tie | None:
+    """How the module's features lie along the one cuttable axis whose units move them.
+
+    None where there are no features [batch, features], nothing moves them, they move as no layout
+    says, or several axes move them: a tie to one would not tell all that a cut leaves out.
+    """
+    found: list[Tie] = []
+    for axis in (axis for axis, width in widths.items() if width.cuttable):
+        dims = [(name, dim, tie) for name, all_ in ties.items() for dim, tie in enumerate(all_)]
+        layout = {(name, dim): tie.parts for name, dim, tie in dims if tie and tie.axis == axis}
+        parts = _feature_parts(test, widths[axis], layout)
+        if parts is None:
+            return None
+        if parts:
+            found.append(Tie(axis, parts))
+    return found[0] if len(found) == 1 else None
+
+
+def _feature_parts(test: PermutationTest, width: Width, layout: Layout) -> tuple[int, ...] | None:
+    """As `Tie.parts`; () if the features stay as they are, None if nothing explains them."""
+    seen = []
+    # A fixed number of channels looks like all of them when tiny: look at other widths too.
+    for units in test.num_units(width.size, width.quantum):
+        instance = test.instance(width.size, width.quantum, units)
+        before, out = instance.expected.features, permuted(instance, layout, units)
+        if before is None or before.dim() != 2 or out is None or out.features is None:
+            return None
+        seen.append((before, out.features, units))
+
+    def follows(parts: tuple[int, ...], before: Tensor, after: Tensor, units: int) -> bool:
+        entries = entries_in_order(parts, units) if parts else torch.arange(before.shape[1])
+        return entries.numel() == before.shape[1] and alike(after, before[:, entries])
+
+    count, rest = divmod(seen[0][0].shape[1], TINY_UNITS)
+    splits = [] if rest else splits_of(count, min(map(sum, layout.values())))
+    return next((p for p in ((), *splits) if all(follows(p, *s) for s in seen)), None)
 
 
 def _readers(module: nn.Module, here: Layout) -> dict[Place, list[nn.Module]]:

@@ -29,6 +29,9 @@ class Client:
     """training examples that the client says it has"""
     memory_bytes: int | None = None
     """what training may take at its peak; None: unlimited"""
+    mixing: int = 1
+    """weight of its word with the one who averages; unequal only where peers of unequal numbers of
+    neighbours average among themselves"""
 
 
 @dataclass(frozen=True, kw_only=True)

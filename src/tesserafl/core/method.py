@@ -31,7 +31,7 @@ Weighting = Literal["uniform", "examples"]
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What the server keeps between rounds; a checkpoint holds exactly this."""
+    """What is kept between rounds, by the server or by every peer; a checkpoint holds this."""
 
     params: Params
     """The global model, theta."""
@@ -43,6 +43,8 @@ class State:
     """t in the papers, from 0."""
     notes: Options = field(default_factory=dict)
     """Further plain values of a method."""
+    extra: Params = field(default_factory=dict)
+    """Further tensors of a method."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,14 @@ class Method(Protocol):
 
     topology: ClassVar[Topology]
     """The shape of the federation that the method is made for."""
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether `aggregate` is `average_trained`: every entry by itself, nothing else learnt.
+
+        Peers can then fuse just the part that they keep.
+        """
+        ...
 
     @property
     def ratio(self) -> tuple[float, ...]:
@@ -172,12 +182,17 @@ def sum_of(
     params: Params, clients: Sequence[Client], updates: Iterable[Update], weighting: Weighting
 ) -> ExactSum:
     """The exact weighted sum of a round's deltas."""
-    weights = {c.id: c.num_examples if weighting == "examples" else 1 for c in clients}
+    weights = weights_of(clients, weighting)
     total = ExactSum(max_weight=max(1, sum(weights.values())))
     for update in updates:
         total.fold(update.submodel, update.delta, weights[update.client], params)
         del update  # its memory serves the next client
     return total
+
+
+def weights_of(clients: Sequence[Client], weighting: Weighting) -> dict[int, int]:
+    """Client -> its weight in the mean."""
+    return {c.id: c.mixing * (c.num_examples if weighting == "examples" else 1) for c in clients}
 
 
 def next_round(state: State, params: Params, **notes: object) -> State:

@@ -115,6 +115,8 @@ class Model:
     depths: Mapping[str, Depth]
     ties: Mapping[str, tuple[Tie | None, ...]]
     shapes: Mapping[str, tuple[int, ...]]
+    features: Tie | None = None
+    """Layout of `Output.features` along the one axis that moves them; None: no such axis."""
     pretrained: Callable[[], Params] | None = field(default=None, repr=False)
     """Loads the parameters to start from; None: the module's own initialisation."""
     save: Callable[[nn.Module, str], None] | None = field(default=None, repr=False)

@@ -47,7 +47,7 @@ class Instance(NamedTuple):
     module: nn.Module
     params: Params
     inputs: Tensor
-    expected: Tensor
+    expected: Output
 
 
 class PermutationTest:
@@ -106,9 +106,17 @@ class PermutationTest:
 
     def tiny_instance(self, axis: str, quantum: int) -> Instance:
         """An instance with few units of this axis; `settle` has built it before."""
-        instance = self._instance({**self.tiny, axis: TINY_UNITS * quantum})
+        return self.instance(axis, quantum, TINY_UNITS)
+
+    def instance(self, axis: str, quantum: int, units: int) -> Instance:
+        """An instance with this many units of the axis, one of those that `settle` has built."""
+        instance = self._instance({**self.tiny, axis: units * quantum})
         assert not isinstance(instance, Exception), instance
         return instance
+
+    def num_units(self, axis: str, quantum: int) -> tuple[int, int, int]:
+        """Numbers of units at which an axis is tested: tiny, another few, up to its own width."""
+        return TINY_UNITS, self._few(axis, quantum), self._wide(axis, quantum)
 
     def _passes_at(self, axis: str, layout: Layout, q: int, units: int) -> bool:
         instance = self._instance({**self.tiny, axis: units * q})
@@ -192,8 +200,8 @@ class PermutationTest:
                 }
                 inputs = self.example()
                 inputs = inputs.double() if inputs.is_floating_point() else inputs
-            expected = logits(module, params, inputs)
-            if not bool(expected.isfinite().all()):
+            expected = answer(module, params, inputs)
+            if not bool(expected.logits.isfinite().all()):
                 return ModelError("the output is not finite")
             return Instance(module, params, inputs, expected)
         except Exception as error:  # whatever a family raises at sizes that it refuses
@@ -205,29 +213,43 @@ def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def logits(module: nn.Module, params: Params, inputs: Tensor) -> Tensor:
+def answer(module: nn.Module, params: Params, inputs: Tensor) -> Output:
     """What the module answers with these parameters."""
     with torch.no_grad():
         out = functional_call(module, params, (inputs,))
-    answer: Tensor = out.logits if isinstance(out, Output) else out
-    return answer
+    return out if isinstance(out, Output) else Output(out, None)
 
 
 def passes(instance: Instance, layout: Layout, num_units: int) -> bool:
     """Whether permuting the units in every dimension of the layout leaves the output unchanged."""
+    out = permuted(instance, layout, num_units)
+    return out is not None and alike(out.logits, instance.expected.logits)
+
+
+def permuted(instance: Instance, layout: Layout, num_units: int) -> Output | None:
+    """The answer with the units permuted; None where a dimension does not hold them."""
+    moved = dict(instance.params)
+    for (name, dim), parts in layout.items():
+        if name in moved:  # blocks beyond the instance's depth repeat these
+            entries = entries_in_order(parts, num_units)
+            if entries.numel() != moved[name].shape[dim]:
+                return None
+            moved[name] = moved[name].index_select(dim, entries)
+    return answer(instance.module, moved, instance.inputs)
+
+
+def entries_in_order(parts: tuple[int, ...], num_units: int) -> Tensor:
+    """Entries of a dimension once its units are permuted."""
     # Every unit moves where there are few; where there are many, most do.
     order = torch.arange(num_units).roll(1)
     if num_units > TINY_UNITS:
         order = torch.randperm(num_units, generator=seeds.generator(0, "probe", "order"))
-    moved = dict(instance.params)
-    for (name, dim), parts in layout.items():
-        if name in moved:  # blocks beyond the instance's depth repeat these
-            entries = index_tensor(Tie("", parts).expand(order, num_units))
-            if entries.numel() != moved[name].shape[dim]:
-                return False
-            moved[name] = moved[name].index_select(dim, entries)
-    difference = logits(instance.module, moved, instance.inputs) - instance.expected
-    return float(difference.abs().max()) <= _TOLERANCE * float(instance.expected.abs().max())
+    return index_tensor(Tie("", parts).expand(order, num_units))
+
+
+def alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether two answers are equal but for rounding."""
+    return float((found - expected).abs().max()) <= _TOLERANCE * float(expected.abs().max())
 
 
 def _layouts(entries: Mapping[Place, int]) -> Iterator[Layout]:
@@ -237,7 +259,7 @@ def _layouts(entries: Mapping[Place, int]) -> Iterator[Layout]:
     """
     least = min(entries.values())
     roles = {
-        (_module_role(name), count): _splits(count, least) for (name, _), count in entries.items()
+        (_module_role(name), count): splits_of(count, least) for (name, _), count in entries.items()
     }
     picks = itertools.product(*(range(len(splits)) for splits in roles.values()))
     for pick in sorted(
@@ -249,7 +271,7 @@ def _layouts(entries: Mapping[Place, int]) -> Iterator[Layout]:
         }
 
 
-def _splits(count: int, least: int) -> list[tuple[int, ...]]:
+def splits_of(count: int, least: int) -> list[tuple[int, ...]]:
     """Ways to lay out `count` entries of a unit: one run, equal stacks, one long and two short."""
     if count % least:
         return [(count,)]

@@ -46,6 +46,7 @@ class _Client(_Strict):
     id: _Natural
     num_examples: _Natural
     memory_bytes: _Natural | None
+    mixing: _Natural = 1
 
 
 class _Task(_Strict):

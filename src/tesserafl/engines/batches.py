@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from tesserafl.core.fit import Training
+from tesserafl.data.examples import Examples
+
 
 def batches(total: int, size: int, draw: torch.Generator) -> Iterator[Tensor]:
     """One epoch: every example once, int64 [batch] rows each, at most `size + 1` of them."""
@@ -24,6 +27,11 @@ def batches(total: int, size: int, draw: torch.Generator) -> Iterator[Tensor]:
 def widest(total: int, size: int) -> int:
     """Examples in the largest batch of a client that has `total`."""
     return size + 1 if total > size and total % size == 1 else min(total, size)
+
+
+def augments(training: Training, examples: Examples) -> bool:
+    """Whether batches are augmented: only images are."""
+    return training.augment and examples.inputs.dim() == 4
 
 
 def augment(images: Tensor, draw: torch.Generator) -> Tensor:

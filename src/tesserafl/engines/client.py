@@ -16,9 +16,10 @@ from tesserafl.core.method import Method
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params, aligned, subtract
 from tesserafl.data.examples import Examples
-from tesserafl.engines.batches import augment, batches
+from tesserafl.engines.batches import augment, augments, batches
 from tesserafl.engines.cohort import Cohorts, Member
-from tesserafl.engines.optimisers import Optimiser
+from tesserafl.engines.optimisers import Optimiser, check_momentum, trained_names
+from tesserafl.engines.references import References
 from tesserafl.models.scaling import forward_of, hollow, own_scales
 
 Answer = tuple[Update, Memory]
@@ -26,7 +27,12 @@ Answer = tuple[Update, Memory]
 
 @dataclass(kw_only=True)
 class ClientWorker:
-    """Does clients' work in this process; keeps a built module per sub-model shape."""
+    """Does clients' work in this process; keeps a built module per sub-model shape.
+
+    Under `width_scaling="parameters"` parameters and references are scaled before training, and the
+    change of the parameters is scaled back. Momentum buffers are left in the scaled space on both
+    ends, since the next round's steps are made there too.
+    """
 
     model: Model
     method: Method
@@ -92,7 +98,10 @@ class ClientWorker:
         if fit.width_scaling == "parameters":
             scales = own_scales(self.model, task.submodel, self._module(task))
         draw = seeds.generator(self.seed, task.round, task.client.id, "batches")
-        scaled = replace(fit, params=_scaled(fit.params, scales)) if scales else fit
+        scaled = fit
+        if scales:
+            references = {name: _scaled(params, scales) for name, params in fit.references.items()}
+            scaled = replace(fit, params=_scaled(fit.params, scales), references=references)
         member = Member(fit=scaled, examples=self.examples(task.client.id), draw=draw)
         return _Part(task=task, memory=memory, member=member, unscaled=fit.params, scales=scales)
 
@@ -107,11 +116,11 @@ class ClientWorker:
             return self.cohorts.train([part.member for part in parts], forward, key)
         fitted = []
         for part in parts:
-            member, task = part.member, part.task
+            member, task, module = part.member, part.task, self._module(part.task)
             # Dropout draws from torch's own generator.
             with seeds.seeded(self.seed, task.round, task.client.id, "fit"):
                 fitted.append(
-                    execute(member.fit, forward, member.examples, member.draw, self.device)
+                    execute(member.fit, forward, member.examples, member.draw, self.device, module)
                 )
         return fitted
 
@@ -151,7 +160,12 @@ def _scaled(params: Params, scales: Mapping[str, float]) -> Params:
 
 
 def execute(
-    fit: Fit, forward: Forward, examples: Examples, draw: torch.Generator, device: str = "cpu"
+    fit: Fit,
+    forward: Forward,
+    examples: Examples,
+    draw: torch.Generator,
+    device: str = "cpu",
+    module: nn.Module | None = None,
 ) -> Fitted:
     """Train `fit.params` on the examples.
 
@@ -161,16 +175,27 @@ def execute(
         examples: the client's training examples.
         draw: the order of the examples and the augmentation come from it.
         device: where to train; the result is on the CPU.
+        module: what `forward` runs, so that references are read without dropout; None: as it is.
+
+    Raises:
+        ConfigError: momentum is to be carried on, and the optimiser has none.
+        ModelError: there are references, and the model returns no features.
     """
-    trainable = [name for name in fit.params if fit.trainable is None or name in fit.trainable]
+    check_momentum(fit)
+    trainable = trained_names(fit)
     params = {name: aligned(tensor.to(device)) for name, tensor in fit.params.items()}
     leaves = [params[name].detach().requires_grad_() for name in trainable]
     params.update(zip(trainable, leaves, strict=True))
     training, classes = fit.training, examples.classes
+    augmented = augments(training, examples)
     extra = {name: aligned(tensor.to(device)) for name, tensor in fit.extra.items()}
     if training.mask_absent_classes:
         extra["classes"] = classes.to(device)
-    optimiser = Optimiser(training)
+    references = References(fit, forward, examples, device, module) if fit.references else None
+    momenta = None
+    if fit.momentum is not None:
+        momenta = [aligned(fit.momentum[name].to(device)) for name in trainable]
+    optimiser = Optimiser(training, momenta)
     losses: list[Tensor] = []
     sizes: list[int] = []
     steps = 0
@@ -178,9 +203,12 @@ def execute(
         losses, sizes = [], []
         for rows in batches(len(examples), training.batch_size, draw):
             inputs, labels = examples.batch(rows)
-            if training.augment and inputs.dim() == 4:
+            if augmented:
                 inputs = augment(inputs, draw)
-            loss = fit.objective(forward, params, inputs.to(device), labels.to(device), extra)
+            inputs = inputs.to(device)
+            if references is not None:
+                extra |= references.features(rows, inputs)
+            loss = fit.objective(forward, params, inputs, labels.to(device), extra)
             # What the loss does not depend on has a gradient of zero, as in a cohort.
             gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
             leaves = optimiser.step(leaves, gradients)
@@ -190,11 +218,18 @@ def execute(
             sizes.append(len(rows))
             steps += 1
     shares = torch.tensor(sizes, dtype=losses[0].dtype, device=device)
-    mean = float((torch.stack(losses) * shares).sum()) / len(examples)
+    metrics = {"loss": float((torch.stack(losses) * shares).sum()) / len(examples)}
+    if references is not None:
+        metrics["reference_examples"] = float(references.num_examples)
+    momentum = None
+    if fit.keep_momentum and optimiser.momenta is not None:
+        momentum = {n: t.cpu() for n, t in zip(trainable, optimiser.momenta, strict=True)}
     return Fitted(
         params={name: params[name].detach().cpu() for name in trainable},
         num_examples=len(examples),
         num_steps=steps,
-        metrics={"loss": mean},
+        metrics=metrics,
         classes=classes,
+        num_reference_examples=0 if references is None else references.num_examples,
+        momentum=momentum,
     )

@@ -2,6 +2,7 @@
 
     parameters  [clients, ...]       batches  [clients, width, ...], what is missing does not count
     step        vmap over clients of (gradient, clipping, optimiser), traced once, run every step
+    references  their features of all examples, once before the first step; batches hold their rows
 
 For small models the cost of a step is Python and dispatch, not arithmetic; here it is paid once for
 all clients. A client's numbers never meet another's: results are those of `execute` up to rounding.
@@ -15,21 +16,23 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
-from tesserafl.core.fit import IGNORED, Fit, Fitted, Forward, Training
-from tesserafl.core.params import Params, aligned
+from tesserafl.core.fit import Fit, Fitted, Forward, Training
+from tesserafl.core.params import Params
 from tesserafl.data.examples import Examples
-from tesserafl.engines.batches import batches
+from tesserafl.engines.gather import Order, batch_rows, gathered, order_of, pooled
 from tesserafl.engines.graphs import Program, trace
-from tesserafl.engines.optimisers import num_slots, optimise, scalars_of
-
-_Given = tuple[Tensor, int | None]
-"""An input of a step: a tensor, and 0 if it is stacked or None if all members share it."""
-_AT_ONCE = 1 << 22
-"""Bytes of batches that are gathered at once."""
+from tesserafl.engines.optimisers import (
+    check_momentum,
+    num_slots,
+    optimise,
+    scalars_of,
+    trained_names,
+)
+from tesserafl.engines.references import features_together
+from tesserafl.engines.stacking import Given, shared_or_stacked, stacked, top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,10 @@ class Member:
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """Members are trained together only if this is equal for them."""
+        """Members are trained together only if this is equal for them.
+
+        Momentum buffers are no part of it: those that a member lacks are zeros, to the same bits.
+        """
         fit = self.fit
         return (
             fit.training,
@@ -52,6 +58,7 @@ class Member:
             fit.width_scaling,
             _signature(fit.params),
             _signature(fit.extra),
+            tuple((name, _signature(params)) for name, params in fit.references.items()),
             len(self.examples.classes) if fit.training.mask_absent_classes else None,
         )
 
@@ -88,8 +95,14 @@ class Cohorts:
             members: of one `shape`, at most `most` of them.
             forward: the sub-model as a function of its parameters.
             key: equal for equal `forward`s only; the programs are kept under it.
+
+        Raises:
+            ConfigError: momentum is to be carried on, and the optimiser has none.
+            ModelError: there are references, and the model returns no features.
         """
-        orders = [_order(member) for member in members]
+        for member in members:
+            check_momentum(member.fit)
+        orders = [order_of(len(m.examples), m.fit.training, m.draw) for m in members]
         # The longest first: whoever still trains is then always the top of the stack.
         ranks = sorted(range(len(members)), key=lambda i: -len(orders[i]))
         stack = _Stack(self, forward, key, [members[i] for i in ranks])
@@ -117,61 +130,75 @@ class _Stack:
         self.fit = fit = members[0].fit
         # A schedule changes the rate in every round; programs take it as an input.
         self.key = (key, replace(fit.training, lr=1.0), fit.objective)
-        self.trained = [n for n in fit.params if fit.trainable is None or n in fit.trainable]
+        self.trained = trained_names(fit)
         self.frozen = [n for n in fit.params if n not in self.trained]
         self.extra = list(fit.extra) + ["classes"] * fit.training.mask_absent_classes
+        self.references = list(fit.references)
+        self.keeps = any(member.fit.keep_momentum for member in members)
 
-    def train(self, orders: Sequence[list[NDArray[np.int64]]]) -> list[Fitted]:
+    def train(self, orders: Sequence[Order]) -> list[Fitted]:
         """Every member's steps; `orders` holds the rows of each of its batches."""
         number, (weights, frozen, extra) = len(self.trained), self._tensors()
-        slots = [(torch.zeros_like(t), dim) for t, dim in weights] * num_slots(self.fit.training)
+        slots, wanted = self._slots(weights), number * (2 if self.keeps else 1)
         losses: list[Tensor] = []
         finals: dict[int, tuple[Tensor, ...]] = {}
         rows, program = 0, None
-        for step, (inputs, labels) in enumerate(self._batches(orders)):
+        for step, held in enumerate(self._batches(orders)):
             last = [len(order) == step + 1 for order in orders]
             needed = self.cohorts.rows(sum(len(order) > step for order in orders))
             if needed != rows:
                 rows, program = needed, None
                 weights, slots, frozen, extra = (
-                    _top(tensors, rows) for tensors in (weights, slots, frozen, extra)
+                    top(tensors, rows) for tensors in (weights, slots, frozen, extra)
                 )
-            batch = [(inputs[:rows], 0), (labels[:rows], 0)]
+            batch = [(tensor[:rows], 0) for tensor in held]
             given = [*weights, *slots, *frozen, *extra, *batch, *self._scalars(step)]
-            tensors = [tensor for tensor, _ in given]
             if program is None or step == 1:  # in the first step members may share their weights
                 program = self._program(given)
             with torch.no_grad():
-                *after, loss = program(*tensors)
+                *after, loss = program(*(tensor for tensor, _ in given))
             losses.append(loss)
             weights = [(tensor, 0) for tensor in after[:number]]
             slots = [(tensor, 0) for tensor in after[number:]]
             if any(last):
-                members = zip(*(tensor.cpu().unbind() for tensor in after[:number]), strict=True)
+                members = zip(*(tensor.cpu().unbind() for tensor in after[:wanted]), strict=True)
                 finals |= {r: own for r, own in enumerate(members) if r < len(last) and last[r]}
         return self._fitted(orders, finals, losses)
 
-    def _scalars(self, step: int) -> list[_Given]:
+    def _scalars(self, step: int) -> list[Given]:
         if step == 0 or self.fit.training.optimiser == "adamw":
             numbers = scalars_of(self.fit.training, step, self.cohorts.device)
-            self.scalars: list[_Given] = [(number, None) for number in numbers]
+            self.scalars: list[Given] = [(number, None) for number in numbers]
         return self.scalars
 
-    def _batches(
-        self, orders: Sequence[list[NDArray[np.int64]]]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and labels of every step [rows, width, ...], several steps gathered at once."""
-        table, examples, device = self._batch_rows(orders), self._examples(), self.cohorts.device
-        size = table[0].numel() * 4 * max(1, examples.inputs[0].numel())
-        for rows in torch.split(table, max(1, _AT_ONCE // size)):
-            inputs, labels = examples.batch(rows)
-            yield from zip(inputs.to(device), labels.to(device), strict=True)
+    def _slots(self, weights: Sequence[Given]) -> list[Given]:
+        starts = [member.fit.momentum for member in self.members]
+        if all(start is None for start in starts):
+            return [(torch.zeros_like(t), d) for t, d in weights] * num_slots(self.fit.training)
+        empty = {name: torch.zeros_like(self.fit.params[name]) for name in self.trained}
+        buffers = [empty if start is None else start for start in starts]
+        rows, device = self.cohorts.rows(len(starts)), self.cohorts.device
+        return [(stacked([own[n] for own in buffers], rows, device), 0) for n in self.trained]
 
-    def _program(self, given: Sequence[_Given]) -> Program:
-        names = (tuple(self.trained), tuple(self.frozen), tuple(self.extra))
+    def _batches(self, orders: Sequence[Order]) -> Iterator[tuple[Tensor, ...]]:
+        """Inputs, labels and references' features of every step, each [rows, width, ...]."""
+        pool = pooled([member.examples for member in self.members])
+        counts = [len(member.examples) for member in self.members]
+        size, device = self.fit.training.batch_size, self.cohorts.device
+        features = []
+        for reference in self.references:
+            sets = [member.fit.references[reference] for member in self.members]
+            params = {name: self._given([own[name] for own in sets]) for name in self.fit.params}
+            features.append(features_together(self.forward, params, pool, counts, size, device))
+        width = self.cohorts.width(size)
+        table = batch_rows(orders, counts, self.cohorts.rows(len(orders)), width)
+        return gathered(table, pool, features, device)
+
+    def _program(self, given: Sequence[Given]) -> Program:
+        kinds = (self.trained, self.frozen, self.extra, self.references)
         strides = self.cohorts.compiled  # a compiled program is made for these too
         signature = (
-            names,
+            *map(tuple, kinds),
             *((t.shape, t.dtype, t.stride() if strides else None, dim) for t, dim in given),
         )
         function = self._step(tuple(dim for _, dim in given))
@@ -180,7 +207,7 @@ class _Stack:
     def _step(self, dims: tuple[int | None, ...]) -> Program:
         """One step of all members, a function of flat tensors: see `train` for their order."""
         numbers = [len(self.trained), num_slots(self.fit.training) * len(self.trained)]
-        numbers += [len(self.frozen), len(self.extra), 2]
+        numbers += [len(self.frozen), len(self.extra), 2 + len(self.references)]
         cuts = list(accumulate(numbers))
         training, objective, forward = self.fit.training, self.fit.objective, self.forward
 
@@ -189,10 +216,11 @@ class _Stack:
                 list(flat[a:b]) for a, b in zip([0, *cuts], [*cuts, None], strict=True)
             )
             fixed = dict(zip(self.frozen, frozen, strict=True))
-            given = dict(zip(self.extra, extra, strict=True))
+            inputs, labels, *features = batch
+            given = dict(zip([*self.extra, *self.references], [*extra, *features], strict=True))
 
             def loss_of(trained: Params) -> Tensor:
-                return objective(forward, {**trained, **fixed}, batch[0], batch[1], given)
+                return objective(forward, {**trained, **fixed}, inputs, labels, given)
 
             gradients, loss = grad_and_value(loss_of)(dict(zip(self.trained, weights, strict=True)))
             slopes = [gradients[name] for name in self.trained]
@@ -200,64 +228,34 @@ class _Stack:
 
         return lambda *flat: list(vmap(one, in_dims=dims)(*flat))
 
-    def _tensors(self) -> tuple[list[_Given], ...]:
+    def _tensors(self) -> tuple[list[Given], ...]:
         """Trained and frozen parameters and the objective's tensors, each with its vmap dimension.
 
         A tensor that is equal for all members is not copied, until a step makes them differ.
         """
-        rows, device = self.cohorts.rows(len(self.members)), self.cohorts.device
-
-        def stacked(tensors: Sequence[Tensor]) -> _Given:
-            # By value: in a worker process equal tensors are not the same object, and which
-            # program runs must not depend on that.
-            if all(t is tensors[0] or torch.equal(t, tensors[0]) for t in tensors):
-                return aligned(tensors[0].detach().to(device)), None
-            filled = [*tensors, *[tensors[0]] * (rows - len(tensors))]
-            return torch.stack(filled).detach().to(device), 0
-
+        rows = self.cohorts.rows(len(self.members))
         fits = [member.fit for member in self.members]
         given: list[Mapping[str, Tensor]] = [fit.extra for fit in fits]
         if self.fit.training.mask_absent_classes:
             given = [{**m.fit.extra, "classes": m.examples.classes} for m in self.members]
-        weights = [stacked([fit.params[name] for fit in fits]) for name in self.trained]
+        weights = [self._given([fit.params[name] for fit in fits]) for name in self.trained]
         if self.cohorts.compiled:  # one program to compile, not a second for the first step
             weights = [
                 (t, 0) if d == 0 else (t.expand(rows, *t.shape).clone(), 0) for t, d in weights
             ]
         return (
             weights,
-            [stacked([fit.params[name] for fit in fits]) for name in self.frozen],
-            [stacked([tensors[name] for tensors in given]) for name in self.extra],
+            [self._given([fit.params[name] for fit in fits]) for name in self.frozen],
+            [self._given([tensors[name] for tensors in given]) for name in self.extra],
         )
 
-    def _examples(self) -> Examples:
-        """All members' examples and one more, which does not count and fills batches up."""
-        parts = [member.examples for member in self.members]
-        inputs = [part.inputs for part in parts]
-        labels = [part.labels for part in parts]
-        return Examples(
-            inputs=torch.cat([*inputs, torch.zeros_like(inputs[0][:1])]),
-            labels=torch.cat([*labels, torch.full_like(labels[0][:1], IGNORED)]),
-        )
-
-    def _batch_rows(self, orders: Sequence[list[NDArray[np.int64]]]) -> Tensor:
-        """Rows of `_examples`: int64 [steps, rows of the program, width]."""
-        counts = [len(member.examples) for member in self.members]
-        width = self.cohorts.width(self.fit.training.batch_size)
-        shape = (len(orders[0]), self.cohorts.rows(len(orders)), width)
-        table = np.full(shape, sum(counts), dtype=np.int64)
-        first = 0
-        for rank, (order, count) in enumerate(zip(orders, counts, strict=True)):
-            for step, rows in enumerate(order):
-                table[step, rank, : len(rows)] = rows + first
-            table[len(order) :, rank] = table[0, rank]  # who is done goes on, and nobody looks
-            first += count
-        table[:, len(orders) :] = table[:, :1]
-        return torch.from_numpy(table)
+    def _given(self, tensors: Sequence[Tensor]) -> Given:
+        rows = self.cohorts.rows(len(self.members))
+        return shared_or_stacked(tensors, rows, self.cohorts.device)
 
     def _fitted(
         self,
-        orders: Sequence[list[NDArray[np.int64]]],
+        orders: Sequence[Order],
         finals: Mapping[int, tuple[Tensor, ...]],
         losses: Sequence[Tensor],
     ) -> list[Fitted]:
@@ -270,30 +268,26 @@ class _Stack:
             epoch = len(order) // member.fit.training.epochs  # steps of one
             sizes = [len(batch) for batch in order[-epoch:]]
             last = table[len(order) - epoch : len(order), rank]
+            metrics = {"loss": float(last @ np.array(sizes)) / total}
+            passes = len(self.references) * total
+            if self.references:
+                metrics["reference_examples"] = float(passes)
+            number, momentum = len(self.trained), None
+            if member.fit.keep_momentum:  # copied: it may last, and the others' with it
+                kept = [tensor.clone() for tensor in finals[rank][number:]]
+                momentum = dict(zip(self.trained, kept, strict=True))
             fitted.append(
                 Fitted(
-                    params=dict(zip(self.trained, finals[rank], strict=True)),
+                    params=dict(zip(self.trained, finals[rank][:number], strict=True)),
                     num_examples=total,
                     num_steps=len(order),
-                    metrics={"loss": float(last @ np.array(sizes)) / total},
+                    metrics=metrics,
                     classes=member.examples.classes,
+                    num_reference_examples=passes,
+                    momentum=momentum,
                 )
             )
         return fitted
-
-
-def _order(member: Member) -> list[NDArray[np.int64]]:
-    """The rows of every batch of every epoch, drawn as `execute` draws them."""
-    training, total = member.fit.training, len(member.examples)
-    return [
-        rows.numpy()
-        for _ in range(training.epochs)
-        for rows in batches(total, training.batch_size, member.draw)
-    ]
-
-
-def _top(tensors: Sequence[_Given], rows: int) -> list[_Given]:
-    return [(t if d is None or len(t) == rows else t[:rows], d) for t, d in tensors]
 
 
 def _signature(tensors: Mapping[str, Tensor]) -> tuple[object, ...]:

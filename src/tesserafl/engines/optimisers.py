@@ -11,20 +11,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tesserafl.core.fit import Training
+from tesserafl.core.errors import ConfigError
+from tesserafl.core.fit import Fit, Training, check_alike
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 """torch.optim.AdamW's."""
 
 
 class Optimiser:
-    """The steps of one client. What it was given for the first step is not written to."""
+    """The steps of one client. What it was given for the first step is not written to.
 
-    def __init__(self, training: Training) -> None:
+    Args:
+        training: which optimiser.
+        momenta: SGD's momentum buffers to start with, one per weight; None: empty.
+    """
+
+    def __init__(self, training: Training, momenta: Sequence[Tensor] | None = None) -> None:
         self._training = training
-        self._momenta: list[Tensor] | None = None
+        self._momenta = None if momenta is None else [tensor.clone() for tensor in momenta]
         self._adamw: torch.optim.AdamW | None = None
         self._own = False
+
+    @property
+    def momenta(self) -> list[Tensor] | None:
+        """SGD's momentum buffers after the last step; the next one writes to them."""
+        return self._momenta
 
     @torch.no_grad()
     def step(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -72,6 +83,31 @@ class Optimiser:
         return list(weights)
 
 
+def check_momentum(fit: Fit) -> None:
+    """Raise if the fit starts with momentum buffers, or asks for them, that cannot be.
+
+    Raises:
+        ConfigError: the optimiser has none, or they are not those of the trained parameters.
+    """
+    if fit.momentum is None and not fit.keep_momentum:
+        return
+    training = fit.training
+    if training.optimiser != "sgd" or not training.momentum:
+        raise ConfigError(
+            f"momentum can be carried on between rounds only by SGD with momentum; got "
+            f"training.optimiser={training.optimiser!r} and training.momentum="
+            f"{training.momentum!r}; set training.optimiser=sgd and training.momentum to more "
+            f"than 0, or choose a method that carries none"
+        )
+    if fit.momentum is not None:
+        check_alike("Fit.momentum", fit.momentum, {n: fit.params[n] for n in trained_names(fit)})
+
+
+def trained_names(fit: Fit) -> list[str]:
+    """Names of the parameters that are trained, in the order of `fit.params`."""
+    return [name for name in fit.params if fit.trainable is None or name in fit.trainable]
+
+
 def _clipped(gradients: Sequence[Tensor], most: float) -> list[Tensor]:
     """Scaled so that their norm is at most `most`: `torch.nn.utils.clip_grad_norm_`."""
     norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
@@ -80,7 +116,8 @@ def _clipped(gradients: Sequence[Tensor], most: float) -> list[Tensor]:
 
 
 def num_slots(training: Training) -> int:
-    """Tensors that the optimiser keeps for each parameter; they begin at zero."""
+    """Tensors that the optimiser keeps for each parameter; they begin at zero,
+    unless momentum is carried on."""
     if training.optimiser == "adamw":
         return 2
     return 1 if training.momentum else 0

@@ -15,6 +15,7 @@ from tesserafl.methods import (
     FedRolex,
     HeteroFL,
     MethodSettings,
+    MSfusion,
 )
 from tesserafl.run.experiment import Experiment
 
@@ -38,6 +39,7 @@ def rows(base: Experiment, asked: frozenset[str] = frozenset()) -> Mapping[str, 
         "fedrolex": FedRolex(ratio=ratio),
         "fedecover": FedEcover(ratio=ratio),
         "fedbrb": FedBRB(ratio=ratio),
+        "msfusion": MSfusion(ratio=ratio),
     }
     for label, method in methods.items():
         if type(method) is type(base.method) and label not in ("fedavg-full", "fedavg-small"):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from tesserafl.methods.dpsgd import DPSGD
 from tesserafl.methods.fedavg import FedAvg
 from tesserafl.methods.fedbrb import FedBRB
 from tesserafl.methods.fedecover import FedEcover
 from tesserafl.methods.federated_dropout import FederatedDropout
 from tesserafl.methods.fedrolex import FedRolex
 from tesserafl.methods.heterofl import HeteroFL
+from tesserafl.methods.msfusion import MSfusion
 
-MethodSettings = FedAvg | HeteroFL | FederatedDropout | FedRolex | FedEcover | FedBRB
+MethodSettings = (
+    FedAvg | HeteroFL | FederatedDropout | FedRolex | FedEcover | FedBRB | MSfusion | DPSGD
+)
 
 METHODS: dict[str, type[MethodSettings]] = {
     "fedavg": FedAvg,
@@ -18,9 +22,12 @@ METHODS: dict[str, type[MethodSettings]] = {
     "fedrolex": FedRolex,
     "fedecover": FedEcover,
     "fedbrb": FedBRB,
+    "msfusion": MSfusion,
+    "dpsgd": DPSGD,
 }
 
 __all__ = [
+    "DPSGD",
     "METHODS",
     "FedAvg",
     "FedBRB",
@@ -28,5 +35,6 @@ __all__ = [
     "FedRolex",
     "FederatedDropout",
     "HeteroFL",
+    "MSfusion",
     "MethodSettings",
 ]

@@ -22,6 +22,11 @@ def ratio_of(ratios: tuple[float, ...], client: Client) -> float:
     return ratios[client.id % len(ratios)]
 
 
+def ranks_of(clients: Sequence[Client]) -> dict[int, int]:
+    """Client -> its place among those that take part, by id: everybody can tell."""
+    return {number: rank for rank, number in enumerate(sorted(c.id for c in clients))}
+
+
 def check_ratios(ratios: tuple[float, ...]) -> None:
     """Raise ConfigError unless there is at least one ratio and all lie in (0, 1]."""
     if not ratios:

@@ -40,6 +40,7 @@ class FedAvg:
     """weight of a client in the mean: its number of examples (as in the paper), or one each"""
 
     topology: ClassVar[Topology] = "star"
+    entrywise: ClassVar[bool] = True
 
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """The model at the clients' width, freshly initialised at that width."""

@@ -72,6 +72,7 @@ class FedBRB:
     parameters (as output, at the learning pace of a small network)"""
 
     topology: ClassVar[Topology] = "star"
+    entrywise: ClassVar[bool] = False
 
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """The global model, after the strict small-to-large check."""

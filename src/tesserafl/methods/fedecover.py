@@ -56,6 +56,7 @@ class FedEcover:
     parameters (as output, at the learning pace of a small network)"""
 
     topology: ClassVar[Topology] = "star"
+    entrywise: ClassVar[bool] = False
 
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """The global model, which no client needs to hold."""

@@ -43,6 +43,7 @@ class FedRolex:
     parameters (as output, at the learning pace of a small network)"""
 
     topology: ClassVar[Topology] = "star"
+    entrywise: ClassVar[bool] = True
     init = init_whole
 
     def configure(

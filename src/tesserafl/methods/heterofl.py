@@ -46,6 +46,7 @@ class HeteroFL:
     parameters (as output, at the learning pace of a small network)"""
 
     topology: ClassVar[Topology] = "star"
+    entrywise: ClassVar[bool] = True
     init = init_whole
 
     def configure(

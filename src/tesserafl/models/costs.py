@@ -30,6 +30,8 @@ class Costs:
     peak_bytes: int
     """Predicted peak of training: received and trained parameters, gradients (once more each where
     they are clipped and where weights decay), the optimiser's buffers, activations."""
+    forward_flops_per_example: float = 0.0
+    """Of the forward pass alone, which is all that reference parameters are used for."""
 
 
 def costs_of(
@@ -83,6 +85,7 @@ def _counted(
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
         loss = CrossEntropy()(forward, params, inputs, labels, {})
+        forward_flops = counter.get_total_flops()
         torch.autograd.grad(loss, list(params.values()))
     parameter_bytes = sum(tensor.numel() * tensor.element_size() for tensor in params.values())
     activations = sum(kept.values())
@@ -94,6 +97,7 @@ def _counted(
         num_entries=submodel.num_entries,
         bytes_each_way=parameter_bytes,
         flops_per_example=counter.get_total_flops() / len(inputs),
+        forward_flops_per_example=forward_flops / len(inputs),
         activation_bytes=activations,
         peak_bytes=parameter_bytes * (3 + buffers + copies) + activations,
     )

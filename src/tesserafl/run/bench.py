@@ -23,6 +23,7 @@ from tesserafl.core.errors import TesseraError
 from tesserafl.core.submodel import Coverage
 from tesserafl.engines.process import threads
 from tesserafl.run.experiment import Batching, Experiment, from_json, to_json
+from tesserafl.run.federate import federate
 from tesserafl.run.rounds import CostTable, play_round
 from tesserafl.run.setup import make_engine, prepare
 
@@ -122,13 +123,14 @@ def _measure(experiment: Experiment, rounds: int, begun: float) -> dict[str, flo
         costs = CostTable(setup=setup)
         state = experiment.method.init(setup.model, experiment.seed, rounds + WARM_ROUNDS)
         coverage = Coverage(experiment.method.predictor(setup.model, state).model.shapes)
+        federation = federate(setup, state)
         seconds: list[float] = []
         steps = 0
         with contextlib.closing(make_engine(setup)) as engine:
             for number in range(rounds + WARM_ROUNDS):
                 if number == WARM_ROUNDS:
                     start = time.time() - begun
-                state, notes = play_round(setup, engine, state, coverage, costs)
+                notes = play_round(setup, engine, federation, coverage, costs)
                 if number >= WARM_ROUNDS:
                     seconds.append(notes.seconds)
                     steps += sum(row["steps"] for row in notes.clients)

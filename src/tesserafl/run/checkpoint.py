@@ -9,8 +9,8 @@ The JSON is written last, so a checkpoint without it never happened. The newest 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ _KEPT = 2
 class Checkpoint:
     """All that a run needs to go on with the same bits."""
 
-    state: State
+    states: Sequence[State]
+    """The server's, or the different ones of the peers."""
     coverage: Params
     """Times that each entry was trained."""
     memories: Mapping[int, Memory]
@@ -36,22 +37,34 @@ class Checkpoint:
     """Bytes, FLOPs and seconds so far."""
     events_bytes: int
     """Length of events.jsonl at this moment; what follows is of a lost future."""
+    federation: Mapping[str, Any] = field(default_factory=dict)
+    """What else the federation keeps: plain JSON values"""
+    tensors: Mapping[str, Params] = field(default_factory=dict)
+    """and groups of tensors."""
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint of `checkpoint.state.round` rounds; older ones but one are removed."""
+    """Write a checkpoint of the rounds that are done; older ones but one are removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = checkpoint.state
-    groups = {"params": state.params, "coverage": checkpoint.coverage}
+    groups: dict[str, Params] = {"coverage": checkpoint.coverage}
+    for number, state in enumerate(checkpoint.states):
+        groups |= {f"params-{number}": state.params, f"extra-{number}": state.extra}
     groups |= {f"memory-{client}": memory for client, memory in checkpoint.memories.items()}
+    groups |= {f"federation-{name}": tensors for name, tensors in checkpoint.tensors.items()}
     data = pack({}, groups)
-    path = folder / f"round-{state.round:06d}.safetensors"
+    path = folder / f"round-{checkpoint.states[0].round:06d}.safetensors"
     write_atomic(path, data)
     header = {
-        "round": state.round,
-        "seed": state.seed,
-        "rounds": state.rounds,
-        "notes": dict(state.notes),
+        "states": [
+            {
+                "round": state.round,
+                "seed": state.seed,
+                "rounds": state.rounds,
+                "notes": dict(state.notes),
+            }
+            for state in checkpoint.states
+        ],
+        "federation": dict(checkpoint.federation),
         "totals": dict(checkpoint.totals),
         "events_bytes": checkpoint.events_bytes,
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
@@ -87,17 +100,20 @@ def latest(folder: Path) -> Checkpoint | None:
             raise CheckpointError(f"checkpoint {path} does not match its digest. {way_out}")
         _, groups = unpack(data)
         return Checkpoint(
-            state=State(
-                params=groups.pop("params"),
-                seed=header["seed"],
-                rounds=header["rounds"],
-                round=header["round"],
-                notes=header["notes"],
-            ),
-            coverage=groups.pop("coverage"),
-            memories={int(name.removeprefix("memory-")): m for name, m in groups.items()},
+            states=[
+                State(params=groups[f"params-{n}"], extra=groups[f"extra-{n}"], **values)
+                for n, values in enumerate(header["states"])
+            ],
+            coverage=groups["coverage"],
+            memories={int(client): m for client, m in _under("memory-", groups).items()},
             totals=header["totals"],
             events_bytes=header["events_bytes"],
+            federation=header["federation"],
+            tensors=_under("federation-", groups),
         )
     except (OSError, KeyError, TypeError, MessageError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}. {way_out}") from error
+
+
+def _under(begin: str, groups: Mapping[str, Params]) -> dict[str, Params]:
+    return {name.removeprefix(begin): g for name, g in groups.items() if name.startswith(begin)}

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from tesserafl.core.errors import ConfigError, did_you_mean
 from tesserafl.core.fit import Training
 from tesserafl.data.settings import DataSettings
+from tesserafl.engines.network import NetworkSettings
 from tesserafl.methods import METHODS, FedBRB, MethodSettings
 from tesserafl.models import MLP, MODELS, HuggingFace, ModelSettings
 
@@ -48,6 +49,7 @@ class Experiment:
     method: MethodSettings = field(default_factory=FedBRB)
     training: Training = field(default_factory=Training)
     engine: EngineSettings = field(default_factory=EngineSettings)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
     rounds: int = 60
     """communication rounds"""
     clients_per_round: int = 10
@@ -82,14 +84,16 @@ REGISTRIES: dict[str, Mapping[str, type[Any]]] = {"method": METHODS, "model": MO
 
 def with_absolute_paths(experiment: Experiment) -> Experiment:
     """The experiment, with folders that exist written so that they are found from anywhere."""
-    data, model = experiment.data, experiment.model
+    data, model, network = experiment.data, experiment.model, experiment.network
     if data.path is not None:
         data = dataclasses.replace(data, path=data.path.absolute())
     if data.tokenizer is not None:
         data = dataclasses.replace(data, tokenizer=data.tokenizer.absolute())
     if isinstance(model, HuggingFace) and Path(model.config).is_dir():
         model = dataclasses.replace(model, config=str(Path(model.config).absolute()))
-    return dataclasses.replace(experiment, data=data, model=model)
+    if network.file is not None:
+        network = dataclasses.replace(network, file=network.file.absolute())
+    return dataclasses.replace(experiment, data=data, model=model, network=network)
 
 
 def name_of(section: str, settings: object) -> str:

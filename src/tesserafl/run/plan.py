@@ -10,6 +10,9 @@ from rich.table import Table
 from tesserafl.core.method import State
 from tesserafl.core.submodel import Coverage
 from tesserafl.run.classes import classes_of
+from tesserafl.run.federate import topology_of
+from tesserafl.run.peering import Peering, peering_of
+from tesserafl.run.peering import described as peering_described
 from tesserafl.run.rounds import CostTable
 from tesserafl.run.setup import Setup
 
@@ -49,6 +52,8 @@ class Plan:
     classes: tuple[PlannedClass, ...]
     coverage: dict[int, float]
     """Rounds -> share of the global model's entries that were trained at least once."""
+    peering: Peering | None
+    """What peers store and send; None: a server and its clients."""
 
 
 def make_plan(setup: Setup, coverage_rounds: Sequence[int] = (1, 2, 5, 10, 20, 50, 100)) -> Plan:
@@ -56,20 +61,24 @@ def make_plan(setup: Setup, coverage_rounds: Sequence[int] = (1, 2, 5, 10, 20, 5
     experiment, model = setup.experiment, setup.model
     state = experiment.method.init(model, experiment.seed, experiment.rounds)
     whole = experiment.method.predictor(model, state).model
+    costs = CostTable(setup=setup)
+    peering = None
+    if topology_of(experiment) == "peers":
+        peering = peering_of(setup, state, costs)
     # On `meta` a cut costs nothing: only who gets which part is wanted.
     state = replace(state, params={n: t.to("meta") for n, t in state.params.items()})
     wanted = sorted({r for r in coverage_rounds if r < experiment.rounds} | {experiment.rounds})
     return Plan(
         num_entries=whole.num_entries,
         axes={axis: model.units(axis) for axis in (*model.widths, *model.depths)},
-        classes=tuple(_classes(setup, state, whole.num_entries)),
+        classes=tuple(_classes(setup, state, whole.num_entries, costs)),
         coverage=_coverage(setup, state, Coverage(whole.shapes), wanted),
+        peering=peering,
     )
 
 
-def _classes(setup: Setup, state: State, whole: int) -> list[PlannedClass]:
-    experiment, costs = setup.experiment, CostTable(setup=setup)
-    classes = []
+def _classes(setup: Setup, state: State, whole: int, costs: CostTable) -> list[PlannedClass]:
+    experiment, classes = setup.experiment, []
     for kind in classes_of(experiment, setup.model, setup.clients, state):
         cost = costs.of(kind.submodel)
         classes.append(
@@ -128,3 +137,5 @@ def described(plan: Plan) -> Iterator[str | Table]:
     yield table
     grown = ", ".join(f"{share:.1%} after {rounds}" for rounds, share in plan.coverage.items())
     yield f"Coverage of the global model by round: {grown}"
+    if plan.peering is not None:
+        yield from peering_described(plan.peering, plan.num_entries)

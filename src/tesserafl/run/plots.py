@@ -5,6 +5,7 @@ Every figure is an object of its own, without pyplot and without global state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -202,6 +203,35 @@ def partition_figure(counts: list[list[int]], class_names: list[str]) -> Figure:
     _dress(below, "", note)
     above.tick_params(labelbottom=False)
     below.grid(axis="y", visible=False)
+    return figure
+
+
+def graph_figure(peers: int, links: Sequence[Sequence[int]]) -> Figure:
+    """The peers on a circle, and the links between them."""
+    size = min(6.0, 2.2 + 0.12 * peers)
+    figure = _figure(size, size)
+    axes = figure.add_subplot()
+    angles = [2 * math.pi * peer / peers for peer in range(peers)]
+    xs, ys = [math.sin(angle) for angle in angles], [math.cos(angle) for angle in angles]
+    for one, other in links:
+        axes.plot(
+            [xs[one], xs[other]],
+            [ys[one], ys[other]],
+            color=INK,
+            alpha=max(0.08, min(0.6, 30 / len(links))),
+            linewidth=0.8,
+            zorder=1,
+        )
+    axes.scatter(xs, ys, s=max(12, 160 - 3 * peers), color=PALETTE[0], linewidths=0, zorder=2)
+    if peers <= _MAX_BUBBLES:
+        for peer, (x, y) in enumerate(zip(xs, ys, strict=True)):
+            axes.text(
+                1.14 * x, 1.14 * y, str(peer), color=INK, fontsize=8, ha="center", va="center"
+            )
+    axes.set_xlim(-1.3, 1.3)
+    axes.set_ylim(-1.3, 1.3)
+    axes.set_aspect("equal")
+    axes.set_axis_off()
     return figure
 
 

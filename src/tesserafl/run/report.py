@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from tesserafl.run.files import read_json, write_atomic, write_json
 from tesserafl.run.labels import data_label, partition_label, ratio_label
 from tesserafl.run.page import figure_html, page_html, table_html, write_png
-from tesserafl.run.plots import Line, Panel, Quantity, human, panels_figure, partition_figure
+from tesserafl.run.plots import (
+    Line,
+    Panel,
+    Quantity,
+    graph_figure,
+    human,
+    panels_figure,
+    partition_figure,
+)
 from tesserafl.run.record import COSTS, Record, read_record
 
 if TYPE_CHECKING:
@@ -30,7 +38,7 @@ def write_report(folder: Path, setup: Setup | None = None) -> Path:
     record = read_record(folder)
     if setup is not None and not (folder / "partition.json").exists():
         write_partition(folder, setup)
-    parts = [_heading(record), _headline(record), _curves(record)]
+    parts = [_heading(record), _headline(record), _curves(record), _peers(record)]
     if (folder / "partition.json").exists():
         held = read_json(folder / "partition.json")
         drawn = partition_figure(held["counts"], held["class_names"])
@@ -82,8 +90,8 @@ def _headline(record: Record) -> str:
         ("test loss", known["loss"], "plain"),
         ("coverage: share ever trained", known["coverage"], "percent"),
         ("largest client's share of the model", largest / full if largest else None, "percent"),
-        ("bytes down to the clients", known["bytes_down"], "bytes"),
-        ("bytes up from the clients", known["bytes_up"], "bytes"),
+        ("bytes received by participants", known["bytes_down"], "bytes"),
+        ("bytes sent by participants", known["bytes_up"], "bytes"),
         ("FLOPs of the clients", known["flops"], "flops"),
         ("time of the rounds", known["seconds"], "seconds"),
     ]
@@ -124,6 +132,47 @@ def _curves(record: Record) -> str:
         ),
     ]
     parts.append(figure_html(panels_figure(panels), "training"))
+    return "\n".join(parts)
+
+
+def _peers(record: Record) -> str:
+    """What there is to see where peers have no server: the graph, agreement, what one sends."""
+    if not record.rounds or "params_stored" not in record.rounds[-1]:
+        return ""
+    rounds = [event["round"] for event in record.rounds]
+    kinds: dict[str, tuple[str, Quantity]] = {
+        "round_coverage": ("Share of the model that is trained in a round", "percent"),
+        "consensus": ("Consensus distance: how far copies are from their mean", "plain"),
+    }
+    panels = [
+        Panel(
+            title=title,
+            across="rounds",
+            up=up,
+            lines=[Line(label="run", x=rounds, y=[event[key] for event in record.rounds])],
+        )
+        for key, (title, up) in kinds.items()
+        if key in record.rounds[-1]
+    ]
+    parts = ["<h2>Peers</h2>", figure_html(panels_figure(panels), "peers")]
+    full, stored = record.start["params_full"], max(e["params_stored"] for e in record.rounds)
+    own = (record.finish or {}).get("accuracy_peers")
+    spread = (
+        f" Their own copies reach {human(sum(own) / len(own), 'percent')} on average, "
+        f"{human(min(own), 'percent')} at least."
+        if own
+        else ""
+    )
+    network = record.config["network"]
+    parts.append(
+        f"<p>Graph {escape(network['graph'])}, loss {network['loss']:g}, delay "
+        f"{network['delay']:g}, failing links {network['failure']:g}. A peer stores at most "
+        f"{stored:,} of {full:,} parameters between rounds ({human(stored / full, 'percent')})."
+        f"{spread}</p>"
+    )
+    if record.start.get("links"):
+        drawn = graph_figure(len(record.start["clients"]), record.start["links"])
+        parts.append(figure_html(drawn, "graph"))
     return "\n".join(parts)
 
 

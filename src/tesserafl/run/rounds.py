@@ -16,6 +16,7 @@ from tesserafl.core.messages import Task, Update
 from tesserafl.core.method import State
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import Coverage, SubModel
+from tesserafl.engines.federation import Federation, Folded
 from tesserafl.engines.seam import Done, Engine, Failed
 from tesserafl.models.costs import Costs, costs_of
 from tesserafl.run.classes import classes_of
@@ -53,18 +54,30 @@ class Notes:
     clients: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
     trained: list[SubModel] = field(default_factory=list)
-    bytes_down: int = 0
+    folded: Folded = field(default_factory=lambda: Folded(traffic={}))
+    union: float | None = None
+    """Share of the model that somebody trained in this round; of peers alone."""
     seconds: float = 0.0
 
     @property
     def amounts(self) -> dict[str, float]:
         """What the round adds to the run's totals."""
         return {
-            "bytes_down": self.bytes_down,
-            "bytes_up": sum(row["bytes_up"] for row in self.clients),
+            "bytes_down": sum(each.received for each in self.folded.traffic.values()),
+            "bytes_up": sum(each.sent for each in self.folded.traffic.values()),
             "flops": sum(sorted(row["flops"] for row in self.clients)),
             "seconds": self.seconds,
         }
+
+    @property
+    def exchange(self) -> dict[str, float | int]:
+        """What peers alone have: see `Folded`, and the share trained in the round."""
+        known = {
+            "consensus": self.folded.consensus,
+            "params_stored": self.folded.stored,
+            "round_coverage": self.union,
+        }
+        return {name: value for name, value in known.items() if value is not None}
 
     @property
     def loss(self) -> float | None:
@@ -75,36 +88,45 @@ class Notes:
 
 
 def play_round(
-    setup: Setup, engine: Engine, state: State, coverage: Coverage, costs: CostTable
-) -> tuple[State, Notes]:
-    """The state after the next round; `coverage` counts what was trained.
+    setup: Setup, engine: Engine, federation: Federation, coverage: Coverage, costs: CostTable
+) -> Notes:
+    """Play the federation's next round; `coverage` counts what was trained.
 
     Raises:
         UpdateError: the work of every client that answered was refused.
     """
     begun = time.perf_counter()
-    experiment, notes = setup.experiment, Notes()
-    cohort = setup.cohort(state.round)
-    training = replace(experiment.training, lr=experiment.training.lr_at(state.round, state.rounds))
-    tasks = experiment.method.configure(setup.model, state, cohort, training)
-    updates = _updates(setup, engine, tasks, state.params, costs, notes)
-    after = experiment.method.aggregate(setup.model, state, cohort, updates)
+    experiment, notes, round = setup.experiment, Notes(), federation.round
+    cohort = setup.cohort(round)
+    training = experiment.training
+    training = replace(training, lr=training.lr_at(round, federation.rounds))
+    tasks = federation.tasks(cohort, training)
+    updates = _updates(setup, engine, tasks, federation.shapes, costs, notes)
+    notes.folded = federation.fold(cohort, updates)
+    for row in notes.clients:
+        row["bytes_up"], row["bytes_down"] = notes.folded.traffic[row["client"]]
     coverage.add(notes.trained)
+    if notes.folded.stored is not None:
+        alone = Coverage({name: tuple(t.shape) for name, t in federation.shapes.items()})
+        alone.add(notes.trained)
+        notes.union = alone.share
     refused = [note for note in notes.failures if note["reason"] != "offline"]
     if refused and not notes.clients:
         raise UpdateError(
-            f"round {state.round}: the work of every client failed; the first: {refused[0]['text']}"
+            f"round {round}: the work of every client failed; the first: {refused[0]['text']}"
         )
     notes.seconds = time.perf_counter() - begun
-    return after, notes
+    return notes
 
 
 def check_memory(setup: Setup, state: State, costs: CostTable) -> None:
-    """Raise CapacityError if a client's part does not fit its memory."""
-    limited = [client for client in setup.clients if client.memory_bytes is not None]
-    for kind in classes_of(setup.experiment, setup.model, limited, state):
-        peak, limit = costs.of(kind.submodel).peak_bytes, kind.memory_bytes
-        if limit is not None and peak > limit:
+    """Raise CapacityError if a client's part does not fit its memory.
+
+    A method that cannot work with the model or the training raises its own error here.
+    """
+    for kind in classes_of(setup.experiment, setup.model, setup.clients, state):
+        limit = kind.memory_bytes
+        if limit is not None and (peak := costs.of(kind.submodel).peak_bytes) > limit:
             raise CapacityError(
                 f"client {kind.members[0].id} has {limit / _MIB:.2f} MiB, training its part takes "
                 f"about {peak / _MIB:.2f} MiB; lower method.ratio or training.batch_size "
@@ -158,7 +180,6 @@ def _updates(
 def _asked(setup: Setup, tasks: Iterable[Task], notes: Notes) -> Iterator[Task]:
     """The tasks of the clients that will answer."""
     for task in tasks:
-        notes.bytes_down += task.num_bytes
         if setup.answers(task.round, task.client):
             yield task
         else:
@@ -191,6 +212,8 @@ def _all_good(updates: Sequence[Update], large: Params) -> bool:
 
 def _note(task: Task, done: Done, costs: CostTable, notes: Notes) -> None:
     update, cost = done.update, costs.of(task.submodel)
+    trained = cost.flops_per_example * update.num_examples * task.training.epochs
+    looked_at = cost.forward_flops_per_example * update.metrics.get("reference_examples", 0.0)
     notes.trained.append(update.submodel)
     notes.clients.append(
         {
@@ -199,9 +222,7 @@ def _note(task: Task, done: Done, costs: CostTable, notes: Notes) -> None:
             "steps": update.num_steps,
             **update.metrics,
             "entries": cost.num_entries,
-            "bytes_down": task.num_bytes,
-            "bytes_up": update.num_bytes,
-            "flops": cost.flops_per_example * update.num_examples * task.training.epochs,
+            "flops": trained + looked_at,
             "seconds": done.seconds,
         }
     )

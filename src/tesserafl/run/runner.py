@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 from tesserafl.core.errors import CheckpointError
 from tesserafl.core.method import Predictor, State
 from tesserafl.core.metrics import Metrics
-from tesserafl.core.params import sha256
+from tesserafl.core.params import Params, num_entries, sha256
 from tesserafl.core.submodel import Coverage
+from tesserafl.engines.federation import Federation
 from tesserafl.engines.process import threads
 from tesserafl.engines.seam import Engine
 from tesserafl.run import checkpoint as checkpoints
@@ -27,6 +28,7 @@ from tesserafl.run.experiment import (
     with_absolute_paths,
 )
 from tesserafl.run.export import export_model
+from tesserafl.run.federate import federate, links_of
 from tesserafl.run.files import alone_in, read_json, write_json
 from tesserafl.run.report import write_partition, write_report
 from tesserafl.run.rounds import CostTable, check_memory, play_round
@@ -50,10 +52,10 @@ def start(experiment: Experiment, folder: Path, listener: Listener | None = None
     experiment = with_absolute_paths(experiment)
     # All that a bad setting can break comes before anything is written: it leaves no folder.
     setup = prepare(experiment)
-    first = first_state(setup)
+    federation = first_federation(setup)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", to_json(setup.experiment))
-    return _play(setup, folder, listener, first)
+    return _play(setup, federation, folder, listener)
 
 
 def resume(folder: Path, listener: Listener | None = None) -> dict[str, Any]:
@@ -62,21 +64,22 @@ def resume(folder: Path, listener: Listener | None = None) -> dict[str, Any]:
     if (folder / "summary.json").exists():
         summary: dict[str, Any] = read_json(folder / "summary.json")
         return summary
-    return _play(prepare(experiment), folder, listener, None)
+    setup = prepare(experiment)
+    return _play(setup, first_federation(setup), folder, listener)
 
 
-def first_state(setup: Setup) -> State:
-    """The state before the first round; raises if the settings do not fit together."""
+def first_federation(setup: Setup) -> Federation:
+    """Who holds what before the first round; raises if the settings do not fit together."""
     experiment = setup.experiment
     device_of(experiment)
     with threads(experiment.engine.threads):
         state: State = experiment.method.init(setup.model, experiment.seed, experiment.rounds)
     check_memory(setup, state, CostTable(setup=setup))
-    return state
+    return federate(setup, state)
 
 
 def _play(
-    setup: Setup, folder: Path, listener: Listener | None, first: State | None
+    setup: Setup, federation: Federation, folder: Path, listener: Listener | None
 ) -> dict[str, Any]:
     with (
         alone_in(folder),
@@ -85,14 +88,22 @@ def _play(
         contextlib.closing(EventLog(folder / "events.jsonl")) as log,
     ):
         write_partition(folder, setup)
-        run = _Run(setup=setup, engine=engine, folder=folder, log=log, listener=listener)
-        return run.to_the_end(first)
+        run = _Run(
+            setup=setup,
+            engine=engine,
+            federation=federation,
+            folder=folder,
+            log=log,
+            listener=listener,
+        )
+        return run.to_the_end()
 
 
 @dataclass(kw_only=True)
 class _Run:
     setup: Setup
     engine: Engine
+    federation: Federation
     folder: Path
     log: EventLog
     listener: Listener | None
@@ -106,13 +117,13 @@ class _Run:
         }
     )
 
-    def to_the_end(self, first: State | None) -> dict[str, Any]:
-        experiment = self.setup.experiment
+    def to_the_end(self) -> dict[str, Any]:
+        experiment, federation = self.setup.experiment, self.federation
         costs = CostTable(setup=self.setup)
         evaluator = Evaluator(data=self.setup.data, device=device_of(experiment))
-        state, coverage = self._begin(first)
-        while state.round < experiment.rounds:
-            state, notes = play_round(self.setup, self.engine, state, coverage, costs)
+        coverage = self._begin()
+        while federation.round < experiment.rounds:
+            notes = play_round(self.setup, self.engine, federation, coverage, costs)
             for key, amount in notes.amounts.items():
                 self.totals[key] += amount
             self.totals["params_largest_client"] = max(
@@ -121,53 +132,55 @@ class _Run:
             self._emit(
                 {
                     "kind": "round",
-                    "round": state.round,
+                    "round": federation.round,
                     "asked": len(notes.clients) + len(notes.failures),
                     "answered": len(notes.clients),
                     "loss": notes.loss,
                     "coverage": coverage.share,
+                    **notes.exchange,
                     **self.totals,
                     "clients": sorted(notes.clients, key=lambda row: int(row["client"])),
                     "failures": sorted(notes.failures, key=lambda row: int(row["client"])),
                 }
             )
-            last = state.round == experiment.rounds
-            if last or state.round % experiment.evaluate_every == 0:
-                self._evaluate(state, evaluator)
-            if last or state.round % experiment.checkpoint_every == 0:
-                self._checkpoint(state, coverage)
-        return self._finish(state, coverage, evaluator)
+            last = federation.round == experiment.rounds
+            if last or federation.round % experiment.evaluate_every == 0:
+                self._evaluate(federation.assembled(), evaluator)
+            if last or federation.round % experiment.checkpoint_every == 0:
+                self._checkpoint(coverage)
+        return self._finish(federation.assembled(), coverage, evaluator)
 
-    def _begin(self, first: State | None) -> tuple[State, Coverage]:
-        experiment = self.setup.experiment
+    def _begin(self) -> Coverage:
+        experiment, federation = self.setup.experiment, self.federation
+        coverage = Coverage({name: tuple(t.shape) for name, t in federation.shapes.items()})
         checkpoint = checkpoints.latest(self.folder / "checkpoints")
         if checkpoint is None:
             self.log.cut(0)
-            state = first or first_state(self.setup)
-            coverage = Coverage(self._predictor(state).model.shapes)
             self._emit(
                 {
                     "kind": "start",
                     "experiment": to_json(experiment),
-                    "params_full": self._predictor(state).model.num_entries,
+                    "params_full": num_entries(federation.shapes),
                     "clients": [asdict(client) for client in self.setup.clients],
+                    "links": links_of(self.setup),
                 }
             )
         else:
             self.log.cut(checkpoint.events_bytes)
             self.engine.restore(checkpoint.memories)
             self.totals = dict(checkpoint.totals)
-            state = checkpoint.state
-            self._refuse_other_shapes(state)
-            coverage = Coverage(self._predictor(state).model.shapes)
+            self._refuse_other_shapes(checkpoint.coverage)
+            federation.restore(
+                (checkpoint.states, dict(checkpoint.federation), dict(checkpoint.tensors))
+            )
             coverage.counts = checkpoint.coverage
             if self.listener is not None:  # not an event of the run: it was written when it began
                 self.listener({"kind": "resume", "experiment": to_json(experiment)})
-        return state, coverage
+        return coverage
 
-    def _refuse_other_shapes(self, state: State) -> None:
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.params.items()}
-        if shapes != dict(self._predictor(state).model.shapes):
+    def _refuse_other_shapes(self, found: Params) -> None:
+        expected = {name: tensor.shape for name, tensor in self.federation.shapes.items()}
+        if {name: tensor.shape for name, tensor in found.items()} != expected:
             raise CheckpointError(
                 f"the checkpoint in {self.folder} is of another model than its config.json says; "
                 f"was config.json edited? Put it back, or run it into a new folder"
@@ -198,10 +211,13 @@ class _Run:
         total = sum((evaluator.evaluate(predictor, examples) for examples in held), Metrics())
         return {"validation_accuracy": total.accuracy, "validation_loss": total.loss}
 
-    def _checkpoint(self, state: State, coverage: Coverage) -> None:
+    def _checkpoint(self, coverage: Coverage) -> None:
         self.log.sync()
+        states, values, tensors = self.federation.held()
         checkpoint = Checkpoint(
-            state=state,
+            states=states,
+            federation=values,
+            tensors=tensors,
             coverage=coverage.counts,
             memories=self.engine.memories,
             totals=self.totals,
@@ -236,12 +252,23 @@ class _Run:
         }
         if local:
             summary["accuracy_clients"] = local
+        if copies := self.federation.copies():
+            summary["accuracy_peers"] = self._of_copies(copies, evaluator)
         export_model(predictor, self.folder / "model", data)
         self._emit({"kind": "finish", **summary})
         self.log.sync()
         write_report(self.folder, self.setup)
         write_json(self.folder / "summary.json", summary)
         return summary
+
+    def _of_copies(self, copies: Mapping[int, State], evaluator: Evaluator) -> list[float]:
+        """Accuracy of every peer's own copy; those that share one are measured once."""
+        known: dict[int, float] = {}
+        for state in copies.values():
+            if id(state) not in known:
+                metrics = evaluator.evaluate(self._predictor(state), self.setup.data.test)
+                known[id(state)] = metrics.accuracy
+        return [known[id(state)] for state in copies.values()]
 
     def _emit(self, event: Event) -> None:
         self.log.write(event)

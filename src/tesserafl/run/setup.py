@@ -111,11 +111,6 @@ def client_worker(setup: Setup, index: int = 0) -> ClientWorker:
 
 def make_engine(setup: Setup) -> Engine:
     """In this process for one worker, else a pool of `python -m tesserafl.run.worker`."""
-    if setup.experiment.method.topology != "star":
-        raise ConfigError(
-            f"the local engine runs methods of a star, a server and its clients; this one is made "
-            f"for {setup.experiment.method.topology!r}"
-        )
     workers = setup.experiment.engine.workers
     if workers == 1:
         return InProcess(worker=client_worker(setup))

@@ -16,7 +16,7 @@ from tesserafl.core.errors import CheckpointError, ConfigError
 from tesserafl.run.compare import compare
 from tesserafl.run.experiment import Experiment, from_json, to_json, with_absolute_paths
 from tesserafl.run.files import read_json, write_atomic, write_json
-from tesserafl.run.runner import Listener, first_state, resume, start
+from tesserafl.run.runner import Listener, first_federation, resume, start
 from tesserafl.run.setup import Setup, prepare
 
 Rows = Mapping[str, Experiment]
@@ -74,7 +74,7 @@ def _check(rows: Rows) -> None:
         if key not in setups:
             setups.clear()  # rows of one data set follow each other; more would fill the memory
             setups[key] = prepare(row)
-        first_state(replace(setups[key], experiment=row))
+        first_federation(replace(setups[key], experiment=row))
 
 
 def _play(

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tesserafl.core.errors import CheckpointError
 from tesserafl.data.examples import ClientData, Examples, FederatedData, Spec
 from tesserafl.run.page import svg_of
-from tesserafl.run.plots import Line, Panel, human, panels_figure, partition_figure
+from tesserafl.run.plots import Line, Panel, graph_figure, human, panels_figure, partition_figure
 from tesserafl.run.report import write_partition, write_report
 
 CONFIG = {
@@ -136,8 +136,8 @@ def test_headline_numbers_of_a_finished_run(tmp_path):
         "test loss": "0.75",
         "coverage: share ever trained": "50.0 %",
         "largest client's share of the model": "100.0 %",
-        "bytes down to the clients": "4.00 KiB",
-        "bytes up from the clients": "2.00 KiB",
+        "bytes received by participants": "4.00 KiB",
+        "bytes sent by participants": "2.00 KiB",
         "FLOPs of the clients": "10.0 MFLOP",
         "time of the rounds": "3.00 min",
     }
@@ -334,3 +334,33 @@ def test_line_without_points_and_a_name_that_looks_like_mathematics():
 )
 def test_numbers_for_people(value, quantity, text):
     assert human(value, quantity) == text
+
+
+def test_peers_have_a_graph_and_their_own_accuracies(tmp_path):
+    own = {"params_stored": 1000, "consensus": 0.125, "round_coverage": 0.5}
+    rounds = [{**event, **own} if event["kind"] == "round" else event for event in ROUNDS]
+    start = {**START, "links": [[0, 1], [1, 2], [2, 3]]}
+    finish = {**FINISH, "accuracy_peers": [0.5, 0.75, 0.75, 1.0]}
+    folder = write_run(tmp_path / "run", [start, *rounds, finish])
+    network = {"graph": "file", "loss": 0.25, "delay": 0.0, "failure": 0.0}
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "network": network}))
+    page = write_report(folder).read_text()
+    assert "<h2>Peers</h2>" in page and "Consensus distance" in page
+    assert "Graph file, loss 0.25" in page and "1,000 of 1,000 parameters" in page
+    assert "75.0 % on average, 50.0 % at least" in page
+    lean = [{k: v for k, v in e.items() if k != "consensus"} for e in rounds]
+    (folder / "events.jsonl").write_text("\n".join(map(json.dumps, [START, *lean])) + "\n")
+    page = write_report(folder).read_text()
+    assert "<h2>Peers</h2>" in page and "Consensus distance" not in page
+
+
+def test_the_graph_shows_every_peer_and_link():
+    figure = graph_figure(4, [[0, 1], [1, 2], [2, 3]])
+    (axes,) = figure.axes
+    assert len(axes.lines) == 3
+    assert [text.get_text() for text in axes.texts] == ["0", "1", "2", "3"]
+    assert not graph_figure(80, [[0, 79]]).axes[0].texts  # no room for names
+
+
+def test_a_star_has_no_peers_in_its_report(tmp_path):
+    assert "<h2>Peers</h2>" not in report(tmp_path / "run", [START, *ROUNDS, FINISH])

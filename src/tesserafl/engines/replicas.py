@@ -1,0 +1,281 @@
+"""Peers that each hold a copy of the model, and play the server for themselves.
+
+    all_gather    every update reaches every peer; each folds them all into its copy
+    gossip        a peer folds its own and its neighbours' updates
+
+Where every message arrives, copies stay equal to the bit, whatever the order of arrival, because
+sums are exact; then updates are deltas and one copy stands for all. Elsewhere copies part: peers
+send the values that they trained, and the receiver takes their difference from its own copy.
+Peers whose copies had the same history share one here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+
+from tesserafl.core.errors import CheckpointError
+from tesserafl.core.fit import Training
+from tesserafl.core.messages import Client, Task, Update
+from tesserafl.core.method import Method, State
+from tesserafl.core.model import Model
+from tesserafl.core.params import Params, num_entries, subtract
+from tesserafl.core.submodel import SubModel, cut
+from tesserafl.core.wire import update_of, update_parts
+from tesserafl.engines.federation import Folded, Held, Traffic, noting_bytes
+from tesserafl.engines.network import Hop, Network
+
+
+class _Late(NamedTuple):
+    """A message on its way."""
+
+    due: int
+    """The round at whose end it arrives."""
+    receivers: tuple[int, ...]
+    message: Update
+
+
+@dataclass(kw_only=True)
+class Replicas:
+    """One state per peer; `states` are the different ones, `copy_of` says which is whose."""
+
+    model: Model
+    method: Method
+    network: Network
+    gossip: bool
+    states: list[State]
+    copy_of: list[int]
+    _late: list[_Late] = field(default_factory=list)
+    _given: dict[int, SubModel] = field(default_factory=dict)
+    """What each peer trains in this round."""
+
+    @property
+    def round(self) -> int:
+        """Rounds that are done."""
+        return self.states[0].round
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that are planned."""
+        return self.states[0].rounds
+
+    @property
+    def shapes(self) -> Params:
+        """Peer 0's parameters."""
+        return self.states[self.copy_of[0]].params
+
+    @property
+    def exact(self) -> bool:
+        """Whether all copies stay equal."""
+        return not self.gossip and self.network.reliable and self.network.connected
+
+    def tasks(self, cohort: Sequence[Client], training: Training) -> Iterator[Task]:
+        """What the method gives each peer, out of the peer's own copy."""
+        self._given = {}
+        for task in self._tasks(cohort, training):
+            self._given[task.client.id] = task.submodel
+            yield task
+
+    def _tasks(self, cohort: Sequence[Client], training: Training) -> Iterator[Task]:
+        if len(self.states) == 1:
+            yield from self.method.configure(self.model, self.states[0], cohort, training)
+            return
+        # Who trains what is worked out without values: of a copy only one peer's part is cut.
+        plans: dict[int, Iterator[Task]] = {}
+        for number, state in enumerate(self.states):
+            bare = replace(state, params={n: t.to("meta") for n, t in state.params.items()})
+            plans[number] = self.method.configure(self.model, bare, cohort, training)
+        for rows in zip(*plans.values(), strict=True):
+            number = self.copy_of[rows[0].client.id]
+            task = rows[number]
+            yield replace(task, params=cut(self.states[number].params, task.submodel))
+
+    def fold(self, cohort: Sequence[Client], updates: Iterable[Update]) -> Folded:
+        """Every peer folds what reaches it."""
+        if self.exact and len(self.states) == 1:
+            sizes: dict[int, int] = {}
+            state, passing = self.states[0], noting_bytes(updates, sizes)
+            self.states = [self.method.aggregate(self.model, state, cohort, passing)]
+            traffic = _Counter(len(self.copy_of))
+            for origin, size in sorted(sizes.items()):
+                traffic.count(origin, size, self._journeys(origin))
+            return Folded(traffic=traffic.sums, consensus=0.0, stored=self._stored)
+        messages = {update.client: self._message(update) for update in updates}
+        if self.gossip:  # who did not finish still tells where it stands
+            for peer in self._given.keys() - messages.keys():
+                messages[peer] = self._standing(peer)
+        traffic = _Counter(len(self.copy_of))
+        inboxes = self._inboxes(messages, {client.id for client in cohort}, traffic)
+        self._aggregate(cohort, inboxes)
+        return Folded(traffic=traffic.sums, consensus=self._consensus(), stored=self._stored)
+
+    def assembled(self) -> State:
+        """The mean of all copies."""
+        if len(self.states) == 1:
+            return self.states[0]
+        return replace(self.states[self.copy_of[0]], params=self._mean())
+
+    def copies(self) -> Mapping[int, State]:
+        """Every peer's own."""
+        if len(self.states) == 1:
+            return {}
+        return {peer: self.states[number] for peer, number in enumerate(self.copy_of)}
+
+    def held(self) -> Held:
+        """The different states, whose they are, and what is under way."""
+        late: list[dict[str, object]] = []
+        groups: dict[str, Params] = {}
+        for number, (due, receivers, message) in enumerate(self._late):
+            header, tensors = update_parts(message, {})
+            late.append({"due": due, "receivers": list(receivers), "update": header})
+            groups |= {f"late-{number}-{group}": params for group, params in tensors.items()}
+        return self.states, {"copy_of": self.copy_of, "late": late}, groups
+
+    def restore(self, held: Held) -> None:
+        """Take all of it."""
+        states, values, groups = held
+        if len(values["copy_of"]) != len(self.copy_of):
+            raise CheckpointError(
+                f"the checkpoint is of {len(values['copy_of'])} peers, config.json says "
+                f"{len(self.copy_of)}; put config.json back, or run it into a new folder"
+            )
+        self.states, self.copy_of = list(states), list(values["copy_of"])
+        self._late = []
+        for number, row in enumerate(values["late"]):
+            begin = f"late-{number}-"
+            tensors = {n.removeprefix(begin): t for n, t in groups.items() if n.startswith(begin)}
+            message, _ = update_of(row["update"], tensors)
+            self._late.append(_Late(row["due"], tuple(row["receivers"]), message))
+
+    @property
+    def _stored(self) -> int:
+        return num_entries(self.shapes)
+
+    def _journeys(self, origin: int) -> dict[int, Hop]:
+        return self.network.journeys(self.round, origin, relayed=not self.gossip)
+
+    def _message(self, update: Update) -> Update:
+        """The update with the trained values in place of the change, in memory of its own."""
+        begun = cut(self.states[self.copy_of[update.client]].params, update.submodel)
+        values = {name: begun[name] + delta for name, delta in update.delta.items()}
+        extra = {name: tensor.clone() for name, tensor in update.extra.items()}
+        return replace(update, delta=values, extra=extra)
+
+    def _standing(self, peer: int) -> Update:
+        """The message of a peer that trained nothing."""
+        submodel = self._given[peer]
+        return Update(
+            round=self.round,
+            client=peer,
+            submodel=submodel,
+            delta=cut(self.states[self.copy_of[peer]].params, submodel),
+            num_examples=0,
+            num_steps=0,
+            metrics={},
+        )
+
+    def _inboxes(
+        self, messages: Mapping[int, Update], cohort: set[int], traffic: _Counter
+    ) -> list[list[Update]]:
+        """What each peer has at the end of the round, by sender; of one sender the newest."""
+        inboxes: list[dict[int, Update]] = [{} for _ in self.copy_of]
+        due = [late for late in self._late if late.due <= self.round]
+        self._late = [late for late in self._late if late.due > self.round]
+        for _, receivers, message in due:  # in the order in which they were sent
+            if message.client in cohort:
+                for receiver in receivers:
+                    inboxes[receiver][message.client] = message
+        for origin, message in sorted(messages.items()):
+            inboxes[origin][origin] = message
+            hops = self._journeys(origin)
+            traffic.count(origin, message.num_bytes, hops)
+            waiting: dict[int, list[int]] = {}
+            for receiver, hop in hops.items():
+                if hop.arrived and hop.late:
+                    waiting.setdefault(self.round + hop.late, []).append(receiver)
+                elif hop.arrived:
+                    inboxes[receiver][origin] = message
+            for due_round, late in sorted(waiting.items()):
+                self._late.append(_Late(due_round, tuple(late), message))
+        return [[inbox[origin] for origin in sorted(inbox)] for inbox in inboxes]
+
+    def _aggregate(self, cohort: Sequence[Client], inboxes: Sequence[list[Update]]) -> None:
+        states: list[State] = []
+        known: dict[Hashable, int] = {}
+        copy_of = []
+        for peer, inbox in enumerate(inboxes):
+            weights = self.network.mixing(self.round, peer) if self.gossip else {}
+            heard = tuple((m.client, m.round, weights.get(m.client, 1)) for m in inbox)
+            key = (self.copy_of[peer], heard)
+            if key not in known:
+                known[key] = len(states)
+                state = self.states[self.copy_of[peer]]
+                clients = [replace(c, mixing=weights.get(c.id, 1)) for c in cohort]
+                own = (_seen_from(message, state.params) for message in inbox)
+                states.append(self.method.aggregate(self.model, state, clients, own))
+            copy_of.append(known[key])
+        self.states, self.copy_of = states, copy_of
+
+    def _mean(self) -> Params:
+        mean = {}
+        for name, first in self.shapes.items():
+            total = torch.zeros_like(first, dtype=torch.float64)
+            for number in self.copy_of:
+                total += self.states[number].params[name]
+            mean[name] = (total / len(self.copy_of)).to(first.dtype)
+        return mean
+
+    def _consensus(self) -> float:
+        if len(self.states) == 1:
+            return 0.0
+        mean, squares = self._mean(), 0.0
+        apart = [
+            sum(
+                float((tensor.double() - mean[n].double()).square().sum())
+                for n, tensor in s.params.items()
+            )
+            for s in self.states
+        ]
+        for number in self.copy_of:
+            squares += apart[number] / len(self.copy_of)
+        size = sum(float(tensor.double().square().sum()) for tensor in mean.values())
+        return (squares / size) ** 0.5 if size else 0.0
+
+
+def _seen_from(message: Update, params: Params) -> Update:
+    """The message as a change of the receiver's own copy."""
+    return replace(message, delta=subtract(message.delta, cut(params, message.submodel)))
+
+
+class _Counter:
+    """Bytes that each peer sent and received."""
+
+    def __init__(self, peers: int) -> None:
+        self._sent, self._received = [0] * peers, [0] * peers
+
+    def count(self, origin: int, size: int, hops: Mapping[int, Hop]) -> None:
+        """One message's way."""
+        for receiver, hop in hops.items():
+            self._sent[hop.sender] += size
+            self._received[receiver] += size * hop.arrived
+
+    @property
+    def sums(self) -> dict[int, Traffic]:
+        """Of every peer."""
+        return {
+            peer: Traffic(*both)
+            for peer, both in enumerate(zip(self._sent, self._received, strict=True))
+        }
+
+
+def replicas(
+    model: Model, method: Method, network: Network, gossip: bool, state: State
+) -> Replicas:
+    """Peers that begin with equal copies."""
+    copy_of: list[int] = [0] * network.peers
+    return Replicas(
+        model=model, method=method, network=network, gossip=gossip, states=[state], copy_of=copy_of
+    )

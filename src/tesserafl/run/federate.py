@@ -1,0 +1,99 @@
+"""From an experiment to its federation: a server, or peers and the network between them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from tesserafl.core.errors import ConfigError
+from tesserafl.core.method import State
+from tesserafl.engines.federation import Federation, Star
+from tesserafl.engines.lean import lean
+from tesserafl.engines.network import Exchange, Network, NetworkSettings
+from tesserafl.engines.replicas import replicas
+from tesserafl.run.experiment import Experiment, name_of
+from tesserafl.run.setup import Setup
+
+_MOST_LINKS = 2000
+"""Links that a run's record names and its report draws."""
+
+
+def topology_of(experiment: Experiment) -> Literal["star", "peers"]:
+    """The experiment's own choice, or what its method is made for.
+
+    Raises:
+        ConfigError: the method needs another one than these.
+    """
+    asked, made_for = experiment.network.topology, experiment.method.topology
+    if asked != "auto":
+        return asked
+    if made_for == "tree":
+        raise ConfigError(
+            f"method {name_of('method', experiment.method)!r} is made for a tree of edges; set "
+            f"network.topology to 'star' or 'peers' to run it otherwise"
+        )
+    return made_for
+
+
+def exchange_of(experiment: Experiment) -> Exchange:
+    """How peers exchange: the experiment's own choice, or what its method is made for."""
+    if experiment.network.exchange != "auto":
+        return experiment.network.exchange
+    made_for: Exchange = getattr(experiment.method, "exchange", "all_gather")
+    return made_for
+
+
+def network_of(setup: Setup) -> Network:
+    """The graph of the experiment's clients."""
+    experiment = setup.experiment
+    return Network(settings=experiment.network, peers=len(setup.clients), seed=experiment.seed)
+
+
+def federate(setup: Setup, state: State) -> Federation:
+    """Who holds the model, beginning with `state`.
+
+    Raises:
+        ConfigError: the network cannot carry what the experiment asks for.
+    """
+    experiment = setup.experiment
+    method, settings = experiment.method, experiment.network
+    if topology_of(experiment) == "star":
+        if settings not in (NetworkSettings(), NetworkSettings(topology="star")):
+            raise ConfigError(
+                "network.* describes the links between peers, and this run has a server; add "
+                "--network.topology peers, or leave the others away"
+            )
+        return Star(model=setup.model, method=method, state=state)
+    network, exchange = network_of(setup), exchange_of(experiment)
+    if exchange != "gossip" and not network.connected:
+        raise ConfigError(
+            f"network.exchange {exchange!r} brings messages to every peer, but the graph is in "
+            f"pieces; add links, or use --network.exchange gossip"
+        )
+    if exchange == "gossip" and experiment.clients_per_round != network.peers:
+        raise ConfigError(
+            f"peers that gossip all take part in every round; set clients_per_round to "
+            f"{network.peers} (it is {experiment.clients_per_round})"
+        )
+    if exchange != "lean":
+        gossip = exchange == "gossip"
+        return replicas(setup.model, method, network, gossip, state)
+    if not network.reliable:
+        raise ConfigError(
+            f"peers that keep only a part hand it on and need every message: network.exchange "
+            f"'lean' goes with loss, delay and failure 0 (they are {settings.loss}, "
+            f"{settings.delay}, {settings.failure}); use 'all_gather' on such a network"
+        )
+    if not method.entrywise:
+        raise ConfigError(
+            f"method {name_of('method', method)!r} with these settings looks at the model as a "
+            f"whole; network.exchange 'lean' is for methods that average entry by entry"
+        )
+    return lean(setup.model, method, network, setup.cohort, state)
+
+
+def links_of(setup: Setup) -> list[list[int]] | None:
+    """The graph's links, each once; None where there is a server, or too many to look at."""
+    if topology_of(setup.experiment) == "star":
+        return None
+    links = sorted(sorted(edge) for edge in network_of(setup).graph.edges)
+    return links if len(links) <= _MOST_LINKS else None
