@@ -108,7 +108,7 @@ def command_line() -> str:
         "and size for that data.",
         block(options_of_run()),
         "Named experiments:",
-        block("\n".join(f"{name:14}{named.summary}" for name, named in EXPERIMENTS.items())),
+        block("\n".join(f"{name:16}{named.summary}" for name, named in EXPERIMENTS.items())),
     ]
     for name in ("resume", "compare", "report"):
         parts += [f"## tessera {name}", block(printed([name, "--help"]))]

@@ -1,4 +1,7 @@
-"""Laws that every method keeps. A new method joins by one line in CUT and one in WHOLE."""
+"""Laws that every method keeps. A new method joins by one line in CUT and one in WHOLE.
+
+Methods of low-rank adapters refuse other models: they keep the laws on the family `adapted`.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tesserafl.core import seeds
+from tesserafl.core.axis import LowRank, Tie, Width
 from tesserafl.core.checks import check_delta
-from tesserafl.core.errors import UpdateError
+from tesserafl.core.errors import ConfigError, UpdateError
 from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.method import State, Weighting, average_trained
-from tesserafl.core.model import Model
+from tesserafl.core.model import Model, Output, Sizes
 from tesserafl.core.params import sha256
 from tesserafl.core.submodel import Coverage, cut, index_tensor
 from tesserafl.data.examples import Examples, Spec
@@ -31,8 +35,12 @@ from tesserafl.methods import (
     FedBRB,
     FedEcover,
     FederatedDropout,
+    FedIT,
     FedRolex,
+    FFALoRA,
+    FlexLoRA,
     HeteroFL,
+    HetLoRA,
     MethodSettings,
     MSfusion,
 )
@@ -53,6 +61,10 @@ CUT: dict[str, MethodSettings] = {
     "fedbrb": FedBRB(ratio=RATIO),
     "msfusion": MSfusion(ratio=RATIO, contrast=0.5),
     "dpsgd": DPSGD(ratio=RATIO),
+    "fedit": FedIT(ratio=RATIO),
+    "ffa_lora": FFALoRA(ratio=RATIO),
+    "flexlora": FlexLoRA(ratio=RATIO),
+    "hetlora": HetLoRA(ratio=RATIO),
     # Further settings of the same methods.
     "heterofl by examples, unscaled": HeteroFL(
         ratio=RATIO, weighting="examples", width_scaling="none"
@@ -71,6 +83,7 @@ CUT: dict[str, MethodSettings] = {
         ratio=RATIO, negatives="peers", peer_negatives=1, width_scaling="parameters"
     ),
     "dpsgd by examples": DPSGD(ratio=RATIO, weighting="examples"),
+    "hetlora pruning": HetLoRA(ratio=RATIO, decay=0.5, penalty=5.0, weighting="uniform"),
 }
 WHOLE: dict[str, MethodSettings] = {
     "fedavg": FedAvg(weighting="uniform"),
@@ -81,6 +94,7 @@ WHOLE: dict[str, MethodSettings] = {
     "fedbrb": FedBRB(ratio=(1.0,), strict=False),
     "msfusion": MSfusion(ratio=(1.0,), contrast=0.0, weighting="uniform"),
     "dpsgd": DPSGD(),
+    "fedit": FedIT(weighting="uniform"),
     "heterofl in parameters": HeteroFL(ratio=(1.0,), width_scaling="parameters"),
     "fedrolex by class": FedRolex(ratio=(1.0, 1.0)),
     "fedbrb diagonal": FedBRB(ratio=(1.0,), strict=False, rolling="diagonal", broadcast=1.0),
@@ -94,24 +108,96 @@ WHOLE: dict[str, MethodSettings] = {
         ratio=(1.0,), contrast=0.0, weighting="uniform", layer_phase="staggered", stride=3
     ),
 }
+OTHERWISE = {"ffa_lora", "flexlora", "hetlora"}
+"""Methods that do something else than FedAvg even where everybody trains everything."""
+
+
+class AdaptedNet(nn.Module):
+    """A frozen layer with an adapter of `rank`, and a head that is trained whole."""
+
+    frozen: Tensor
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        draw = torch.randn(8, 6, generator=seeds.generator(0, "frozen"), device="cpu")
+        self.register_buffer("frozen", torch.empty(8, 6).copy_(draw), persistent=False)
+        self.down = nn.Parameter(0.4 * torch.randn(sizes["rank"], 6))
+        self.up = nn.Parameter(torch.zeros(8, sizes["rank"]))
+        self.head = nn.Linear(8, sizes["classes"])
+
+    def forward(self, inputs: Tensor) -> Output:
+        hidden = inputs @ self.frozen.T + 2.0 * inputs @ self.down.T @ self.up.T
+        return Output(self.head(hidden.relu()), None)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """The smallest model with low-rank adapters; their rank is the axis that is cut."""
+
+    rank: int = 4
+
+    def build_model(self, spec: Spec) -> Model:
+        rank, classes = Tie("rank", (1,)), Tie("classes", (1,))
+        return Model(
+            build=AdaptedNet,
+            sizes={"rank": self.rank, "classes": spec.num_classes},
+            widths={
+                "rank": Width(units=self.rank, quantum=1, size="rank"),
+                "classes": Width(spec.num_classes, quantum=1, size="classes", cuttable=False),
+            },
+            depths={},
+            ties={
+                "down": (rank, None),
+                "up": (None, rank),
+                "head.weight": (classes, None),
+                "head.bias": (classes,),
+            },
+            shapes={
+                "down": (self.rank, 6),
+                "up": (8, self.rank),
+                "head.weight": (spec.num_classes, 8),
+                "head.bias": (spec.num_classes,),
+            },
+            low_rank=(LowRank("down", "up", 2.0),),
+        )
+
 
 VECTORS = Spec(kind="vector", task="vector-classification", shape=(6,), num_classes=3)
 IMAGES = Spec(kind="image", task="image-classification", shape=(1, 6, 6), num_classes=3)
-FAMILIES = {
+FAMILIES: dict[str, tuple[MLP | CNN | Adapted, Spec]] = {
     "mlp": (MLP(hidden=(8, 12)), VECTORS),
     "mlp with norms": (MLP(hidden=(16, 8), norm="layer"), VECTORS),
     "cnn": (CNN(channels=(8, 16), group_size=2), IMAGES),
+    "adapted": (Adapted(), VECTORS),
 }
 CLIENTS = tuple(Client(id=i, num_examples=5 + 3 * i) for i in range(6))
 TRAINING = Training(lr=0.1, batch_size=4, momentum=0.5, clip_norm=5.0)
 MASKED = replace(TRAINING, mask_absent_classes=True)
 
-EVERYWHERE = [(name, family) for family in FAMILIES for name in METHODS]
+OF_ADAPTERS = (FedIT, FFALoRA, FlexLoRA, HetLoRA)
+ON_ADAPTERS_TOO = (FedAvg, FedRolex)
+"""To them a rank is an axis like any other; two are enough to see it."""
+
+
+def suits(method: type[MethodSettings], family: str) -> bool:
+    if family == "adapted":
+        return method in (*OF_ADAPTERS, *ON_ADAPTERS_TOO)
+    return method not in OF_ADAPTERS
+
+
+def home(name: str) -> str:
+    """The one family that is enough where the model is no matter."""
+    return "adapted" if type(CUT[name]) in OF_ADAPTERS else "mlp"
+
+
+EVERYWHERE = [
+    (name, family) for family in FAMILIES for name in METHODS if suits(METHODS[name], family)
+]
 """The papers' methods on every model; further settings on one are enough."""
 
 each_method = pytest.mark.parametrize("name", CUT)
 each_pair = pytest.mark.parametrize(
-    ("name", "family"), [*EVERYWHERE, *((name, "mlp") for name in CUT if name not in METHODS)]
+    ("name", "family"), [*EVERYWHERE, *((name, home(name)) for name in CUT if name not in METHODS)]
 )
 
 
@@ -228,9 +314,16 @@ def task_bits(task: Task) -> tuple[object, ...]:
 
 
 def test_every_method_is_under_contract() -> None:
-    for settings in (CUT, WHOLE):
-        for name, method in METHODS.items():
-            assert type(settings[name]) is method
+    assert METHODS.keys() - WHOLE.keys() == OTHERWISE
+    for name, method in METHODS.items():
+        assert type(CUT[name]) is method
+        assert name in OTHERWISE or type(WHOLE[name]) is method
+
+
+@pytest.mark.parametrize("method", OF_ADAPTERS)
+def test_methods_of_adapters_refuse_a_model_without_any(method: type[MethodSettings]) -> None:
+    with pytest.raises(ConfigError, match="averages low-rank adapters, and this model has none"):
+        method().init(model_of("mlp"), 0, 1)
 
 
 @each_pair
@@ -269,7 +362,7 @@ def test_hooks_do_not_change_their_arguments(name: str, family: str) -> None:
 
 @each_method
 def test_a_worker_leaves_its_task_alone(name: str) -> None:
-    federation = Federation(CUT[name], "mlp")
+    federation = Federation(CUT[name], home(name))
     task = next(federation.tasks(federation.init()))
     sent = task_bits(task)
     federation.updates(iter([task]))
@@ -286,7 +379,7 @@ def test_a_worker_leaves_the_global_generator_alone() -> None:
 
 @each_method
 def test_server_hooks_leave_the_global_generator_alone(name: str) -> None:
-    federation = Federation(CUT[name], "mlp")
+    federation = Federation(CUT[name], home(name))
     state = federation.init()
     updates = federation.updates(federation.tasks(state))
     before = torch.get_rng_state()
@@ -299,7 +392,7 @@ def test_server_hooks_leave_the_global_generator_alone(name: str) -> None:
 @each_method
 def test_an_update_is_not_read_after_the_next_one_was_asked_for(name: str) -> None:
     """Engines reuse an update's memory: nothing may be read from it later."""
-    federation = Federation(CUT[name], "mlp")
+    federation = Federation(CUT[name], home(name))
     state = federation.init()
     clean = federation.updates(federation.tasks(state))
     spoilt = [replace(u, delta={n: t.clone() for n, t in u.delta.items()}) for u in clean]
@@ -352,7 +445,7 @@ def test_an_entrywise_method_averages_what_was_trained_and_no_more(
     name: str, training: Training
 ) -> None:
     """Peers that keep a part fold nothing but that, and learn nothing from the others."""
-    federation, memories = Federation(CUT[name], "mlp", training=training), {}
+    federation, memories = Federation(CUT[name], home(name), training=training), {}
     state = federation.round(federation.init(), memories=memories)
     assert (state.notes, state.extra) == ({}, {})
     updates = federation.updates(federation.tasks(state), memories)
@@ -372,6 +465,9 @@ def test_what_looks_at_the_whole_is_not_entrywise() -> None:
         "msfusion adaptive",
         "msfusion against all",
         "msfusion against peers",
+        "flexlora",
+        "hetlora",
+        "hetlora pruning",
     }
 
 
@@ -414,7 +510,11 @@ def fedavg_bits(family: str, weighting: Weighting, training: Training) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "family"), [*EVERYWHERE, *((name, "mlp") for name in WHOLE if name not in METHODS)]
+    ("name", "family"),
+    [
+        *(pair for pair in EVERYWHERE if pair[0] not in OTHERWISE),
+        *((name, "mlp") for name in WHOLE if name not in METHODS),
+    ],
 )
 @pytest.mark.parametrize("training", [TRAINING, MASKED], ids=["plain", "masked"])
 def test_whole_models_reduce_to_fedavg(name: str, family: str, training: Training) -> None:
@@ -425,8 +525,9 @@ def test_whole_models_reduce_to_fedavg(name: str, family: str, training: Trainin
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_models_weighted_by_examples_reduce_to_fedavg(name: str) -> None:
     method = replace(WHOLE[name], weighting="examples")
-    assert sha256(Federation(method, "mlp").run(3).params) == fedavg_bits(
-        "mlp", "examples", TRAINING
+    family = "adapted" if name == "fedit" else "mlp"
+    assert sha256(Federation(method, family).run(3).params) == fedavg_bits(
+        family, "examples", TRAINING
     )
 
 
@@ -478,7 +579,7 @@ class CountingReads(dict[str, Tensor]):
 
 @each_method
 def test_configure_cuts_when_a_task_is_asked_for(name: str) -> None:
-    federation = Federation(CUT[name], "mlp")
+    federation = Federation(CUT[name], home(name))
     state = federation.init()
     params = CountingReads(state.params)
     tasks = federation.tasks(replace(state, params=params))
@@ -534,7 +635,7 @@ def test_refused_work_is_not_folded(name: str, family: str) -> None:
 @each_method
 def test_who_does_not_answer_keeps_nobody_from_being_counted(name: str) -> None:
     # A single answer moves the model by that client's own change, however many were asked.
-    federation = Federation(CUT[name], "mlp")
+    federation = Federation(CUT[name], home(name))
     state = federation.init()
     update = federation.updates(federation.tasks(state))[2]
     asked_four = federation.aggregate(state, [update])
@@ -545,7 +646,7 @@ def test_who_does_not_answer_keeps_nobody_from_being_counted(name: str) -> None:
 
 @each_method
 def test_updates_are_taken_one_at_a_time(name: str) -> None:
-    federation = Federation(CUT[name], "mlp")
+    federation = Federation(CUT[name], home(name))
     state = federation.init()
     waiting = federation.tasks(state)
     order: list[str] = []

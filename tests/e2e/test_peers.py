@@ -161,6 +161,7 @@ def test_separate_copies_stay_equal_to_the_bit(method: Settings, graph: str) -> 
             method=shared.method,
             network=shared.network,
             gossip=False,
+            begin=shared.begin,
             states=copies(shared.states[0], 6),
             copy_of=list(range(6)),
         )

@@ -26,6 +26,7 @@ def peers(
         method=method or DPSGD(),
         network=network,
         gossip=True,
+        begin=state_of(model).params,
         states=[state_of(model)],
         copy_of=[0] * count,
     )
@@ -35,6 +36,7 @@ def apart(federation: Replicas, model: Model) -> Replicas:
     """With a copy of its own for everybody: peer i's entries are all i + 1, but for the biases."""
     count = len(federation.copy_of)
     federation.states = []
+    federation.begin = {n: torch.full(shape, -1.0) for n, shape in model.shapes.items()}
     for peer in range(count):
         params = {name: torch.full(shape, peer + 1.0) for name, shape in model.shapes.items()}
         params["layers.0.bias"] = torch.arange(4.0) ** peer

@@ -25,9 +25,10 @@ from worked import (
 )
 
 from tesserafl.core.axes import probe
+from tesserafl.core.axis import Tie, Width
 from tesserafl.core.errors import CapacityError, ConfigError, ModelError
 from tesserafl.core.method import State
-from tesserafl.core.model import Model, Sizes, Tie, Width
+from tesserafl.core.model import Model, Sizes
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import cut
 from tesserafl.data.examples import Spec

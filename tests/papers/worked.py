@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tesserafl.core.axis import LowRank, Tie, Width
 from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Task, Update
 from tesserafl.core.method import State
-from tesserafl.core.model import Model
+from tesserafl.core.model import Model, Output, Sizes
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import Coverage, index_tensor
 from tesserafl.data.examples import Examples, Spec
@@ -25,6 +27,60 @@ TRAINING = Training(lr=0.5, batch_size=100)
 def mlp(*hidden: int, inputs: int = 2, classes: int = 2) -> Model:
     spec = Spec(kind="vector", task="vector-classification", shape=(inputs,), num_classes=classes)
     return MLP(hidden=hidden).build_model(spec)
+
+
+class Adapter(nn.Module):
+    """x -> x (I + B A)^T: the identity is frozen, the factors are trained."""
+
+    def __init__(self, rank: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(rank, inputs))
+        self.b = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        frozen = torch.eye(len(self.b), self.a.shape[1], device=inputs.device)
+        return inputs @ frozen.T + inputs @ self.a.T @ self.b.T
+
+
+class Adapted(nn.Module):
+    """Linear layers with adapters, one after another, and a head if there are classes."""
+
+    def __init__(self, sizes: Sizes, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Adapter(sizes["rank"], a, b) for a, b in pairwise(widths))
+        self.head = nn.Linear(widths[-1], sizes["classes"]) if "classes" in sizes else None
+
+    def forward(self, inputs: Tensor) -> Output:
+        inputs = inputs.flatten(1)
+        for layer in self.layers:
+            inputs = layer(inputs)
+        return Output(inputs if self.head is None else self.head(inputs), None)
+
+
+def adapted(rank: int, *widths: int, classes: int | None = None) -> Model:
+    """A model of adapters alone, `layers.0.a` [rank, in] and `layers.0.b` [out, rank] and so on;
+    with `classes` there is a head too, which is trained whole."""
+    sizes = {"rank": rank} if classes is None else {"rank": rank, "classes": classes}
+    named = dict(Adapted(sizes, widths).named_parameters())
+    ties: dict[str, tuple[Tie | None, ...]] = {}
+    for name, value in named.items():
+        if name.endswith(".a"):
+            ties[name] = (Tie("rank", (1,)), None)
+        elif name.endswith(".b"):
+            ties[name] = (None, Tie("rank", (1,)))
+        else:
+            ties[name] = (Tie("classes", (1,)), *[None] * (value.dim() - 1))
+    return Model(
+        build=lambda s: Adapted(s, widths),
+        sizes=sizes,
+        widths={axis: Width(n, 1, axis, cuttable=axis == "rank") for axis, n in sizes.items()},
+        depths={},
+        ties=ties,
+        shapes={name: tuple(value.shape) for name, value in named.items()},
+        low_rank=tuple(
+            LowRank(f"layers.{i}.a", f"layers.{i}.b", 1.0) for i in range(len(widths) - 1)
+        ),
+    )
 
 
 def clients(*num_examples: int) -> list[Client]:
@@ -114,3 +170,44 @@ def values(params: Mapping[str, Tensor], name: str) -> list[object]:
     full = {full.replace(".", "_"): full for full in params}[name]
     listed: list[object] = params[full].tolist()
     return listed
+
+
+def setting(task: Task, **values: Sequence[object]) -> Update:
+    """The update of a client whose trained parameters are these; the others stay as they were."""
+    named = {name.replace(".", "_"): name for name in task.params}
+    update = answer(task, 0.0)
+    for name, value in values.items():
+        before = task.params[named[name]]
+        update.delta[named[name]] = torch.tensor(value, dtype=torch.float32) - before
+    return update
+
+
+def trained_factors(task: Task, seed: int) -> Update:
+    """An update of factors drawn at random."""
+    draw = torch.Generator().manual_seed(seed)
+    update = answer(task, 0.0)
+    for name, tensor in task.params.items():
+        update.delta[name] = torch.randn(tensor.shape, generator=draw)
+    return update
+
+
+def mean_product(
+    model: Model, tasks: Sequence[Task], updates: Sequence[Update], shares: Sequence[float]
+) -> list[Tensor]:
+    """Per adapter the mean of the clients' products, by way of dense matrices."""
+    means = []
+    for pair in model.low_rank:
+        total = torch.zeros(model.shapes[pair.up][0], model.shapes[pair.down][1]).double()
+        for task, update, share in zip(tasks, updates, shares, strict=True):
+            up, down = (
+                (task.params[n] + update.delta.get(n, torch.zeros(()))).double()
+                for n in (pair.up, pair.down)
+            )
+            total += share * up @ down
+        means.append(total)
+    return means
+
+
+def products(model: Model, params: Params) -> list[Tensor]:
+    """Per adapter the product of its factors."""
+    return [params[p.up].double() @ params[p.down].double() for p in model.low_rank]

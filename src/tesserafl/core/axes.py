@@ -19,9 +19,10 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
+from tesserafl.core.axis import Depth, Tie, Width
 from tesserafl.core.errors import ModelError
 from tesserafl.core.groups import feature_layout, independent_groups
-from tesserafl.core.model import Build, Depth, Model, Sizes, Tie, Width
+from tesserafl.core.model import Build, Model, Sizes
 from tesserafl.core.params import Params
 from tesserafl.core.permute import Layout, PermutationTest, Place
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tesserafl.core import seeds
-from tesserafl.core.model import Tie, Width
+from tesserafl.core.axis import Tie, Width
 from tesserafl.core.modules import fan_in_dims
 from tesserafl.core.params import Params
 from tesserafl.core.permute import (

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tesserafl.core import seeds
+from tesserafl.core.axis import Depth, Tie
 from tesserafl.core.errors import ModelError
-from tesserafl.core.model import Build, Depth, Output, Sizes, Tie
+from tesserafl.core.model import Build, Output, Sizes
 from tesserafl.core.modules import parameters_of
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import index_tensor

@@ -17,8 +17,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tesserafl.core.axis import Tie
 from tesserafl.core.errors import ModelError, did_you_mean
-from tesserafl.core.model import Model, Tie
+from tesserafl.core.model import Model
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import Index, SubModel, View, as_index, index_length, index_tensor
 

@@ -16,6 +16,7 @@ from tesserafl.core.messages import Client, Task, Update
 from tesserafl.core.method import Method, State
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params
+from tesserafl.engines.network import Hop
 
 
 class Traffic(NamedTuple):
@@ -23,6 +24,27 @@ class Traffic(NamedTuple):
 
     sent: int
     received: int
+
+
+class TrafficCounter:
+    """Bytes that each peer sent and received."""
+
+    def __init__(self, peers: int) -> None:
+        self._sent, self._received = [0] * peers, [0] * peers
+
+    def count(self, origin: int, size: int, hops: Mapping[int, Hop]) -> None:
+        """One message's way."""
+        for receiver, hop in hops.items():
+            self._sent[hop.sender] += size
+            self._received[receiver] += size * hop.arrived
+
+    @property
+    def sums(self) -> dict[int, Traffic]:
+        """Of every peer."""
+        return {
+            peer: Traffic(*both)
+            for peer, both in enumerate(zip(self._sent, self._received, strict=True))
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

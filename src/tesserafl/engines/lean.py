@@ -85,7 +85,8 @@ class Lean:
         """Each peer's part, out of its own store."""
         for task in self.method.configure(self.model, self.state, cohort, training):
             peer = task.client.id
-            found = self._found(self.keeps[peer], self._entries(task.submodel.views))
+            kept = np.flatnonzero(self.keeps[peer])
+            found = np.searchsorted(kept, self._entries(task.submodel.views))
             values = self.stores[peer][torch.from_numpy(found)]
             params, first = {}, 0
             for name, view in task.submodel.views.items():
@@ -104,16 +105,16 @@ class Lean:
         trained = np.zeros_like(self.keeps)
         for peer, (where, _) in changes.items():
             trained[peer, where] = True
+        ways = [self._ways(origin) for origin in range(self.network.peers)]
         self.state = self.method.aggregate(self.model, self.state, cohort, iter(()))
         keeps = self._next_keeps(trained)
         weights = weights_of(cohort, self.method.weighting)
         bound = max(1, sum(weights.values()))
         traffic = np.zeros((2, self.network.peers), dtype=np.int64)
-        ways = [self._ways(origin) for origin in range(self.network.peers)]
-        stores = []
+        stores, kept = [], [np.flatnonzero(row) for row in self.keeps]
         for peer in range(self.network.peers):
             wanted = np.flatnonzero(keeps[peer])
-            values = self._values(peer, wanted, ways, traffic)
+            values = self._values(peer, wanted, kept, ways, traffic)
             total = ExactSum(max_weight=bound)
             for origin, (where, delta) in sorted(changes.items()):
                 both, here, there = np.intersect1d(
@@ -137,7 +138,7 @@ class Lean:
 
     def assembled(self) -> State:
         """The whole model, from one keeper of each entry: nobody's but the evaluator's."""
-        flat = torch.empty(self.keeps.shape[1])
+        flat = torch.empty(self.keeps.shape[1], dtype=self.stores[0].dtype)
         for peer in reversed(range(self.network.peers)):
             flat[torch.from_numpy(self.keeps[peer])] = self.stores[peer]
         params = {}
@@ -153,11 +154,12 @@ class Lean:
         """The stores, and who keeps what."""
         stores = {str(peer): store for peer, store in enumerate(self.stores)}
         keeps = {"keeps": torch.from_numpy(self.keeps)}
-        return [replace(self.state, params={})], {}, {"stores": stores, "public": keeps}
+        values = {"links": self.network.digest}
+        return [replace(self.state, params={})], values, {"stores": stores, "public": keeps}
 
     def restore(self, held: Held) -> None:
         """Take them."""
-        ((state,), _, groups) = held
+        ((state,), values, groups) = held
         self.state = replace(state, params=self.state.params)
         keeps = groups["public"]["keeps"].numpy()
         if keeps.shape != self.keeps.shape:
@@ -165,11 +167,17 @@ class Lean:
                 f"the checkpoint is of {keeps.shape[0]} peers, config.json says "
                 f"{self.network.peers}; put config.json back, or run it into a new folder"
             )
+        self.network.refuse_others(values["links"])
         self.keeps = keeps
         self.stores = list(groups["stores"].values())
 
     def _values(
-        self, peer: int, wanted: _Ints, ways: Sequence[Mapping[int, int]], traffic: _Ints
+        self,
+        peer: int,
+        wanted: _Ints,
+        kept: Sequence[_Ints],
+        ways: Sequence[Mapping[int, int]],
+        traffic: _Ints,
     ) -> Tensor:
         """Values before the round of the entries that the peer will keep; fetched where needed."""
         values = torch.empty(len(wanted), dtype=self.stores[peer].dtype)
@@ -177,7 +185,7 @@ class Lean:
         source[self.keeps[peer, wanted]] = peer
         for origin in np.unique(source).tolist():
             mine = np.flatnonzero(source == origin)
-            found = self._found(self.keeps[origin], wanted[mine])
+            found = np.searchsorted(kept[origin], wanted[mine])
             part = self.stores[origin][torch.from_numpy(found)]
             values[torch.from_numpy(mine)] = part
             _count(traffic, ways[origin], origin, peer, part)
@@ -193,7 +201,9 @@ class Lean:
                 keeps[task.client.id, self._entries(task.submodel.views)] = True
         lonely = np.flatnonzero(~keeps.any(axis=0))
         had = np.where(trained[:, lonely].any(axis=0), trained[:, lonely], self.keeps[:, lonely])
-        keeps[np.argmax(had, axis=0), lonely] = True
+        # Dealt evenly among those that have it: one who always took it would fill up.
+        turn = lonely % had.sum(axis=0)
+        keeps[np.argmax(np.cumsum(had, axis=0) > turn, axis=0), lonely] = True
         return keeps
 
     def _entries(self, views: Mapping[str, View]) -> _Ints:
@@ -206,10 +216,6 @@ class Lean:
                 numbers = (numbers[:, None] + entries(index) * stride).reshape(-1)
             parts.append(numbers)
         return np.concatenate(parts)
-
-    def _found(self, keeps: _Bools, wanted: _Ints) -> _Ints:
-        """Places of the entries in a store."""
-        return (np.cumsum(keeps) - 1)[wanted]
 
     def _ways(self, origin: int) -> dict[int, int]:
         """Receiver -> who hands it the origin's messages."""

@@ -5,6 +5,7 @@ Every peer can work all of it out by itself: draws follow from the seed, the rou
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import networkx as nx
 import torch
 
 from tesserafl.core import seeds
-from tesserafl.core.errors import ConfigError
+from tesserafl.core.errors import CheckpointError, ConfigError
 
 Exchange = Literal["all_gather", "lean", "gossip"]
 _GRAPHS = 100
@@ -92,6 +93,21 @@ class Network:
     def connected(self) -> bool:
         """Whether there is a way between any two peers."""
         return bool(nx.is_connected(self.graph))
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal graphs."""
+        edges = sorted(sorted(edge) for edge in self.graph.edges)
+        return hashlib.sha256(repr(edges).encode()).hexdigest()
+
+    def refuse_others(self, digest: str) -> None:
+        """Raise CheckpointError unless a checkpoint's graph is this one."""
+        if digest != self.digest:
+            raise CheckpointError(
+                f"the checkpoint is of another graph than this one ({self.settings.graph}); was "
+                f"{self.settings.file or 'config.json'} changed? Put it back, or run it into a new "
+                f"folder"
+            )
 
     def neighbours(self, peer: int) -> list[int]:
         """Peers that it has a link to, ascending."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from tesserafl.core.errors import CheckpointError
 from tesserafl.core.fit import Training
@@ -25,7 +26,7 @@ from tesserafl.core.model import Model
 from tesserafl.core.params import Params, num_entries, subtract
 from tesserafl.core.submodel import SubModel, cut
 from tesserafl.core.wire import update_of, update_parts
-from tesserafl.engines.federation import Folded, Held, Traffic, noting_bytes
+from tesserafl.engines.federation import Folded, Held, TrafficCounter, noting_bytes
 from tesserafl.engines.network import Hop, Network
 
 
@@ -46,8 +47,12 @@ class Replicas:
     method: Method
     network: Network
     gossip: bool
+    begin: Params
+    """What all copies began with: an entry that equals it has not reached a peer yet."""
     states: list[State]
     copy_of: list[int]
+    _newest: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(receiver, sender) -> the round of the newest message that arrived."""
     _late: list[_Late] = field(default_factory=list)
     _given: dict[int, SubModel] = field(default_factory=dict)
     """What each peer trains in this round."""
@@ -99,7 +104,7 @@ class Replicas:
             sizes: dict[int, int] = {}
             state, passing = self.states[0], noting_bytes(updates, sizes)
             self.states = [self.method.aggregate(self.model, state, cohort, passing)]
-            traffic = _Counter(len(self.copy_of))
+            traffic = TrafficCounter(len(self.copy_of))
             for origin, size in sorted(sizes.items()):
                 traffic.count(origin, size, self._journeys(origin))
             return Folded(traffic=traffic.sums, consensus=0.0, stored=self._stored)
@@ -107,13 +112,13 @@ class Replicas:
         if self.gossip:  # who did not finish still tells where it stands
             for peer in self._given.keys() - messages.keys():
                 messages[peer] = self._standing(peer)
-        traffic = _Counter(len(self.copy_of))
+        traffic = TrafficCounter(len(self.copy_of))
         inboxes = self._inboxes(messages, {client.id for client in cohort}, traffic)
         self._aggregate(cohort, inboxes)
         return Folded(traffic=traffic.sums, consensus=self._consensus(), stored=self._stored)
 
     def assembled(self) -> State:
-        """The mean of all copies."""
+        """The mean of the copies; of an entry that has not reached all, of those that it has."""
         if len(self.states) == 1:
             return self.states[0]
         return replace(self.states[self.copy_of[0]], params=self._mean())
@@ -132,7 +137,9 @@ class Replicas:
             header, tensors = update_parts(message, {})
             late.append({"due": due, "receivers": list(receivers), "update": header})
             groups |= {f"late-{number}-{group}": params for group, params in tensors.items()}
-        return self.states, {"copy_of": self.copy_of, "late": late}, groups
+        newest = [[*pair, round] for pair, round in sorted(self._newest.items())]
+        values = {"copy_of": self.copy_of, "late": late, "newest": newest}
+        return self.states, {**values, "links": self.network.digest}, groups
 
     def restore(self, held: Held) -> None:
         """Take all of it."""
@@ -142,7 +149,9 @@ class Replicas:
                 f"the checkpoint is of {len(values['copy_of'])} peers, config.json says "
                 f"{len(self.copy_of)}; put config.json back, or run it into a new folder"
             )
+        self.network.refuse_others(values["links"])
         self.states, self.copy_of = list(states), list(values["copy_of"])
+        self._newest = {(one, other): round for one, other, round in values["newest"]}
         self._late = []
         for number, row in enumerate(values["late"]):
             begin = f"late-{number}-"
@@ -178,15 +187,16 @@ class Replicas:
         )
 
     def _inboxes(
-        self, messages: Mapping[int, Update], cohort: set[int], traffic: _Counter
+        self, messages: Mapping[int, Update], cohort: set[int], traffic: TrafficCounter
     ) -> list[list[Update]]:
         """What each peer has at the end of the round, by sender; of one sender the newest."""
         inboxes: list[dict[int, Update]] = [{} for _ in self.copy_of]
         due = [late for late in self._late if late.due <= self.round]
         self._late = [late for late in self._late if late.due > self.round]
         for _, receivers, message in due:  # in the order in which they were sent
-            if message.client in cohort:
-                for receiver in receivers:
+            for receiver in receivers:
+                pair = (receiver, message.client)
+                if message.client in cohort and message.round > self._newest.get(pair, -1):
                     inboxes[receiver][message.client] = message
         for origin, message in sorted(messages.items()):
             inboxes[origin][origin] = message
@@ -200,6 +210,10 @@ class Replicas:
                     inboxes[receiver][origin] = message
             for due_round, late in sorted(waiting.items()):
                 self._late.append(_Late(due_round, tuple(late), message))
+        if self.network.settings.delay:  # elsewhere nothing is ever overtaken
+            for receiver, inbox in enumerate(inboxes):
+                for origin, message in inbox.items():
+                    self._newest[receiver, origin] = message.round
         return [[inbox[origin] for origin in sorted(inbox)] for inbox in inboxes]
 
     def _aggregate(self, cohort: Sequence[Client], inboxes: Sequence[list[Update]]) -> None:
@@ -207,8 +221,8 @@ class Replicas:
         known: dict[Hashable, int] = {}
         copy_of = []
         for peer, inbox in enumerate(inboxes):
-            weights = self.network.mixing(self.round, peer) if self.gossip else {}
-            heard = tuple((m.client, m.round, weights.get(m.client, 1)) for m in inbox)
+            weights = self._weights(peer, inbox)
+            heard = tuple((m.client, m.round, weights[m.client]) for m in inbox)
             key = (self.copy_of[peer], heard)
             if key not in known:
                 known[key] = len(states)
@@ -219,56 +233,50 @@ class Replicas:
             copy_of.append(known[key])
         self.states, self.copy_of = states, copy_of
 
+    def _weights(self, peer: int, inbox: Sequence[Update]) -> dict[int, int]:
+        """Sender -> weight of its message for the peer."""
+        if not self.gossip:
+            return {message.client: 1 for message in inbox}
+        mixing = self.network.mixing(self.round, peer)
+        for message in inbox:
+            if message.client not in mixing:  # a late one over a link that is down by now
+                then = self.network.mixing(message.round, peer)
+                share = then.get(message.client, 0) / sum(then.values())
+                mixing[message.client] = max(1, round(share * sum(mixing.values())))
+        return mixing
+
     def _mean(self) -> Params:
-        mean = {}
-        for name, first in self.shapes.items():
-            total = torch.zeros_like(first, dtype=torch.float64)
-            for number in self.copy_of:
-                total += self.states[number].params[name]
-            mean[name] = (total / len(self.copy_of)).to(first.dtype)
-        return mean
+        return {name: self._spread(name)[0] for name in self.shapes}
 
     def _consensus(self) -> float:
         if len(self.states) == 1:
             return 0.0
-        mean, squares = self._mean(), 0.0
-        apart = [
-            sum(
-                float((tensor.double() - mean[n].double()).square().sum())
-                for n, tensor in s.params.items()
-            )
-            for s in self.states
-        ]
-        for number in self.copy_of:
-            squares += apart[number] / len(self.copy_of)
-        size = sum(float(tensor.double().square().sum()) for tensor in mean.values())
+        squares, size = 0.0, 0.0
+        for name in self.shapes:
+            mean, square = self._spread(name)
+            squares += square
+            size += float(mean.double().square().sum())
         return (squares / size) ** 0.5 if size else 0.0
+
+    def _spread(self, name: str) -> tuple[Tensor, float]:
+        """A parameter's mean over the copies that it has reached, and the sum over its entries of
+        the mean square distance from that."""
+        first = self.begin[name].double()
+        mean, count, squares = (torch.zeros_like(first) for _ in range(3))
+        for number in self.copy_of:  # of the difference: entries that have not moved add nothing
+            moved = self.states[number].params[name].double() - first
+            mean += moved
+            count += moved != 0
+        mean /= count.clamp_(min=1.0)
+        for number in self.copy_of:
+            moved = self.states[number].params[name].double() - first
+            squares += (moved - mean).square_() * (moved != 0)
+        return (first + mean).to(self.begin[name].dtype), float((squares / count).sum())
 
 
 def _seen_from(message: Update, params: Params) -> Update:
     """The message as a change of the receiver's own copy."""
     return replace(message, delta=subtract(message.delta, cut(params, message.submodel)))
-
-
-class _Counter:
-    """Bytes that each peer sent and received."""
-
-    def __init__(self, peers: int) -> None:
-        self._sent, self._received = [0] * peers, [0] * peers
-
-    def count(self, origin: int, size: int, hops: Mapping[int, Hop]) -> None:
-        """One message's way."""
-        for receiver, hop in hops.items():
-            self._sent[hop.sender] += size
-            self._received[receiver] += size * hop.arrived
-
-    @property
-    def sums(self) -> dict[int, Traffic]:
-        """Of every peer."""
-        return {
-            peer: Traffic(*both)
-            for peer, both in enumerate(zip(self._sent, self._received, strict=True))
-        }
 
 
 def replicas(
@@ -277,5 +285,11 @@ def replicas(
     """Peers that begin with equal copies."""
     copy_of: list[int] = [0] * network.peers
     return Replicas(
-        model=model, method=method, network=network, gossip=gossip, states=[state], copy_of=copy_of
+        model=model,
+        method=method,
+        network=network,
+        gossip=gossip,
+        begin=state.params,
+        states=[state],
+        copy_of=copy_of,
     )

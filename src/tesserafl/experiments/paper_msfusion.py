@@ -41,7 +41,7 @@ def rows(base: Experiment, asked: frozenset[str]) -> Mapping[str, Experiment]:
 
     A width, a number of clients or a partition that the command line gives is the only one.
     """
-    method = base.method
+    method, base = base.method, with_participants(base, base.data.num_clients)
     if not isinstance(method, MSfusion):
         raise ConfigError(
             "paper_msfusion varies MSfusion's settings; leave --method away, or run comparison"
@@ -69,12 +69,13 @@ def rows(base: Experiment, asked: frozenset[str]) -> Mapping[str, Experiment]:
             for label, each in methods.items():
                 row = replace(cell, method=each)
                 experiments[f"{name}-{width}-{label}"] = on_a_ring(row) if label == "dpsgd" else row
-    experiments |= {
-        f"scale-{count}": replace(
-            with_participants(base, count), method=replace(method, ratio=(ratio,))
-        )
-        for count, ratio in NARROWEST.items()
-    }
+    if not {"method.ratio", "data.num_clients"} & asked:
+        experiments |= {
+            f"scale-{count}": replace(
+                with_participants(base, count), method=replace(method, ratio=(ratio,))
+            )
+            for count, ratio in NARROWEST.items()
+        }
     experiments |= {
         f"ablation-{label}": replace(base, method=ablated)
         for label, ablated in ablations(method).items()
@@ -137,4 +138,4 @@ def with_participants(experiment: Experiment, count: int) -> Experiment:
 
 def on_a_ring(experiment: Experiment) -> Experiment:
     """Gossip's usual worst case."""
-    return replace(experiment, network=NetworkSettings(graph="ring"))
+    return replace(experiment, network=replace(experiment.network, graph="ring"))

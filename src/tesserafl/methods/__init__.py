@@ -7,12 +7,27 @@ from tesserafl.methods.fedavg import FedAvg
 from tesserafl.methods.fedbrb import FedBRB
 from tesserafl.methods.fedecover import FedEcover
 from tesserafl.methods.federated_dropout import FederatedDropout
+from tesserafl.methods.fedit import FedIT
 from tesserafl.methods.fedrolex import FedRolex
+from tesserafl.methods.ffa_lora import FFALoRA
+from tesserafl.methods.flexlora import FlexLoRA
 from tesserafl.methods.heterofl import HeteroFL
+from tesserafl.methods.hetlora import HetLoRA
 from tesserafl.methods.msfusion import MSfusion
 
 MethodSettings = (
-    FedAvg | HeteroFL | FederatedDropout | FedRolex | FedEcover | FedBRB | MSfusion | DPSGD
+    FedAvg
+    | HeteroFL
+    | FederatedDropout
+    | FedRolex
+    | FedEcover
+    | FedBRB
+    | MSfusion
+    | DPSGD
+    | FedIT
+    | FFALoRA
+    | FlexLoRA
+    | HetLoRA
 )
 
 METHODS: dict[str, type[MethodSettings]] = {
@@ -24,16 +39,24 @@ METHODS: dict[str, type[MethodSettings]] = {
     "fedbrb": FedBRB,
     "msfusion": MSfusion,
     "dpsgd": DPSGD,
+    "fedit": FedIT,
+    "ffa_lora": FFALoRA,
+    "flexlora": FlexLoRA,
+    "hetlora": HetLoRA,
 }
 
 __all__ = [
     "DPSGD",
     "METHODS",
+    "FFALoRA",
     "FedAvg",
     "FedBRB",
     "FedEcover",
+    "FedIT",
     "FedRolex",
     "FederatedDropout",
+    "FlexLoRA",
+    "HetLoRA",
     "HeteroFL",
     "MSfusion",
     "MethodSettings",

@@ -74,9 +74,14 @@ def _cosine(one: Tensor, other: Tensor) -> Tensor:
     return (one * other).sum(dim=-1) / (squares + _EPSILON).sqrt()
 
 
-def check_contrast(strength: float, temperature: float) -> None:
+def check_contrast(strength: float, temperature: float, peers: int) -> None:
     """Raise ConfigError unless the loss is one to keep away from negatives."""
     if strength < 0:
         raise ConfigError(f"method.contrast must be 0 or more; got {strength}")
     if not temperature > 0:
         raise ConfigError(f"method.temperature must be positive; got {temperature}")
+    if peers < 1:
+        raise ConfigError(
+            f"method.peer_negatives must be at least 1; got {peers}. For none set "
+            f"method.negatives own"
+        )

@@ -3,7 +3,7 @@
 Everybody works it out alone, from the round, its rank among those that take part and their widths:
 
     start of rank n on the l-th axis = stride t + (gaps of the ranks before it), modulo the units
-    gap of a rank = round((1 - c) its width)         c = 1: all windows equal, c = 0: side by side
+    gap of a rank = (1 - c) its width, half up         c = 1: all windows equal, c = 0: side by side
 """
 
 from __future__ import annotations
@@ -51,12 +51,17 @@ def start_of(
             windows jump by l widths more after every units / width rounds. Two axes that meet in a
             weight then do not go in step, so that more pairs of their units meet.
     """
-    gaps = sum(math.floor(width * (1.0 - overlap) + 0.5) for width in widths[:rank])
+    gaps = sum(_gap(width, overlap) for width in widths[:rank])
     start = stride * round + gaps
     if phase == "staggered":
         width = widths[rank]
         start += axis * (gaps + round // math.ceil(units / width) * width)
     return start % units
+
+
+def _gap(width: int, overlap: float) -> int:
+    """Half up, and never none: narrow windows would all be the same."""
+    return 0 if overlap == 1.0 else max(1, math.floor(width * (1.0 - overlap) + 0.5))
 
 
 def shifted(
@@ -124,7 +129,7 @@ def overlap_at(
 
 
 def check_shift(first: float, last: float | None, stride: int) -> None:
-    """Raise ConfigError unless the overlaps are shares and windows do not move backwards."""
+    """Raise ConfigError unless the overlaps are shares that fall, and windows move forwards."""
     if stride < 0:
         raise ConfigError(f"method.stride must be 0 or more; got {stride}")
     for name, value in (("overlap", first), ("overlap_end", last)):
@@ -133,6 +138,11 @@ def check_shift(first: float, last: float | None, stride: int) -> None:
                 f"method.{name} is the share of a window that neighbours have in common, in "
                 f"[0, 1]; got {value}"
             )
+    if last is not None and last > first:
+        raise ConfigError(
+            f"method.overlap_end {last} is above method.overlap {first}; the overlap decays from "
+            f"overlap to overlap_end, and method.overlap_schedule growing turns that around"
+        )
 
 
 def adapted(overlap: float, disagreement: float, notes: dict[str, Any]) -> dict[str, Any]:

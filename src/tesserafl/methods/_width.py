@@ -76,3 +76,19 @@ def width_tasks(
             round=state.round, client=client, submodel=submodel, params=params, training=training
         )
         yield last
+
+
+def prefix_tasks(
+    model: Model,
+    state: State,
+    clients: Sequence[Client],
+    training: Training,
+    ratios: tuple[float, ...],
+) -> Iterator[Task]:
+    """One task per client, with the first units of every axis."""
+
+    def keep(slot: int, client: Client) -> Mapping[str, Units]:
+        ratio = ratio_of(ratios, client)
+        return {axis: range(kept_units(model, axis, ratio)) for axis in model.cuttable}
+
+    return width_tasks(model, state, clients, training, keep)

@@ -12,7 +12,7 @@ is cut by whole heads, where the paper keeps a part of every head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,8 +29,7 @@ from tesserafl.core.method import (
     train_scaled,
 )
 from tesserafl.core.model import Model
-from tesserafl.core.submodel import Units
-from tesserafl.methods._width import kept_units, ratio_of, width_tasks
+from tesserafl.methods._width import prefix_tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +52,7 @@ class HeteroFL:
         self, model: Model, state: State, clients: Sequence[Client], training: Training
     ) -> Iterator[Task]:
         """The same prefix in every round (Alg. 1, line 5)."""
-
-        def keep(slot: int, client: Client) -> Mapping[str, Units]:
-            ratio = ratio_of(self.ratio, client)
-            return {axis: range(kept_units(model, axis, ratio)) for axis in model.cuttable}
-
-        return width_tasks(model, state, clients, training, keep)
+        return prefix_tasks(model, state, clients, training, self.ratio)
 
     local = train_scaled
     report = report_deltas

@@ -75,7 +75,7 @@ class MSfusion:
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """The global model, which no participant needs to train as a whole."""
         check_shift(self.overlap, self.overlap_end, self.stride)
-        check_contrast(self.contrast, self.temperature)
+        check_contrast(self.contrast, self.temperature, self.peer_negatives)
         return init_whole(self, model, seed, rounds)
 
     @property

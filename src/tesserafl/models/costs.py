@@ -29,7 +29,8 @@ class Costs:
     """What autograd keeps for the backward pass of one batch."""
     peak_bytes: int
     """Predicted peak of training: received and trained parameters, gradients (once more each where
-    they are clipped and where weights decay), the optimiser's buffers, activations."""
+    they are clipped and where weights decay), the optimiser's buffers, activations, and what the
+    model has beside its parameters: the frozen weights under adapters."""
     forward_flops_per_example: float = 0.0
     """Of the forward pass alone, which is all that reference parameters are used for."""
 
@@ -69,7 +70,8 @@ def _counted(
         name: torch.zeros(view.shape, device=inputs.device, requires_grad=True)
         for name, view in submodel.views.items()
     }
-    own = {tensor.untyped_storage()._cdata for tensor in params.values()}
+    frozen = {buffer.untyped_storage()._cdata: buffer for buffer in module.buffers()}
+    own = {tensor.untyped_storage()._cdata for tensor in params.values()} | frozen.keys()
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # a storage that died would hand its id to the next one
 
@@ -88,6 +90,7 @@ def _counted(
         forward_flops = counter.get_total_flops()
         torch.autograd.grad(loss, list(params.values()))
     parameter_bytes = sum(tensor.numel() * tensor.element_size() for tensor in params.values())
+    frozen_bytes = sum(buffer.numel() * buffer.element_size() for buffer in frozen.values())
     activations = sum(kept.values())
     buffers = {"adamw": 2, "sgd": 1 if training.momentum else 0}[training.optimiser]
     copies = (training.clip_norm is not None) + (
@@ -99,5 +102,5 @@ def _counted(
         flops_per_example=counter.get_total_flops() / len(inputs),
         forward_flops_per_example=forward_flops / len(inputs),
         activation_bytes=activations,
-        peak_bytes=parameter_bytes * (3 + buffers + copies) + activations,
+        peak_bytes=parameter_bytes * (3 + buffers + copies) + activations + frozen_bytes,
     )

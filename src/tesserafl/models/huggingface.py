@@ -65,26 +65,11 @@ class HuggingFace:
             ConfigError: transformers is missing, or the config, an option or an axis is unknown.
             ModelError: the data do not fit the model, or the model cannot be probed.
         """
-        if spec.task not in _AUTO_CLASSES:
-            raise ModelError(
-                f"model 'huggingface' does {', '.join(_AUTO_CLASSES)}; the data are for "
-                f"{spec.task}; use model 'mlp'"
-            )
-        source = Path(self.config) if (Path(self.config) / "config.json").is_file() else None
-        config = config_of(self.config, source, self.options)
-        fit_to_data(config, spec, source)
-        found = knobs_of(config)
-        every = _Family(
-            config=config,
-            spec=spec,
-            auto_class=_auto_class(config, spec),
-            knobs={knob.axis: knob for knob in found},
-        )
+        found_family = family_of(self.config, self.options, spec)
+        found = knobs_of(found_family.config)
+        every = replace(found_family, knobs={knob.axis: knob for knob in found})
         knobs = _used(every, found, self.axes)
         family = replace(every, knobs={knob.axis: knob for knob in knobs})
-        has_weights = source is not None and any(
-            any(source.glob(pattern)) for pattern in ("*.safetensors", "*.bin")
-        )
         try:
             model = probe(
                 family.build,
@@ -92,8 +77,8 @@ class HuggingFace:
                 family.example,
                 outputs=tuple(family.rows),
                 quanta={knob.axis: knob.quantum for knob in knobs if knob.quantum},
-                pretrained=(lambda: family.load(str(source))) if has_weights else None,
-                save=lambda module, folder: _save(module, folder, source),
+                pretrained=(lambda: family.load()[0]) if family.has_weights else None,
+                save=family.save,
             )
             if spec.task == "causal-lm":
                 _refuse_foresight(family, model)
@@ -105,14 +90,46 @@ class HuggingFace:
             ) from error
 
 
+def family_of(config: str, options: dict[str, Option], spec: Spec) -> Family:
+    """A config for a data set.
+
+    Args:
+        config: a model type, or a folder with config.json and perhaps weights.
+        options: fields of the config to set.
+        spec: the data's inputs and classes.
+
+    Raises:
+        ConfigError: transformers is missing, or the config or an option is unknown.
+        ModelError: the data do not fit the model.
+    """
+    if spec.task not in _AUTO_CLASSES:
+        raise ModelError(
+            f"models of transformers do {', '.join(_AUTO_CLASSES)}; the data are for "
+            f"{spec.task}; use model 'mlp'"
+        )
+    source = Path(config) if (Path(config) / "config.json").is_file() else None
+    found = config_of(config, source, options)
+    fit_to_data(found, spec, source)
+    return Family(config=found, spec=spec, auto_class=_auto_class(found, spec), source=source)
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Family:
+class Family:
     """One config for one data set, at any sizes."""
 
     config: Config
     spec: Spec
     auto_class: Any
+    source: Path | None
+    """The folder of a saved model."""
     knobs: dict[str, Knob] = field(default_factory=dict)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the folder holds weights to start from."""
+        return self.source is not None and any(
+            any(self.source.glob(pattern)) for pattern in ("*.safetensors", "*.bin")
+        )
 
     @property
     def rows(self) -> dict[str, int]:
@@ -125,6 +142,7 @@ class _Family:
         return {"vocabulary": vocabulary, "classes": int(self.config.num_labels)}
 
     def build(self, sizes: Sizes) -> nn.Module:
+        """A module at these sizes, with weights of its own drawing."""
         config = resized(self.config, self.knobs, sizes)
         for axis, size in self.rows.items():
             if sizes.get(axis, size) != size:
@@ -132,9 +150,10 @@ class _Family:
                     config.get_text_config().vocab_size = sizes[axis]
                 else:
                     config.num_labels = sizes[axis]
-        return _Wrapped(self.auto_class.from_config(config), self._pad_id)
+        return Wrapped(self.auto_class.from_config(config), self._pad_id)
 
     def example(self) -> Tensor:
+        """A batch of two."""
         if self.spec.kind == "image":
             return torch.randn(2, *self.spec.shape)
         # Few distinct tokens, so that a tiny vocabulary holds them; none is padding but one.
@@ -143,29 +162,41 @@ class _Family:
         tokens[1, -1] = self.spec.pad_id if self.spec.pad_id < 8 else tokens[1, -1]
         return tokens
 
-    def load(self, folder: str) -> Params:
+    def load(self) -> tuple[Params, set[str]]:
+        """The folder's parameters, and the names of those that it has not and that are new."""
         model, report = self.auto_class.from_pretrained(
-            folder,
+            str(self.source),
             config=self.config,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # a head for other classes; anything else is refused
             output_loading_info=True,
             local_files_only=True,
         )
+        new = {f"model.{name}" for name in report["missing_keys"]}
         for name, *shapes in report["mismatched_keys"]:
             if not shapes or shapes[-1][0] != self.rows["classes"]:
                 raise ModelError(
-                    f"{folder}: {name!r} has another shape in the file than in the config; leave "
-                    f"sizes out of model.options when you start from a saved model"
+                    f"{self.source}: {name!r} has another shape in the file than in the config; "
+                    f"leave sizes out of model.options when you start from a saved model"
                 )
-        return parameters_of(_Wrapped(model, self._pad_id))
+            new.add(f"model.{name}")
+        return parameters_of(Wrapped(model, self._pad_id)), new
+
+    def save(self, module: nn.Module, folder: str) -> None:
+        """Write a module of `build` in the library's format, with the source's companions."""
+        assert isinstance(module, Wrapped), type(module)
+        module.model.save_pretrained(folder)
+        for pattern in _COMPANIONS if self.source is not None else ():
+            for path in Path(self.source or "").glob(pattern):
+                if not path.name.endswith((".safetensors", ".bin")):
+                    shutil.copy2(path, Path(folder) / path.name)
 
     @property
     def _pad_id(self) -> int | None:
         return None if self.spec.kind == "image" else self.spec.pad_id
 
 
-class _Wrapped(nn.Module):
+class Wrapped(nn.Module):
     """Takes a batch as data sets give it and answers with an `Output`."""
 
     def __init__(self, model: Any, pad_id: int | None) -> None:
@@ -174,6 +205,7 @@ class _Wrapped(nn.Module):
         self.pad_id = pad_id
 
     def forward(self, inputs: Tensor) -> Output:
+        """Token ids [batch, time] or images [batch, C, H, W]."""
         if self.pad_id is None:
             out = self.model(pixel_values=inputs, output_hidden_states=True)
             mask = None
@@ -198,7 +230,7 @@ def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
 
 
-def _refuse_foresight(family: _Family, model: Model) -> None:
+def _refuse_foresight(family: Family, model: Model) -> None:
     """Raise ModelError if a language model's answer depends on tokens that come later."""
     few = {axis: range(min(2, model.units(axis))) for axis in (*model.cuttable, *model.depths)}
     with seeds.seeded(0, "foresight"), torch.no_grad():
@@ -230,7 +262,7 @@ def _auto_class(config: Config, spec: Spec) -> Any:
     return auto_class
 
 
-def _used(family: _Family, knobs: list[Knob], axes: tuple[str, ...]) -> list[Knob]:
+def _used(family: Family, knobs: list[Knob], axes: tuple[str, ...]) -> list[Knob]:
     """The asked knobs, or those that change the model at all: a head may use one tower of two."""
     names = [knob.axis for knob in knobs]
     for axis in axes:
@@ -247,12 +279,3 @@ def _used(family: _Family, knobs: list[Knob], axes: tuple[str, ...]) -> list[Kno
 
     plain = shapes()
     return [k for k in knobs if shapes(**{k.axis: 2 * shallow.get(k.axis, k.size)}) != plain]
-
-
-def _save(module: nn.Module, folder: str, source: Path | None) -> None:
-    assert isinstance(module, _Wrapped), type(module)
-    module.model.save_pretrained(folder)
-    for pattern in _COMPANIONS if source is not None else ():
-        for path in Path(source or "").glob(pattern):
-            if not path.name.endswith((".safetensors", ".bin")):
-                shutil.copy2(path, Path(folder) / path.name)

@@ -22,13 +22,17 @@ def fan_in_scales(model: Model, submodel: SubModel, module: nn.Module) -> dict[s
     """full / kept inputs of every linear layer whose inputs are cut.
 
     Keys are the small module's parameter aliases: a weight that an embedding shares with the head
-    is scaled under the head's name alone.
+    is scaled under the head's name alone. Frozen weights are not cut, and a low-rank change of
+    fewer ranks is a smaller change, not a worse sum.
     """
     sources = _sources(module)
+    ups = {pair.up for pair in model.low_rank}
     scales: dict[str, float] = {}
     for path, part in module.named_modules(remove_duplicate=False):
         for own, dim in fan_in_dims(part).items():
             alias = f"{path}.{own}" if path else own
+            if alias not in sources or sources[alias] in ups:
+                continue
             view = submodel.views[sources[alias]]
             full, kept = model.shapes[view.name][dim], view.shape[dim]
             if full != kept:

@@ -18,7 +18,7 @@ from tesserafl.core.fit import Training
 from tesserafl.data.settings import DataSettings
 from tesserafl.engines.network import NetworkSettings
 from tesserafl.methods import METHODS, FedBRB, MethodSettings
-from tesserafl.models import MLP, MODELS, HuggingFace, ModelSettings
+from tesserafl.models import MLP, MODELS, HuggingFace, LoRA, ModelSettings
 
 Batching = Literal["auto", "sequential", "vmapped", "compiled"]
 
@@ -89,8 +89,10 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
         data = dataclasses.replace(data, path=data.path.absolute())
     if data.tokenizer is not None:
         data = dataclasses.replace(data, tokenizer=data.tokenizer.absolute())
-    if isinstance(model, HuggingFace) and Path(model.config).is_dir():
+    if isinstance(model, HuggingFace | LoRA) and Path(model.config).is_dir():
         model = dataclasses.replace(model, config=str(Path(model.config).absolute()))
+    if isinstance(model, LoRA) and model.adapter is not None:
+        model = dataclasses.replace(model, adapter=model.adapter.absolute())
     if network.file is not None:
         network = dataclasses.replace(network, file=network.file.absolute())
     return dataclasses.replace(experiment, data=data, model=model, network=network)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from tesserafl.core.messages import Client, Task, Update
 from tesserafl.core.method import State
+from tesserafl.core.model import Model
 from tesserafl.core.submodel import Coverage, index_tensor
 from tesserafl.core.windows import kept
 from tesserafl.engines.federation import Federation
@@ -115,8 +116,10 @@ def described(peering: Peering, num_entries: int) -> Iterator[str | Table]:
         )
     yield table
     if peering.shares:
-        yield "At the narrowest width that covers every axis in the first round:"
-        table = Table("participants", "ratio", "parameters", "share", "MFLOP an example", "MB sent")
+        yield "At the width with which as many just cover every axis, by the formula (first round):"
+        table = Table(
+            "participants", "ratio", "parameters", "share", "MFLOP an example", "MB, all to all"
+        )
         for share in peering.shares:
             table.add_row(
                 str(share.participants),
@@ -156,14 +159,14 @@ def _union(setup: Setup, state: State) -> Union:
         round=state.round,
         overlap=None if shifting is None else shifting.overlap_of(state, cohort),
         analytic=shifting.union_of(state, cohort) if shifting and plain else None,
-        counted=_counted(setup, tasks),
+        counted=_counted(method.predictor(model, state).model, tasks),
         entries=coverage.share,
     )
 
 
-def _counted(setup: Setup, tasks: Sequence[Task]) -> float:
+def _counted(model: Model, tasks: Sequence[Task]) -> float:
     """Mean over the axes of the share of units that some task keeps."""
-    model, held = setup.model, {axis: set[int]() for axis in setup.model.cuttable}
+    held = {axis: set[int]() for axis in model.cuttable}
     for task in tasks:
         for axis, units in kept(model, task.submodel).items():
             held[axis] |= set(index_tensor(units).tolist())

@@ -12,11 +12,12 @@ import torch
 
 from tesserafl.core.checks import check_delta, check_deltas
 from tesserafl.core.errors import CapacityError, UpdateError
-from tesserafl.core.messages import Task, Update
-from tesserafl.core.method import State
+from tesserafl.core.lowrank import Collected, aggregation_error
+from tesserafl.core.messages import Client, Task, Update
+from tesserafl.core.method import State, weights_of
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import Coverage, SubModel
-from tesserafl.engines.federation import Federation, Folded
+from tesserafl.engines.federation import Federation, Folded, Star
 from tesserafl.engines.seam import Done, Engine, Failed
 from tesserafl.models.costs import Costs, costs_of
 from tesserafl.run.classes import classes_of
@@ -57,6 +58,8 @@ class Notes:
     folded: Folded = field(default_factory=lambda: Folded(traffic={}))
     union: float | None = None
     """Share of the model that somebody trained in this round; of peers alone."""
+    error: float | None = None
+    """Of low-rank adapters: how far their new product is from the mean product, relatively."""
     seconds: float = 0.0
 
     @property
@@ -71,8 +74,9 @@ class Notes:
 
     @property
     def exchange(self) -> dict[str, float | int]:
-        """What peers alone have: see `Folded`, and the share trained in the round."""
+        """What some runs alone have: peers (see `Folded`), low-rank adapters."""
         known = {
+            "aggregation_error": self.error,
             "consensus": self.folded.consensus,
             "params_stored": self.folded.stored,
             "round_coverage": self.union,
@@ -102,7 +106,13 @@ def play_round(
     training = replace(training, lr=training.lr_at(round, federation.rounds))
     tasks = federation.tasks(cohort, training)
     updates = _updates(setup, engine, tasks, federation.shapes, costs, notes)
+    factors = _factors(setup, federation, cohort)
+    if factors is not None:
+        updates = factors.watching(federation.shapes, updates)
     notes.folded = federation.fold(cohort, updates)
+    if factors is not None and factors.values:
+        after = federation.assembled().params
+        notes.error = aggregation_error(setup.model, after, factors.shares)
     for row in notes.clients:
         row["bytes_up"], row["bytes_down"] = notes.folded.traffic[row["client"]]
     coverage.add(notes.trained)
@@ -117,6 +127,13 @@ def play_round(
         )
     notes.seconds = time.perf_counter() - begun
     return notes
+
+
+def _factors(setup: Setup, federation: Federation, cohort: Sequence[Client]) -> Collected | None:
+    """Watches low-rank factors on their way to a server that averages them; None elsewhere."""
+    if not setup.model.low_rank or not isinstance(federation, Star):
+        return None
+    return Collected(setup.model, weights_of(cohort, setup.experiment.method.weighting))
 
 
 def check_memory(setup: Setup, state: State, costs: CostTable) -> None:

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from tesserafl.core.axes import probe
+from tesserafl.core.axis import Depth, Tie
 from tesserafl.core.errors import ModelError
-from tesserafl.core.model import Depth, Model, Tie
+from tesserafl.core.model import Model
 
 
 def linear_net(sizes):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tesserafl.core.axes import probe
-from tesserafl.core.model import Model, Output, Sizes, Tie
+from tesserafl.core.axis import Tie
+from tesserafl.core.model import Model, Output, Sizes
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import SubModel, Units, cut
 from tesserafl.core.windows import feature_entries

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from tesserafl.core.axes import probe
+from tesserafl.core.axis import Tie
 from tesserafl.core.errors import ModelError
-from tesserafl.core.model import Tie
 from tesserafl.core.modules import fan_in_dims
 from tesserafl.core.params import sha256
 from tesserafl.core.submodel import cut

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tesserafl.core.axes import probe
+from tesserafl.core.axis import Tie
 from tesserafl.core.errors import ConfigError, ModelError
 from tesserafl.core.fit import CrossEntropy
-from tesserafl.core.model import Model, Output, Tie
+from tesserafl.core.model import Model, Output
 from tesserafl.core.modules import parameters_of
 from tesserafl.core.submodel import SubModel, cut
 from tesserafl.data.examples import Spec

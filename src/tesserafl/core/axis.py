@@ -1,0 +1,77 @@
+"""What the probe finds of an axis: units or blocks, and how dimensions are laid out along it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from tesserafl.core.submodel import Index, as_index, index_tensor
+
+
+@dataclass(frozen=True)
+class Tie:
+    """One dimension's layout along an axis: parts one after another, each all units in turn.
+
+    A fused query-key-value projection with 64 entries a head is `parts=(64, 64, 64)`: all heads'
+    queries, all keys, all values. A flattened 7 x 7 map is `parts=(49,)`: one run per channel.
+    """
+
+    axis: str
+    parts: tuple[int, ...]
+    """Entries of one unit in each part."""
+
+    def expand(self, units: Index, num_units: int) -> Index:
+        """Entries of this dimension that belong to the units, of `num_units` in all."""
+        if len(self.parts) == 1 and isinstance(units, slice):
+            return slice(units.start * self.parts[0], units.stop * self.parts[0])
+        runs, offset = [], 0
+        for size in self.parts:
+            runs.append(
+                (index_tensor(units)[:, None] * size + torch.arange(size)).reshape(-1) + offset
+            )
+            offset += num_units * size
+        return as_index(torch.cat(runs))
+
+
+@dataclass(frozen=True)
+class Width:
+    """An axis whose units (channels, whole heads) can be kept or left out."""
+
+    units: int
+    """Number of units."""
+    quantum: int
+    """Entries of the axis's size that make one unit; a size is units x quantum."""
+    size: str
+    """The key in `sizes` that counts them; axes that share one keep equally many units."""
+    cuttable: bool = True
+    """False for classes and the like: probed, so that their rows are known, but never cut."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """An axis whose size is a number of blocks of one structure."""
+
+    blocks: int
+    prefixes: tuple[str, ...]
+    """Parameters of block i begin with one of these, followed by `i.`."""
+
+    def locate(self, name: str) -> tuple[str, int, str] | None:
+        """(prefix, block, rest) of a parameter of these blocks, None for any other."""
+        for prefix in self.prefixes:
+            if name.startswith(prefix):
+                number, dot, rest = name[len(prefix) :].partition(".")
+                if dot and number.isdigit():
+                    return prefix, int(number), rest
+        return None
+
+
+class LowRank(NamedTuple):
+    """The change of one frozen weight [out, in] as a product: scale x up @ down."""
+
+    down: str
+    """Parameter [rank, in]."""
+    up: str
+    """Parameter [out, rank]."""
+    scale: float

@@ -1,0 +1,297 @@
+"""Low-rank adapters on a frozen transformers model: the adapters are the parameters, and no more.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, Section 4.1: a frozen
+weight W becomes W + (alpha / r) B A. The rank is an axis like any other, so clients of unequal
+ranks hold sub-models; alpha / r is that of the full rank for all of them, or a cut adapter would be
+another function.
+
+The frozen weights are buffers that every module of this process shares: one copy in memory, never
+sent, never averaged. The adapters themselves are the peft library's.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tesserafl.core import seeds
+from tesserafl.core.axis import LowRank, Tie, Width
+from tesserafl.core.errors import ConfigError, ModelError
+from tesserafl.core.model import Model, Sizes
+from tesserafl.core.modules import parameters_of
+from tesserafl.core.params import Params
+from tesserafl.models.huggingface import Family, Option, Wrapped, family_of
+
+if TYPE_CHECKING:
+    from tesserafl.data.examples import Spec
+
+RANK = "rank"
+_DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
+_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Adapters on a model of the transformers library; its own weights stay as they are."""
+
+    config: str = "gpt2"
+    """model type (gpt2, bert, vit, llama, ...) or a folder with config.json and weights"""
+    options: dict[str, Option] = field(default_factory=dict)
+    """fields of the config to set, for instance n_embd; text_config.x for a part's field"""
+    rank: int = 8
+    """r: rank of the global adapters; clients of a smaller ratio hold the first of its rows"""
+    alpha: float = 16.0
+    """the change is multiplied by alpha / rank"""
+    targets: tuple[str, ...] = ()
+    """names of the modules that get adapters, or one regular expression of their whole path;
+    empty: the library's choice for this type (most often queries and values), else all linear"""
+    adapter: Path | None = None
+    """folder with a saved adapter (peft format) to start from"""
+    train_head: bool = True
+    """whether a classifier's output layer is trained and sent as well"""
+
+    def build_model(self, spec: Spec) -> Model:
+        """The adapters as a model, for a data set's inputs and classes.
+
+        Raises:
+            ConfigError: a library is missing, the config, an option or the rank is wrong, or no
+                module is a target.
+            ModelError: the data do not fit the model, or a saved adapter does not.
+        """
+        if self.rank < 1 or not self.alpha > 0:
+            raise ConfigError(
+                f"model.rank must be at least 1 and model.alpha positive; got {self.rank} and "
+                f"{self.alpha}"
+            )
+        _library()
+        adapted = _Adapted(settings=self, family=family_of(self.config, self.options, spec))
+        return adapted.model()
+
+
+@dataclass(kw_only=True)
+class _Adapted:
+    settings: LoRA
+    family: Family
+
+    def model(self) -> Model:
+        sizes = {RANK: self.settings.rank, **self.family.rows}
+        module = self.build_on(sizes, "meta")
+        ties = {name: self._ties(name, tensor) for name, tensor in module.named_parameters()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
+        scale = self.settings.alpha / self.settings.rank
+        downs = [name for name in shapes if name.endswith(_DOWN)]
+        pairs = tuple(LowRank(n, n.removesuffix(_DOWN) + _UP, scale) for n in downs)
+        widths = {RANK: Width(units=self.settings.rank, quantum=1, size=RANK)}
+        for axis, size in self.family.rows.items():
+            widths[axis] = Width(units=size, quantum=1, size=axis, cuttable=False)
+        return Model(
+            build=self.build,
+            sizes=sizes,
+            widths=widths,
+            depths={},
+            ties=ties,
+            shapes=shapes,
+            low_rank=pairs,
+            pretrained=None if self.settings.adapter is None else self.load,
+            save=self.save,
+        )
+
+    def build(self, sizes: Sizes) -> nn.Module:
+        """Adapters of this rank, freshly drawn, around the frozen weights."""
+        return self.build_on(sizes, torch.get_default_device().type)
+
+    def build_on(self, sizes: Sizes, device: str) -> nn.Module:
+        frozen, new = (self._on_meta, frozenset()) if device == "meta" else self._frozen
+        shared = {id(t): t for t in [*frozen.parameters(), *frozen.buffers()]}
+        module = copy.deepcopy(frozen, shared)  # its structure; tensors are the same ones
+        self._adapt(module, sizes[RANK])
+        for path, part in module.named_modules():
+            for key, value in list(part._parameters.items()):
+                name = f"{path}.{key}" if path else key
+                if value is None or _DOWN in name or _UP in name:
+                    continue
+                if name in self._head:
+                    part._parameters[key] = nn.Parameter(value.detach().clone())
+                else:
+                    del part._parameters[key]
+                    part.register_buffer(key, value.detach())
+            if any(name.rpartition(".")[0] == path for name in self._head & new):
+                part.reset_parameters()  # drawn by the run's seed
+        return module.requires_grad_(True)
+
+    def load(self) -> Params:
+        """Parameters with the saved adapter's values."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        assert self.settings.adapter is not None
+        params = parameters_of(self.build_on({RANK: self.settings.rank}, "cpu"))
+        try:
+            saved = load_file(self.settings.adapter / _FILE)
+            found = json.loads((self.settings.adapter / "adapter_config.json").read_text())
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelError(f"model.adapter {self.settings.adapter}: {error}") from error
+        asked = (self.settings.rank, self.settings.alpha)
+        if (found.get("r"), found.get("lora_alpha")) != asked:
+            raise ModelError(
+                f"the adapter in {self.settings.adapter} has rank {found.get('r')} and alpha "
+                f"{found.get('lora_alpha')}; set model.rank and model.alpha to these (they are "
+                f"{asked[0]} and {asked[1]})"
+            )
+        if scaling := [key for key in ("use_rslora", "alpha_pattern") if found.get(key)]:
+            raise ModelError(
+                f"the adapter in {self.settings.adapter} is scaled otherwise than by alpha / rank "
+                f"({', '.join(scaling)}); this model cannot start from it"
+            )
+        values = {_own_name(key): value for key, value in saved.items()}
+        missing = {n for n in params if n.endswith((_DOWN, _UP))} - values.keys()
+        other = {n for n in values if n not in params or params[n].shape != values[n].shape}
+        if wrong := sorted(missing | other):
+            raise ModelError(
+                f"the adapter in {self.settings.adapter} and this model differ in {wrong[0]!r} and "
+                f"{len(wrong) - 1} more; was it made for other model.targets?"
+            )
+        return params | {name: value.to(params[name].dtype) for name, value in values.items()}
+
+    def save(self, module: nn.Module, folder: str) -> None:
+        """The merged model, as `AutoModel` loads it, and the adapter beside it, as peft does."""
+        import peft
+
+        assert isinstance(module, Wrapped), type(module)
+        trained = parameters_of(module)
+        whole: Any = copy.deepcopy(self._frozen[0])  # merging writes into it
+        heads = sorted({name.removeprefix("model.").rpartition(".")[0] for name in self._head})
+        rank = next(len(value) for name, value in trained.items() if name.endswith(_DOWN))
+        config = self._config(rank)
+        config.modules_to_save = heads or None
+        source = self.family.source
+        config.base_model_name_or_path = None if source is None else str(source)
+        with warnings.catch_warnings():  # peft reads an attribute that transformers has renamed
+            warnings.simplefilter("ignore")
+            adapted = peft.get_peft_model(whole.model, config)
+        values = {_peft_name(name): value for name, value in trained.items()}
+        peft.set_peft_model_state_dict(adapted, values)
+        # Not "auto", which asks the hub for a base model of this name.
+        adapted.save_pretrained(str(Path(folder) / "adapter"), save_embedding_layers=False)
+        whole.model = adapted.merge_and_unload()
+        self.family.save(whole, folder)
+
+    @cached_property
+    def _frozen(self) -> tuple[nn.Module, frozenset[str]]:
+        """The one copy of the frozen weights in this process; names of those in no file."""
+        # Both draw what is in no file; that must be the same in every process.
+        with torch.device("cpu"), seeds.seeded(0, "frozen"):
+            module = self.family.build({})
+            loaded, new = self.family.load() if self.family.has_weights else ({}, self._head)
+        with torch.no_grad():
+            for name, value in module.named_parameters():
+                if name in loaded:
+                    value.copy_(loaded[name])
+        return module.requires_grad_(False), frozenset(new)
+
+    @cached_property
+    def _on_meta(self) -> nn.Module:
+        with torch.device("meta"):
+            return self.family.build({}).requires_grad_(False)
+
+    @property
+    def _head(self) -> frozenset[str]:
+        """The parameters that are trained beside the adapters."""
+        return self._outputs if self.settings.train_head else frozenset()
+
+    @cached_property
+    def _outputs(self) -> frozenset[str]:
+        """Parameters of a classifier's outputs: those that grow with the number of classes."""
+        if self.family.spec.task == "causal-lm":
+            return frozenset()
+        with torch.device("meta"):
+            more = self.family.build({"classes": self.family.rows["classes"] + 1})
+        plain = {name: value.shape for name, value in self._on_meta.named_parameters()}
+        return frozenset(n for n, value in more.named_parameters() if value.shape != plain[n])
+
+    def _ties(self, name: str, value: Tensor) -> tuple[Tie | None, ...]:
+        if name.endswith(_DOWN):
+            return (Tie(RANK, (1,)), None)
+        if name.endswith(_UP):
+            return (None, Tie(RANK, (1,)))
+        return (Tie("classes", (1,)), *[None] * (value.dim() - 1))
+
+    def _adapt(self, module: nn.Module, rank: int) -> None:
+        import peft
+        from peft.tuners.lora import Linear, LoraLayer
+
+        # A weight in two places (embedding and output) cannot be merged for one of them.
+        uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+        try:
+            with warnings.catch_warnings():  # of what is refused below
+                warnings.filterwarnings("ignore", module="peft")
+                peft.inject_adapter_in_model(self._config(rank), module.model)
+            for path, part in module.named_modules():
+                if isinstance(part, LoraLayer) and not isinstance(part, Linear):
+                    raise ValueError(f"{path!r} is no linear module")
+                if isinstance(part, Linear) and uses[id(part.get_base_layer().weight)] > 1:
+                    raise ValueError(f"{path!r} shares its weight with another module")
+        except (ValueError, re.error) as error:
+            raise ConfigError(
+                f"model.targets {self.settings.targets}: {error}. Name linear modules of "
+                f"{self.settings.config}, for instance {', '.join(self._linear_names())}"
+            ) from error
+
+    def _config(self, rank: int) -> Any:
+        import peft
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+        targets: Any = list(self.settings.targets)
+        if len(targets) == 1 and re.search(r"[^\w.]", targets[0]):
+            targets = targets[0]  # a pattern
+        elif not targets:
+            targets = KNOWN.get(self.family.config.model_type) or "all-linear"
+        return peft.LoraConfig(
+            r=rank,
+            lora_alpha=self.settings.alpha * rank / self.settings.rank,
+            target_modules=targets,
+            exclude_modules=self._excluded() or None,
+            # GPT-2's Conv1D keeps [in, out]; peft warns where it finds that out by itself
+            fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in self._on_meta.modules()),
+            bias="none",
+        )
+
+    def _excluded(self) -> list[str]:
+        """Paths of a classifier's outputs: trained whole, or left alone unless named."""
+        explicit = self.settings.targets and not self.settings.train_head
+        names = frozenset() if explicit else self._outputs
+        return sorted({name.removeprefix("model.").rpartition(".")[0] for name in names})
+
+    def _linear_names(self) -> list[str]:
+        kinds, parts = ("Linear", "Conv1D"), self._on_meta.named_modules()
+        return sorted({n.rpartition(".")[2] for n, m in parts if type(m).__name__ in kinds})[:8]
+
+
+def _own_name(key: str) -> str:
+    """Name in a module of `build` of a tensor in a saved adapter."""
+    name = "model." + key.removeprefix("base_model.model.")
+    return re.sub(r"(\.lora_[AB])\.weight$", r"\1.default.weight", name)
+
+
+def _peft_name(name: str) -> str:
+    """The inverse of `_own_name`."""
+    return "base_model.model." + name.removeprefix("model.").replace(".default.weight", ".weight")
+
+
+def _library() -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "model 'lora' needs the library peft: pip install 'tesserafl[huggingface]'"
+        ) from error
