@@ -175,8 +175,8 @@ TRAINING = Training(lr=0.1, batch_size=4, momentum=0.5, clip_norm=5.0)
 MASKED = replace(TRAINING, mask_absent_classes=True)
 
 OF_ADAPTERS = (FedIT, FFALoRA, FlexLoRA, HetLoRA)
-ON_ADAPTERS_TOO = (FedAvg, FedRolex)
-"""To them a rank is an axis like any other; two are enough to see it."""
+ON_ADAPTERS_TOO = (FedRolex,)
+"""To the others a rank is an axis like any other; one of them is enough to see it."""
 
 
 def suits(method: type[MethodSettings], family: str) -> bool:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tesserafl.core import seeds
 from tesserafl.core.errors import ConfigError
-from tesserafl.core.fit import IGNORED
+from tesserafl.core.fit import IGNORED, Training
+from tesserafl.core.messages import Client, Memory
 from tesserafl.core.model import Output
-from tesserafl.core.params import Params
+from tesserafl.core.params import Params, sha256
+from tesserafl.data.examples import Examples, Spec
+from tesserafl.engines.client import ClientWorker
+from tesserafl.methods import MSfusion
 from tesserafl.methods._contrast import Contrast, check_contrast
+from tesserafl.models import CNN, HuggingFace, ModelSettings, ResNet
 
 LOG2 = math.log(2.0)
 """Cross-entropy of two classes that the logits do not tell apart."""
@@ -199,9 +206,64 @@ def test_references_are_not_trained_and_the_own_features_are() -> None:
 
 
 def test_settings_that_are_no_loss() -> None:
-    check_contrast(0.0, 0.1)
+    check_contrast(0.0, 0.1, 1)
     with pytest.raises(ConfigError, match=r"method\.contrast must be 0 or more"):
-        check_contrast(-0.1, 0.5)
+        check_contrast(-0.1, 0.5, 1)
     for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(ConfigError, match=r"method\.temperature must be positive"):
-            check_contrast(0.1, temperature)
+            check_contrast(0.1, temperature, 1)
+    with pytest.raises(ConfigError, match=r"method\.peer_negatives must be at least 1; got 0"):
+        check_contrast(0.1, 0.5, 0)
+
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 16,
+}
+COLOURS = Spec(kind="image", task="image-classification", shape=(3, 16, 16), num_classes=3)
+TEXTS = Spec(
+    kind="tokens", task="text-classification", shape=(8,), num_classes=3, vocab_size=40, pad_id=0
+)
+SPEECH = replace(TEXTS, task="causal-lm", num_classes=40)
+
+
+@pytest.mark.parametrize(
+    ("settings", "spec"),
+    [
+        (CNN(channels=(16, 16), group_size=4), COLOURS),
+        (ResNet(channels=(16, 32), blocks=(1, 1)), COLOURS),
+        (HuggingFace(config="vit", options={**SMALL, "patch_size": 8}), COLOURS),
+        (HuggingFace(config="bert", options=SMALL), TEXTS),
+        (HuggingFace(config="gpt2", options={"n_embd": 16, "n_layer": 1, "n_head": 4}), SPEECH),
+    ],
+    ids=["cnn", "resnet", "vit", "bert", "gpt2"],
+)
+def test_it_trains_images_and_texts(settings: ModelSettings, spec: Spec) -> None:
+    model = settings.build_model(spec)
+    draw = seeds.generator(0, "examples")
+    if spec.kind == "image":
+        inputs = torch.randint(0, 256, (6, *spec.shape), generator=draw).to(torch.uint8)
+    else:
+        inputs = torch.randint(1, 40, (6, 8), generator=draw).int()
+    labels = inputs.long() if spec.task == "causal-lm" else torch.arange(6) % 3
+    examples = Examples(inputs=inputs, labels=labels)
+    trained = {}
+    for contrast in (0.0, 1.0):
+        method = MSfusion(ratio=(0.5,), contrast=contrast, negatives="both")
+        worker = ClientWorker(model=model, method=method, examples=lambda client: examples, seed=0)
+        state, memories = method.init(model, 0, 5), {0: Memory(), 1: Memory()}
+        clients = [Client(id=number, num_examples=6) for number in memories]
+        for _ in range(2):
+            updates = []
+            for task in method.configure(model, state, clients, Training(batch_size=3)):
+                update, memories[task.client.id] = worker.work(task, memories[task.client.id])
+                updates.append(update)
+            state = method.aggregate(model, state, clients, updates)
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in state.params.values())
+        # Three frozen sub-models (the fused one, the own last one, a peer's), 6 examples each.
+        looked_at = updates[0].metrics.get("reference_examples", 0.0)
+        assert looked_at == (18.0 if contrast else 0.0)
+        trained[contrast] = sha256(state.params)
+    assert trained[0.0] != trained[1.0]

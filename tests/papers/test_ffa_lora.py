@@ -117,7 +117,7 @@ def test_below_the_full_rank_the_first_columns_are_trained() -> None:
     # (1 + 3 x 4) / 4 for the ranks of both, 1 for those of client 0 alone
     assert values(after.params, "layers_0_b") == [[3.25, 3.25, 1.0, 1.0]]
     assert torch.equal(after.params[FIRST], state.params[FIRST])
-    # That is not the mean of the products, where those count 1/4: it is exact for equal ranks alone.
+    # Not the mean of the products, where those count 1/4: it is exact for equal ranks alone.
     error = error_of(model, state.params, after.params, updates, 1, 3)
     assert error is not None
     assert error > 0.01

@@ -9,10 +9,12 @@ from tesserafl.methods.fedecover import FedEcover
 from tesserafl.methods.federated_dropout import FederatedDropout
 from tesserafl.methods.fedit import FedIT
 from tesserafl.methods.fedrolex import FedRolex
+from tesserafl.methods.fedsa_lora import FedSALoRA
 from tesserafl.methods.ffa_lora import FFALoRA
 from tesserafl.methods.flexlora import FlexLoRA
 from tesserafl.methods.heterofl import HeteroFL
 from tesserafl.methods.hetlora import HetLoRA
+from tesserafl.methods.local import Local
 from tesserafl.methods.msfusion import MSfusion
 
 MethodSettings = (
@@ -28,6 +30,8 @@ MethodSettings = (
     | FFALoRA
     | FlexLoRA
     | HetLoRA
+    | FedSALoRA
+    | Local
 )
 
 METHODS: dict[str, type[MethodSettings]] = {
@@ -43,6 +47,8 @@ METHODS: dict[str, type[MethodSettings]] = {
     "ffa_lora": FFALoRA,
     "flexlora": FlexLoRA,
     "hetlora": HetLoRA,
+    "fedsa_lora": FedSALoRA,
+    "local": Local,
 }
 
 __all__ = [
@@ -54,10 +60,12 @@ __all__ = [
     "FedEcover",
     "FedIT",
     "FedRolex",
+    "FedSALoRA",
     "FederatedDropout",
     "FlexLoRA",
     "HetLoRA",
     "HeteroFL",
+    "Local",
     "MSfusion",
     "MethodSettings",
 ]

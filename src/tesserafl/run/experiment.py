@@ -60,6 +60,9 @@ class Experiment:
     """memory for training on the client classes, dealt like method.ratio; empty: no limit"""
     seed: int = 0
     """the seed of everything: partition, initialisation, participation, batches, schedules"""
+    finetune_epochs: int = 0
+    """epochs for which every client with test examples of its own (data.test) trains the final
+    model before it is tested there; 0: the clients' tests are of the global model alone"""
     evaluate_every: int = 5
     """rounds between evaluations of the global model; the last round is always evaluated"""
     checkpoint_every: int = 5
@@ -69,6 +72,8 @@ class Experiment:
         for name in ("rounds", "clients_per_round", "evaluate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.finetune_epochs < 0:
+            raise ConfigError(f"finetune_epochs must be 0 or more; got {self.finetune_epochs}")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must be in [0, 1); got {self.dropout}")
         for name in ("workers", "threads", "group"):

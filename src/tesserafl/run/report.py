@@ -97,6 +97,10 @@ def _headline(record: Record) -> str:
     ]
     if own := known.get("accuracy_clients"):
         tiles.insert(2, ("accuracy, mean over the clients' tests", sum(own) / len(own), "percent"))
+    for key, what in {"personal": "own models", "finetuned": "fine-tuned models"}.items():
+        if own := known.get(f"accuracy_{key}"):
+            mean = sum(own) / len(own)
+            tiles.insert(3, (f"accuracy of {what}, mean over the clients' tests", mean, "percent"))
     cells = (f"<div><dt>{k}</dt><dd>{human(v, q)}</dd></div>" for k, v, q in tiles)
     return f"<dl>{''.join(cells)}</dl>"
 

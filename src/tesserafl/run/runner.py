@@ -30,6 +30,7 @@ from tesserafl.run.experiment import (
 from tesserafl.run.export import export_model
 from tesserafl.run.federate import federate, links_of
 from tesserafl.run.files import alone_in, read_json, write_json
+from tesserafl.run.personal import check_personal, personal_accuracies
 from tesserafl.run.report import write_partition, write_report
 from tesserafl.run.rounds import CostTable, check_memory, play_round
 from tesserafl.run.setup import Setup, device_of, make_engine, prepare
@@ -72,6 +73,7 @@ def first_federation(setup: Setup) -> Federation:
     """Who holds what before the first round; raises if the settings do not fit together."""
     experiment = setup.experiment
     device_of(experiment)
+    check_personal(setup)
     with threads(experiment.engine.threads):
         state: State = experiment.method.init(setup.model, experiment.seed, experiment.rounds)
     check_memory(setup, state, CostTable(setup=setup))
@@ -252,6 +254,7 @@ class _Run:
         }
         if local:
             summary["accuracy_clients"] = local
+        summary |= personal_accuracies(self.setup, self.engine, self.federation, evaluator)
         if copies := self.federation.copies():
             summary["accuracy_peers"] = self._of_copies(copies, evaluator)
         export_model(predictor, self.folder / "model", data)

@@ -1,0 +1,34 @@
+"""Parameters that a client keeps to itself between rounds, and the model that it has with them."""
+
+from __future__ import annotations
+
+from tesserafl.core.messages import Memory
+from tesserafl.core.method import Predictor, State
+from tesserafl.core.model import Model
+from tesserafl.core.params import Params
+from tesserafl.core.submodel import cut
+
+_OWN = "own/"
+
+
+def remember(params: Params) -> Memory:
+    """A memory that keeps these."""
+    return {f"{_OWN}{name}": tensor for name, tensor in params.items()}
+
+
+def own_of(memory: Memory) -> Params:
+    """What `remember` kept; empty in a client's first round."""
+    return {n.removeprefix(_OWN): t for n, t in memory.items() if n.startswith(_OWN)}
+
+
+def personal_of(model: Model, state: State, memory: Memory) -> Predictor:
+    """The global model with the client's own parameters in place, at the client's own width."""
+    own = own_of(memory)
+    keep = {}
+    for name, tensor in own.items():
+        for tie, size in zip(model.ties[name], tensor.shape, strict=True):
+            if tie is not None and tie.axis in model.cuttable:
+                keep[tie.axis] = range(size // sum(tie.parts))
+    part = model.slice(keep)
+    small = model.resized(part) if keep else model
+    return Predictor(model=small, params={**cut(state.params, part), **own})

@@ -1,0 +1,81 @@
+"""What clients reach on their own test examples, each with a model of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tesserafl.core.errors import ConfigError
+from tesserafl.core.messages import Client
+from tesserafl.core.method import Predictor, State
+from tesserafl.core.submodel import cut
+from tesserafl.engines.federation import Federation
+from tesserafl.engines.seam import Done, Engine
+from tesserafl.run.evaluate import Evaluator
+from tesserafl.run.setup import Setup
+
+
+def check_personal(setup: Setup) -> None:
+    """Raise ConfigError if fine-tuning is asked for and cannot be measured."""
+    experiment = setup.experiment
+    if experiment.finetune_epochs and not any(len(c.test) for c in setup.data.clients):
+        raise ConfigError(
+            "finetune_epochs is for the clients' own test examples, and they have none; set "
+            "data.test, for instance to 0.2"
+        )
+    if experiment.finetune_epochs and min(experiment.method.ratio) < 1 and not setup.model.low_rank:
+        raise ConfigError(
+            "finetune_epochs is for clients that hold the whole model; set method.ratio to 1 "
+            "(adapters of fewer ranks are whole models too)"
+        )
+
+
+def personal_accuracies(
+    setup: Setup, engine: Engine, federation: Federation, evaluator: Evaluator
+) -> dict[str, list[float]]:
+    """Accuracies of the clients that have a test of their own, in the clients' order.
+
+    `accuracy_personal`: with what the method's clients keep (`personal`); `accuracy_finetuned`:
+    the global model after `finetune_epochs` of training on the client's own examples.
+    """
+    method, found = setup.experiment.method, {}
+    state = federation.assembled()
+    tested = [c for c in setup.clients if len(setup.data.clients[c.id].test)]
+    if tested and hasattr(method, "personal"):
+        found["accuracy_personal"] = [
+            _accuracy(
+                setup,
+                evaluator,
+                client,
+                method.personal(setup.model, state, engine.memories.get(client.id, {})),
+            )
+            for client in tested
+        ]
+    if tested and setup.experiment.finetune_epochs:
+        tuned = _finetuned(setup, engine, federation, tested, state)
+        by_client = {c.id: _accuracy(setup, evaluator, c, own) for c, own in tuned}
+        found["accuracy_finetuned"] = [by_client[client.id] for client in tested]
+    return found
+
+
+def _finetuned(
+    setup: Setup, engine: Engine, federation: Federation, clients: list[Client], state: State
+) -> Iterator[tuple[Client, Predictor]]:
+    """Each client's model after training from the global one, at the first round's rate."""
+    experiment, whole = setup.experiment, setup.experiment.method.predictor(setup.model, state)
+    training = replace(experiment.training, epochs=experiment.finetune_epochs)
+    for task in federation.tasks(clients, training):
+        engine.submit([task])
+        (outcome,) = engine.poll()
+        if isinstance(outcome, Done):
+            update = outcome.update
+            params = cut(whole.params, task.submodel)
+            params |= {name: params[name] + delta for name, delta in update.delta.items()}
+            model = whole.model.resized(task.submodel)
+            yield task.client, Predictor(model=model, params=params)
+        else:
+            yield task.client, whole
+
+
+def _accuracy(setup: Setup, evaluator: Evaluator, client: Client, own: Predictor) -> float:
+    return evaluator.evaluate(own, setup.data.clients[client.id].test).accuracy
