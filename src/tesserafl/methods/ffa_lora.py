@@ -5,7 +5,8 @@ https://arxiv.org/abs/2403.12313
 
 A = A_0 for everybody; B is trained and averaged: mean(B) A_0 = mean(B A_0). Half the uplink.
 
-Departures from the paper: clients of a smaller `ratio` train the first columns of B.
+Departures from the paper: clients of a smaller `ratio` train the first columns of B; then the mean
+is that of those that trained an entry, and no longer exact.
 """
 
 from __future__ import annotations

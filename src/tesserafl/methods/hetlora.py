@@ -121,6 +121,9 @@ class HetLoRA:
                     weight = size / total if total else share
                     mean.narrow(dim, 0, values[name].shape[dim]).add_(values[name], alpha=weight)
                 params[name] = mean.to(state.params[name].dtype)
+            # Ranks that nobody held: with A zero as well as B they could never learn again.
+            most = max(len(values[pair.down]) for values, _ in shares)
+            params[pair.down][most:] = state.params[pair.down][most:]
         first = model.low_rank[0].down
         ranks = {str(client): len(values[first]) for client, values in kept.values.items()}
         notes = {**after.notes, "ranks": {**state.notes.get("ranks", {}), **ranks}}
