@@ -11,7 +11,7 @@ import tyro
 from tesserafl.core.errors import ConfigError, did_you_mean
 from tesserafl.data import DataSettings
 from tesserafl.experiments import EXPERIMENTS, Named
-from tesserafl.models import HuggingFace
+from tesserafl.models import HuggingFace, LoRA
 from tesserafl.run.experiment import REGISTRIES, Experiment, choose, from_file
 
 
@@ -118,7 +118,7 @@ def configured(command: str, args: list[str], options: _Options) -> Configured[_
         for argument in rest
         if argument.startswith("--")
     )
-    if "model.config" in asked and isinstance(experiment.model, HuggingFace):
+    if "model.config" in asked and isinstance(experiment.model, HuggingFace | LoRA):
         # The options are of the family that the experiment would have taken.
         experiment = replace(experiment, model=replace(experiment.model, options={}))
     for section in REGISTRIES:

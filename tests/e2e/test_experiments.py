@@ -24,14 +24,14 @@ def labels(name: str, *asked: str, ratio: tuple[float, ...] | None = None) -> li
 
 def test_the_grid_has_every_cell_and_each_ceiling_once():
     rows = labels("width_grid")
-    assert len(rows) == 2 * (1 + 2 * 6)
+    assert len(rows) == 2 * (1 + 2 * 7)
     assert len(set(rows)) == len(rows)
     assert sum(row.endswith("fedavg-full") for row in rows) == 2
 
 
 def test_what_the_command_line_fixes_is_not_varied():
-    assert len(labels("width_grid", "method.ratio", ratio=(0.5,))) == 2 * 7
-    assert len(labels("width_grid", "method.ratio", "data.partition", ratio=(0.5,))) == 7
+    assert len(labels("width_grid", "method.ratio", ratio=(0.5,))) == 2 * 8
+    assert len(labels("width_grid", "method.ratio", "data.partition", ratio=(0.5,))) == 8
     fewer = labels("paper_fedbrb", "method.ratio", "data.partition", ratio=(0.5,))
     assert [row for row in fewer if not row.startswith("ablation")] == [
         "dirichlet-fedavg-full",
@@ -42,7 +42,7 @@ def test_what_the_command_line_fixes_is_not_varied():
     ]
 
 
-@pytest.mark.parametrize("name", ["width_grid", "paper_fedbrb", "comparison"])
+@pytest.mark.parametrize("name", ["width_grid", "paper_fedbrb", "comparison", "lora_comparison"])
 def test_every_row_of_a_study_can_begin(name):
     named = EXPERIMENTS[name]
     assert named.rows is not None
@@ -107,3 +107,32 @@ def test_a_model_that_looks_ahead_is_refused(monkeypatch):
     options = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
     with pytest.raises(ModelError, match="sees the tokens"):
         HuggingFace(config="bert", options=options).build_model(spec)
+
+
+def test_every_row_of_the_serverless_study_can_begin():
+    """Rows of other numbers of clients need data of their own."""
+    named = EXPERIMENTS["paper_msfusion"]
+    base = named.base(None)
+    rows = named.rows(base, frozenset())
+    assert len(rows) == 9 * (2 + 3 * 7) + 4 + 13 + 5
+    with_momentum = replace(base, training=replace(base.training, momentum=0.9))
+    assert "ablation-momentum-carried" in named.rows(with_momentum, frozenset())
+    setups = {}
+    for row in rows.values():
+        key = (row.data.num_clients, row.data.partition)
+        if key not in setups:
+            setups[key] = prepare(row)
+        first_federation(replace(setups[key], experiment=row))
+
+
+def test_the_command_line_fixes_widths_and_participants_of_the_serverless_study():
+    named = EXPERIMENTS["paper_msfusion"]
+    base = named.base(None)
+    five = replace(base, data=replace(base.data, num_clients=5, partition="iid"))
+    rows = named.rows(five, frozenset({"data.num_clients", "data.partition", "method.ratio"}))
+    assert {row.data.num_clients for row in rows.values()} == {5}
+    assert {row.clients_per_round for row in rows.values()} == {5}
+    cells = [label for label in rows if not label.startswith(("ablation", "network"))]
+    assert len(cells) == 2 + 7 and all(label.startswith("iid-5-") for label in cells)
+    with pytest.raises(ConfigError, match="leave --method away"):
+        named.rows(EXPERIMENTS["comparison"].base(None), frozenset())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tesserafl.data import DataSettings
 from tesserafl.experiments import comparison as _comparison
+from tesserafl.experiments import lora_comparison as _lora_comparison
 from tesserafl.experiments import paper_fedbrb as _paper_fedbrb
 from tesserafl.experiments import paper_msfusion as _paper_msfusion
 from tesserafl.experiments import width_grid as _width_grid
@@ -40,5 +41,6 @@ EXPERIMENTS: dict[str, Named] = {
     "comparison": Named(base=_comparison.comparison, rows=_comparison.rows),
     "width_grid": Named(base=_width_grid.width_grid, rows=_width_grid.rows),
     "paper_fedbrb": Named(base=_paper_fedbrb.paper_fedbrb, rows=_paper_fedbrb.rows),
+    "lora_comparison": Named(base=_lora_comparison.lora_comparison, rows=_lora_comparison.rows),
     "paper_msfusion": Named(base=_paper_msfusion.paper_msfusion, rows=_paper_msfusion.rows),
 }

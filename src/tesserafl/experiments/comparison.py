@@ -44,4 +44,10 @@ def rows(base: Experiment, asked: frozenset[str] = frozenset()) -> Mapping[str, 
     for label, method in methods.items():
         if type(method) is type(base.method) and label not in ("fedavg-full", "fedavg-small"):
             methods[label] = base.method
-    return {label: replace(base, method=method) for label, method in methods.items()}
+    # Those made for peers have the same bits with a server, and bytes that can be compared.
+    network = base.network
+    if network.topology == "auto":
+        network = replace(network, topology="star")
+    return {
+        label: replace(base, method=method, network=network) for label, method in methods.items()
+    }

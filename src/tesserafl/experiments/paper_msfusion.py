@@ -79,6 +79,7 @@ def rows(base: Experiment, asked: frozenset[str]) -> Mapping[str, Experiment]:
     experiments |= {
         f"ablation-{label}": replace(base, method=ablated)
         for label, ablated in ablations(method).items()
+        if ablated.momentum == "reset" or base.training.momentum  # there is none to carry
     }
     for label, network in networks().items():
         experiments[f"network-{label}"] = replace(base, network=network)
