@@ -40,6 +40,7 @@ from tesserafl.methods import (
     FedSALoRA,
     FFALoRA,
     FlexLoRA,
+    FLoRA,
     HeteroFL,
     HetLoRA,
     Local,
@@ -68,6 +69,7 @@ CUT: dict[str, MethodSettings] = {
     "flexlora": FlexLoRA(ratio=RATIO),
     "hetlora": HetLoRA(ratio=RATIO),
     "fedsa_lora": FedSALoRA(ratio=RATIO),
+    "flora": FLoRA(ratio=RATIO),
     "local": Local(ratio=RATIO),
     # Further settings of the same methods.
     "heterofl by examples, unscaled": HeteroFL(
@@ -112,19 +114,26 @@ WHOLE: dict[str, MethodSettings] = {
         ratio=(1.0,), contrast=0.0, weighting="uniform", layer_phase="staggered", stride=3
     ),
 }
-OTHERWISE = {"ffa_lora", "flexlora", "hetlora", "fedsa_lora", "local"}
+OTHERWISE = {"ffa_lora", "flexlora", "hetlora", "fedsa_lora", "flora", "local"}
 """Methods that do something else than FedAvg even where everybody trains everything."""
 
 
 class AdaptedNet(nn.Module):
-    """A frozen layer with an adapter of `rank`, and a head that is trained whole."""
+    """A frozen layer with an adapter of `rank`, and a head that is trained whole.
+
+    With `merge` the frozen layer is a parameter, so that adapters can be merged into it.
+    """
 
     frozen: Tensor
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, merge: bool) -> None:
         super().__init__()
         draw = torch.randn(8, 6, generator=seeds.generator(0, "frozen"), device="cpu")
-        self.register_buffer("frozen", torch.empty(8, 6).copy_(draw), persistent=False)
+        frozen = torch.empty(8, 6).copy_(draw)
+        if merge:
+            self.frozen = nn.Parameter(frozen)
+        else:
+            self.register_buffer("frozen", frozen, persistent=False)
         self.down = nn.Parameter(0.4 * torch.randn(sizes["rank"], 6))
         self.up = nn.Parameter(torch.zeros(8, sizes["rank"]))
         self.head = nn.Linear(8, sizes["classes"])
@@ -139,30 +148,33 @@ class Adapted:
     """The smallest model with low-rank adapters; their rank is the axis that is cut."""
 
     rank: int = 4
+    merge: bool = False
 
     def build_model(self, spec: Spec) -> Model:
         rank, classes = Tie("rank", (1,)), Tie("classes", (1,))
         return Model(
-            build=AdaptedNet,
+            build=lambda sizes: AdaptedNet(sizes, self.merge),
             sizes={"rank": self.rank, "classes": spec.num_classes},
             widths={
                 "rank": Width(units=self.rank, quantum=1, size="rank"),
                 "classes": Width(spec.num_classes, quantum=1, size="classes", cuttable=False),
             },
             depths={},
-            ties={
+            ties=({"frozen": (None, None)} if self.merge else {})
+            | {
                 "down": (rank, None),
                 "up": (None, rank),
                 "head.weight": (classes, None),
                 "head.bias": (classes,),
             },
-            shapes={
+            shapes=({"frozen": (8, 6)} if self.merge else {})
+            | {
                 "down": (self.rank, 6),
                 "up": (8, self.rank),
                 "head.weight": (spec.num_classes, 8),
                 "head.bias": (spec.num_classes,),
             },
-            low_rank=(LowRank("down", "up", 2.0),),
+            low_rank=(LowRank("down", "up", 2.0, "frozen" if self.merge else None),),
         )
 
 
@@ -173,17 +185,20 @@ FAMILIES: dict[str, tuple[MLP | CNN | Adapted, Spec]] = {
     "mlp with norms": (MLP(hidden=(16, 8), norm="layer"), VECTORS),
     "cnn": (CNN(channels=(8, 16), group_size=2), IMAGES),
     "adapted": (Adapted(), VECTORS),
+    "merging": (Adapted(merge=True), VECTORS),
 }
 CLIENTS = tuple(Client(id=i, num_examples=5 + 3 * i) for i in range(6))
 TRAINING = Training(lr=0.1, batch_size=4, momentum=0.5, clip_norm=5.0)
 MASKED = replace(TRAINING, mask_absent_classes=True)
 
-OF_ADAPTERS = (FedIT, FFALoRA, FlexLoRA, HetLoRA, FedSALoRA)
+OF_ADAPTERS = (FedIT, FFALoRA, FlexLoRA, HetLoRA, FedSALoRA, FLoRA)
 ON_ADAPTERS_TOO = (FedRolex,)
 """To the others a rank is an axis like any other; one of them is enough to see it."""
 
 
 def suits(method: type[MethodSettings], family: str) -> bool:
+    if family == "merging" or method is FLoRA:
+        return family == "merging" and method is FLoRA
     if family == "adapted":
         return method in (*OF_ADAPTERS, *ON_ADAPTERS_TOO)
     return method not in OF_ADAPTERS
@@ -191,6 +206,8 @@ def suits(method: type[MethodSettings], family: str) -> bool:
 
 def home(name: str) -> str:
     """The one family that is enough where the model is no matter."""
+    if type(CUT[name]) is FLoRA:
+        return "merging"
     return "adapted" if type(CUT[name]) in OF_ADAPTERS else "mlp"
 
 

@@ -137,7 +137,8 @@ def constants(tree: ast.Module) -> Iterator[str]:
 @each_method_file
 def test_methods_know_no_parameter_and_no_family(file: Path) -> None:
     tree = tree_of(file)
-    assert not [text for text in constants(tree) if NO_PARAMETER.search(text)]
+    found = [text for text in constants(tree) if NO_PARAMETER.search(text)]
+    assert not set(found) - set(METHODS)  # a method may be called after what it trains
     words = {part.lower() for name in names(tree) for part in name.split(".")}
     words |= {text.lower() for text in constants(tree)}
     assert not words & FAMILIES

@@ -75,3 +75,7 @@ class LowRank(NamedTuple):
     up: str
     """Parameter [out, rank]."""
     scale: float
+    merged: str | None = None
+    """Parameter [out, in] that the product may be merged into; None: the weight is frozen."""
+    turned: bool = False
+    """Whether `merged` is [in, out]."""

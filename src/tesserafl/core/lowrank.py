@@ -111,17 +111,33 @@ def product_norm(up: Tensor, down: Tensor) -> Tensor:
     return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0.0).sqrt()
 
 
+def merged(pair: LowRank, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The weight with the product added to it, of the weight's type."""
+    change = pair.scale * (up @ down)
+    return (weight.double() + (change.T if pair.turned else change)).to(weight.dtype)
+
+
 def aggregation_error(
-    model: Model, params: Params, shares: Sequence[tuple[Params, float]]
+    model: Model,
+    after: Params,
+    shares: Sequence[tuple[Params, float]],
+    before: Params | None = None,
 ) -> float | None:
-    """||new product - mean product|| / ||mean product|| over all adapted weights; None: no mean."""
+    """||new change - mean product|| / ||mean product|| over all adapted weights; None: no mean.
+
+    The new change is the product of the factors after the round and, where products are merged into
+    the weights, what came to them in it: that takes the parameters of `before`.
+    """
     difference, size = 0.0, 0.0
     for pair in model.low_rank:
         up, down = stacked(pair, shares)
-        both = (
-            torch.cat([params[pair.up].double(), -up], dim=1),
-            torch.cat([params[pair.down].double(), down], dim=0),
-        )
-        difference += float(product_norm(*both).square())
+        ups, downs = [after[pair.up].double(), -up], [after[pair.down].double(), down]
+        if pair.merged is None or before is None:
+            difference += float(product_norm(torch.cat(ups, 1), torch.cat(downs, 0)).square())
+        else:
+            came = after[pair.merged].double() - before[pair.merged].double()
+            came = (came.T if pair.turned else came) / pair.scale
+            wrong = came + torch.cat(ups, 1) @ torch.cat(downs, 0)
+            difference += float(wrong.square().sum())
         size += float(product_norm(up, down).square())
     return (difference / size) ** 0.5 if size else None

@@ -12,6 +12,7 @@ from tesserafl.methods.fedrolex import FedRolex
 from tesserafl.methods.fedsa_lora import FedSALoRA
 from tesserafl.methods.ffa_lora import FFALoRA
 from tesserafl.methods.flexlora import FlexLoRA
+from tesserafl.methods.flora import FLoRA
 from tesserafl.methods.heterofl import HeteroFL
 from tesserafl.methods.hetlora import HetLoRA
 from tesserafl.methods.local import Local
@@ -31,6 +32,7 @@ MethodSettings = (
     | FlexLoRA
     | HetLoRA
     | FedSALoRA
+    | FLoRA
     | Local
 )
 
@@ -48,6 +50,7 @@ METHODS: dict[str, type[MethodSettings]] = {
     "flexlora": FlexLoRA,
     "hetlora": HetLoRA,
     "fedsa_lora": FedSALoRA,
+    "flora": FLoRA,
     "local": Local,
 }
 
@@ -55,6 +58,7 @@ __all__ = [
     "DPSGD",
     "METHODS",
     "FFALoRA",
+    "FLoRA",
     "FedAvg",
     "FedBRB",
     "FedEcover",

@@ -12,7 +12,6 @@ sent, never averaged. The adapters themselves are the peft library's.
 from __future__ import annotations
 
 import copy
-import json
 import re
 import warnings
 from collections import Counter
@@ -31,13 +30,13 @@ from tesserafl.core.model import Model, Sizes
 from tesserafl.core.modules import parameters_of
 from tesserafl.core.params import Params
 from tesserafl.models.huggingface import Family, Option, Wrapped, family_of
+from tesserafl.models.peft_files import DOWN, UP, peft_name, read_adapter
 
 if TYPE_CHECKING:
     from tesserafl.data.examples import Spec
 
 RANK = "rank"
-_DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
-_FILE = "adapter_model.safetensors"
+_MERGED = ".base_layer.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +58,9 @@ class LoRA:
     """folder with a saved adapter (peft format) to start from"""
     train_head: bool = True
     """whether a classifier's output layer is trained and sent as well"""
+    merge: bool = False
+    """whether the adapted weights are parameters too, frozen on clients, so that a server can merge
+    adapters into them (flora)"""
 
     def build_model(self, spec: Spec) -> Model:
         """The adapters as a model, for a data set's inputs and classes.
@@ -89,8 +91,8 @@ class _Adapted:
         ties = {name: self._ties(name, tensor) for name, tensor in module.named_parameters()}
         shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
         scale = self.settings.alpha / self.settings.rank
-        downs = [name for name in shapes if name.endswith(_DOWN)]
-        pairs = tuple(LowRank(n, n.removesuffix(_DOWN) + _UP, scale) for n in downs)
+        downs = [name for name in shapes if name.endswith(DOWN)]
+        pairs = tuple(self._pair(name.removesuffix(DOWN), scale) for name in downs)
         widths = {RANK: Width(units=self.settings.rank, quantum=1, size=RANK)}
         for axis, size in self.family.rows.items():
             widths[axis] = Width(units=size, quantum=1, size=axis, cuttable=False)
@@ -115,12 +117,15 @@ class _Adapted:
         shared = {id(t): t for t in [*frozen.parameters(), *frozen.buffers()]}
         module = copy.deepcopy(frozen, shared)  # its structure; tensors are the same ones
         self._adapt(module, sizes[RANK])
+        adapted = {n.removesuffix(DOWN) + _MERGED for n, _ in module.named_parameters()}
         for path, part in module.named_modules():
             for key, value in list(part._parameters.items()):
                 name = f"{path}.{key}" if path else key
-                if value is None or _DOWN in name or _UP in name:
+                if value is None or DOWN in name or UP in name:
                     continue
-                if name in self._head:
+                if self.settings.merge and name.endswith(_MERGED) and name in adapted:
+                    part._parameters[key] = nn.Parameter(value.detach())
+                elif name in self._head:
                     part._parameters[key] = nn.Parameter(value.detach().clone())
                 else:
                     del part._parameters[key]
@@ -131,30 +136,11 @@ class _Adapted:
 
     def load(self) -> Params:
         """Parameters with the saved adapter's values."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         assert self.settings.adapter is not None
         params = parameters_of(self.build_on({RANK: self.settings.rank}, "cpu"))
-        try:
-            saved = load_file(self.settings.adapter / _FILE)
-            found = json.loads((self.settings.adapter / "adapter_config.json").read_text())
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ModelError(f"model.adapter {self.settings.adapter}: {error}") from error
         asked = (self.settings.rank, self.settings.alpha)
-        if (found.get("r"), found.get("lora_alpha")) != asked:
-            raise ModelError(
-                f"the adapter in {self.settings.adapter} has rank {found.get('r')} and alpha "
-                f"{found.get('lora_alpha')}; set model.rank and model.alpha to these (they are "
-                f"{asked[0]} and {asked[1]})"
-            )
-        if scaling := [key for key in ("use_rslora", "alpha_pattern") if found.get(key)]:
-            raise ModelError(
-                f"the adapter in {self.settings.adapter} is scaled otherwise than by alpha / rank "
-                f"({', '.join(scaling)}); this model cannot start from it"
-            )
-        values = {_own_name(key): value for key, value in saved.items()}
-        missing = {n for n in params if n.endswith((_DOWN, _UP))} - values.keys()
+        values = read_adapter(self.settings.adapter, *asked)
+        missing = {n for n in params if n.endswith((DOWN, UP))} - values.keys()
         other = {n for n in values if n not in params or params[n].shape != values[n].shape}
         if wrong := sorted(missing | other):
             raise ModelError(
@@ -171,7 +157,7 @@ class _Adapted:
         trained = parameters_of(module)
         whole: Any = copy.deepcopy(self._frozen[0])  # merging writes into it
         heads = sorted({name.removeprefix("model.").rpartition(".")[0] for name in self._head})
-        rank = next(len(value) for name, value in trained.items() if name.endswith(_DOWN))
+        rank = next(len(value) for name, value in trained.items() if name.endswith(DOWN))
         config = self._config(rank)
         config.modules_to_save = heads or None
         source = self.family.source
@@ -179,7 +165,13 @@ class _Adapted:
         with warnings.catch_warnings():  # peft reads an attribute that transformers has renamed
             warnings.simplefilter("ignore")
             adapted = peft.get_peft_model(whole.model, config)
-        values = {_peft_name(name): value for name, value in trained.items()}
+        own = {n: value for n, value in trained.items() if not n.endswith(_MERGED)}
+        with torch.no_grad():
+            for name in trained.keys() - own.keys():
+                adapted.base_model.model.get_parameter(name.removeprefix("model.")).copy_(
+                    trained[name]
+                )
+        values = {peft_name(name): value for name, value in own.items()}
         peft.set_peft_model_state_dict(adapted, values)
         # Not "auto", which asks the hub for a base model of this name.
         adapted.save_pretrained(str(Path(folder) / "adapter"), save_embedding_layers=False)
@@ -219,10 +211,17 @@ class _Adapted:
         plain = {name: value.shape for name, value in self._on_meta.named_parameters()}
         return frozenset(n for n, value in more.named_parameters() if value.shape != plain[n])
 
+    def _pair(self, path: str, scale: float) -> LowRank:
+        merged = path + _MERGED if self.settings.merge else None
+        part = self._on_meta.get_submodule(path)
+        return LowRank(path + DOWN, path + UP, scale, merged, type(part).__name__ == "Conv1D")
+
     def _ties(self, name: str, value: Tensor) -> tuple[Tie | None, ...]:
-        if name.endswith(_DOWN):
+        if name.endswith(_MERGED):
+            return (None,) * value.dim()
+        if name.endswith(DOWN):
             return (Tie(RANK, (1,)), None)
-        if name.endswith(_UP):
+        if name.endswith(UP):
             return (None, Tie(RANK, (1,)))
         return (Tie("classes", (1,)), *[None] * (value.dim() - 1))
 
@@ -275,17 +274,6 @@ class _Adapted:
     def _linear_names(self) -> list[str]:
         kinds, parts = ("Linear", "Conv1D"), self._on_meta.named_modules()
         return sorted({n.rpartition(".")[2] for n, m in parts if type(m).__name__ in kinds})[:8]
-
-
-def _own_name(key: str) -> str:
-    """Name in a module of `build` of a tensor in a saved adapter."""
-    name = "model." + key.removeprefix("base_model.model.")
-    return re.sub(r"(\.lora_[AB])\.weight$", r"\1.default.weight", name)
-
-
-def _peft_name(name: str) -> str:
-    """The inverse of `_own_name`."""
-    return "base_model.model." + name.removeprefix("model.").replace(".default.weight", ".weight")
 
 
 def _library() -> None:

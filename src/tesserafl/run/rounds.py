@@ -108,11 +108,12 @@ def play_round(
     updates = _updates(setup, engine, tasks, federation.shapes, costs, notes)
     factors = _factors(setup, federation, cohort)
     if factors is not None:
-        updates = factors.watching(federation.shapes, updates)
+        before = federation.shapes
+        updates = factors.watching(before, updates)
     notes.folded = federation.fold(cohort, updates)
     if factors is not None and factors.values:
         after = federation.assembled().params
-        notes.error = aggregation_error(setup.model, after, factors.shares)
+        notes.error = aggregation_error(setup.model, after, factors.shares, before)
     for row in notes.clients:
         row["bytes_up"], row["bytes_down"] = notes.folded.traffic[row["client"]]
     coverage.add(notes.trained)

@@ -188,7 +188,7 @@ def test_the_error_is_that_of_dense_matrices(ranks: list[int], inputs: int, outp
     params, shares = params_of(model, 99), []
     for i, rank in enumerate(ranks):
         factors: Params = {}
-        for down, up, _ in model.low_rank:
+        for down, up, *_ in model.low_rank:
             factors[down] = drawn(3 * i, rank, model.shapes[down][1])
             factors[up] = drawn(3 * i + 1, model.shapes[up][0], rank)
         shares.append((factors, 1 / len(ranks)))
