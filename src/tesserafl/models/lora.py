@@ -212,9 +212,11 @@ class _Adapted:
         return frozenset(n for n, value in more.named_parameters() if value.shape != plain[n])
 
     def _pair(self, path: str, scale: float) -> LowRank:
-        merged = path + _MERGED if self.settings.merge else None
-        part = self._on_meta.get_submodule(path)
-        return LowRank(path + DOWN, path + UP, scale, merged, type(part).__name__ == "Conv1D")
+        pair = LowRank(path + DOWN, path + UP, scale)
+        if not self.settings.merge:
+            return pair
+        turned = type(self._on_meta.get_submodule(path)).__name__ == "Conv1D"
+        return pair._replace(merged=path + _MERGED, turned=turned)
 
     def _ties(self, name: str, value: Tensor) -> tuple[Tie | None, ...]:
         if name.endswith(_MERGED):
