@@ -136,3 +136,14 @@ def test_the_command_line_fixes_widths_and_participants_of_the_serverless_study(
     assert len(cells) == 2 + 7 and all(label.startswith("iid-5-") for label in cells)
     with pytest.raises(ConfigError, match="leave --method away"):
         named.rows(EXPERIMENTS["comparison"].base(None), frozenset())
+
+
+def test_the_adapters_study_chooses_its_methods():
+    named = EXPERIMENTS["lora_comparison"]
+    rows = named.rows(replace(named.base(None), finetune_epochs=3), frozenset())
+    assert {label: row.finetune_epochs for label, row in rows.items() if row.finetune_epochs} == {
+        "fedit": 3
+    }
+    assert [label for label, row in rows.items() if row.model.merge] == ["unequal-flora"]
+    with pytest.raises(ConfigError, match="leave --method"):
+        named.rows(named.base(None), frozenset({"method.decay"}))

@@ -16,7 +16,7 @@ from tesserafl.core.lowrank import aggregation_error, merged
 from tesserafl.core.messages import Task
 from tesserafl.core.model import Model, Output
 from tesserafl.data.examples import Spec
-from tesserafl.methods import FLoRA
+from tesserafl.methods import FedIT, FedSALoRA, FFALoRA, FlexLoRA, FLoRA, HetLoRA
 from tesserafl.models import LoRA
 
 
@@ -117,8 +117,25 @@ def test_a_turned_weight_gets_the_product_turned() -> None:
 
 
 def test_a_model_that_cannot_merge_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"set --model\.merge True"):
+    with pytest.raises(ConfigError, match=r"add --model\.merge"):
         FLoRA().init(adapted(2, 2, 2), 0, 1)
+
+
+def test_a_saved_adapter_is_merged_once() -> None:
+    saved = {"w": torch.ones(3, 2), "a": torch.ones(2, 2), "b": torch.ones(3, 2)}
+    model, method, asked = replace(model_of(2), pretrained=lambda: saved), FLoRA(), clients(1)
+    state = method.init(model, 0, 5)
+    for _ in range(3):  # nobody learns anything
+        (task,) = method.configure(model, state, asked, TRAINING)
+        state = method.aggregate(model, state, asked, [answer(task, 0.0, w=0.0)])
+        assert values(state.params, "w") == [[5.0, 5.0]] * 3  # 1 + 2 x (1 + 1)
+        assert not state.params["b"].any()
+
+
+def test_weights_that_may_be_merged_into_are_for_no_other_method() -> None:
+    for method in (FedIT(), FFALoRA(), FlexLoRA(), HetLoRA(), FedSALoRA()):
+        with pytest.raises(ConfigError, match=r"leave --model\.merge away"):
+            method.init(model_of(2), 0, 1)
 
 
 SPEECH = Spec(kind="tokens", task="causal-lm", shape=(6,), num_classes=30, vocab_size=30, pad_id=0)
@@ -174,6 +191,7 @@ def test_a_merged_model_says_what_the_adapted_one_said(
             value.copy_(after.params[name])
     assert model.save is not None
     model.save(module, str(tmp_path))
+    assert not (tmp_path / "adapter").exists()  # it would be nothing without the weights
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.allclose(loaded(tokens).logits, logits(after.params), atol=1e-5)

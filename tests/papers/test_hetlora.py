@@ -237,8 +237,8 @@ def test_ranks_that_shrank_are_given_up() -> None:
     assert update.submodel.views[B].shape == (1, 2)
     after = HALF.aggregate(model, state, clients(1), [update])
     assert after.notes == {"ranks": {"0": 2}}
-    # Zeros in the place of what was given up
-    assert values(after.params, "layers_0_a") == [[1.0], [1.0], [0.0], [0.0]]
+    # Zeros in the place of what was given up; nobody held it, so A stays and it can learn again.
+    assert values(after.params, "layers_0_a") == [[1.0], [1.0], [1.0], [1.0]]
     assert values(after.params, "layers_0_b") == [[7.0, 7.0, 0.0, 0.0]]
     (task,) = HALF.configure(model, after, clients(1), TRAINING)
     assert task.submodel.sizes == {"rank": 2}

@@ -86,9 +86,22 @@ def test_fine_tuning_helps_where_clients_differ(tmp_path: Path) -> None:
     assert again["accuracy_finetuned"] == tuned["accuracy_finetuned"]
 
 
+def test_fine_tuning_takes_reports_of_a_part(tmp_path: Path) -> None:
+    masked = experiment(finetune_epochs=8, training={"mask_absent_classes": True})
+    summary = start(masked, tmp_path / "masked")
+    assert sum(summary["accuracy_finetuned"]) > sum(summary["accuracy_clients"])
+
+
+def test_peers_are_tuned_from_the_mean_of_their_copies(tmp_path: Path) -> None:
+    ring = {"topology": "peers", "exchange": "gossip", "graph": "ring"}
+    tuned = start(experiment(finetune_epochs=8, network=ring, rounds=6), tmp_path / "ring")
+    assert sum(tuned["accuracy_finetuned"]) > sum(tuned["accuracy_clients"])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"method": {"name": "local", "ratio": [1.0]}}, "tested as accuracy_personal"),
         ({"data": {"num_clients": 4}}, r"set data\.test"),
         ({"method": {"name": "fedrolex", "ratio": [0.5]}}, r"set method\.ratio to 1"),
         ({"finetune_epochs": -1}, "must be 0 or more"),

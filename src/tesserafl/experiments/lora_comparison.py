@@ -17,6 +17,7 @@ from tesserafl.methods import (
     FedSALoRA,
     FFALoRA,
     FlexLoRA,
+    FLoRA,
     HetLoRA,
     Local,
     MethodSettings,
@@ -53,6 +54,8 @@ def rows(base: Experiment, asked: frozenset[str]) -> Mapping[str, Experiment]:
     """Methods at equal ranks, those for unequal ranks, and clients on their own."""
     if not isinstance(base.model, LoRA):
         raise ConfigError("lora_comparison is of adapters; leave --model away, or run comparison")
+    if any(setting.startswith("method") for setting in asked):
+        raise ConfigError("lora_comparison chooses its methods; leave --method... away")
     methods: dict[str, MethodSettings] = {
         "fedit": FedIT(),
         "ffa_lora": FFALoRA(),
@@ -62,7 +65,12 @@ def rows(base: Experiment, asked: frozenset[str]) -> Mapping[str, Experiment]:
         "unequal-fedit": FedIT(ratio=UNEQUAL),
         "unequal-flexlora": FlexLoRA(ratio=UNEQUAL),
         "unequal-hetlora": HetLoRA(ratio=UNEQUAL),
+        "unequal-flora": FLoRA(ratio=UNEQUAL),
     }
-    experiments = {label: replace(base, method=method) for label, method in methods.items()}
-    experiments["fedit"] = replace(experiments["fedit"], finetune_epochs=1)
+    plain = replace(base, finetune_epochs=0)
+    experiments = {label: replace(plain, method=method) for label, method in methods.items()}
+    merging = replace(base.model, merge=True)
+    experiments["unequal-flora"] = replace(experiments["unequal-flora"], model=merging)
+    epochs = base.finetune_epochs or 1
+    experiments["fedit"] = replace(experiments["fedit"], finetune_epochs=epochs)
     return experiments

@@ -33,6 +33,7 @@ from tesserafl.core.method import (
     weights_of,
 )
 from tesserafl.core.model import Model
+from tesserafl.core.modules import parameters_of
 from tesserafl.methods._width import prefix_tasks
 
 
@@ -50,11 +51,9 @@ class FLoRA:
 
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """The adapters as they are drawn, and the weights that they will be merged into."""
-        check_adapted(model, "flora")
+        check_adapted(model, "flora", merging=True)
         if any(pair.merged is None for pair in model.low_rank):
-            raise ConfigError(
-                "method 'flora' merges adapters into the weights; set --model.merge True"
-            )
+            raise ConfigError("method 'flora' merges adapters into the weights; add --model.merge")
         return init_whole(self, model, seed, rounds)
 
     def configure(
@@ -83,7 +82,8 @@ class FLoRA:
         for pair in model.low_rank:
             assert pair.merged is not None
             params[pair.merged] = merged(pair, state.params[pair.merged], *stacked(pair, shares))
-        fresh = model.init(seeds.derive(state.seed, "adapters", state.round))
+        with seeds.seeded(state.seed, "adapters", state.round):  # never a saved adapter again
+            fresh = parameters_of(model.module())
         return replace(after, params=params | {name: fresh[name] for name in factors_of(model)})
 
     predictor = predict_whole

@@ -91,8 +91,9 @@ class HetLoRA:
     def report(self, model: Model, task: Task, fitted: Fitted, memory: Memory) -> Report:
         """The change; without the last ranks, if they have shrunk."""
         update, memory = report_deltas(self, model, task, fitted, memory)
-        before = tail_norm(model, task.params, self.decay)
-        if self.decay < 1.0 and tail_norm(model, fitted.params, self.decay) < before:
+        if self.decay == 1.0:
+            return update, memory
+        if tail_norm(model, fitted.params, self.decay) < tail_norm(model, task.params, self.decay):
             update = without_tail(model, update, self.decay)
         return update, memory
 

@@ -81,7 +81,7 @@ class HuggingFace:
                 save=family.save,
             )
             if spec.task == "causal-lm":
-                _refuse_foresight(family, model)
+                refuse_foresight(family, model)
             return model
         except ModelError as error:
             raise ModelError(
@@ -230,7 +230,7 @@ def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
     return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
 
 
-def _refuse_foresight(family: Family, model: Model) -> None:
+def refuse_foresight(family: Family, model: Model) -> None:
     """Raise ModelError if a language model's answer depends on tokens that come later."""
     few = {axis: range(min(2, model.units(axis))) for axis in (*model.cuttable, *model.depths)}
     with seeds.seeded(0, "foresight"), torch.no_grad():

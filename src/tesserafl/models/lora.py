@@ -29,8 +29,14 @@ from tesserafl.core.errors import ConfigError, ModelError
 from tesserafl.core.model import Model, Sizes
 from tesserafl.core.modules import parameters_of
 from tesserafl.core.params import Params
-from tesserafl.models.huggingface import Family, Option, Wrapped, family_of
-from tesserafl.models.peft_files import DOWN, UP, peft_name, read_adapter
+from tesserafl.models.huggingface import (
+    Family,
+    Option,
+    Wrapped,
+    family_of,
+    refuse_foresight,
+)
+from tesserafl.models.peft_files import DOWN, UP, need_peft, peft_name, read_adapter
 
 if TYPE_CHECKING:
     from tesserafl.data.examples import Spec
@@ -75,9 +81,12 @@ class LoRA:
                 f"model.rank must be at least 1 and model.alpha positive; got {self.rank} and "
                 f"{self.alpha}"
             )
-        _library()
-        adapted = _Adapted(settings=self, family=family_of(self.config, self.options, spec))
-        return adapted.model()
+        need_peft()
+        family = family_of(self.config, self.options, spec)
+        model = _Adapted(settings=self, family=family).model()
+        if spec.task == "causal-lm":
+            refuse_foresight(family, model)
+        return model
 
 
 @dataclass(kw_only=True)
@@ -173,8 +182,9 @@ class _Adapted:
                 )
         values = {peft_name(name): value for name, value in own.items()}
         peft.set_peft_model_state_dict(adapted, values)
-        # Not "auto", which asks the hub for a base model of this name.
-        adapted.save_pretrained(str(Path(folder) / "adapter"), save_embedding_layers=False)
+        if not self.settings.merge:  # else the adapter would be nothing without the merged weights
+            # Not "auto", which asks the hub for a base model of this name.
+            adapted.save_pretrained(str(Path(folder) / "adapter"), save_embedding_layers=False)
         whole.model = adapted.merge_and_unload()
         self.family.save(whole, folder)
 
@@ -184,7 +194,12 @@ class _Adapted:
         # Both draw what is in no file; that must be the same in every process.
         with torch.device("cpu"), seeds.seeded(0, "frozen"):
             module = self.family.build({})
-            loaded, new = self.family.load() if self.family.has_weights else ({}, self._head)
+            loaded, new = self.family.load() if self.family.has_weights else ({}, self._outputs)
+        if blocks := sorted(n for n in new - self._outputs if re.search(r"\.\d+\.", n)):
+            raise ModelError(
+                f"{self.family.source} has no weights for {blocks[0]!r} and {len(blocks) - 1} "
+                f"more, and frozen as drawn they are noise: leave sizes out of model.options"
+            )
         with torch.no_grad():
             for name, value in module.named_parameters():
                 if name in loaded:
@@ -198,8 +213,10 @@ class _Adapted:
 
     @property
     def _head(self) -> frozenset[str]:
-        """The parameters that are trained beside the adapters."""
-        return self._outputs if self.settings.train_head else frozenset()
+        """The parameters that are trained beside the adapters: outputs, and what is in no file."""
+        if not self.settings.train_head:
+            return frozenset()
+        return self._outputs | (self._frozen[1] if self.family.has_weights else frozenset())
 
     @cached_property
     def _outputs(self) -> frozenset[str]:
@@ -219,13 +236,12 @@ class _Adapted:
         return pair._replace(merged=path + _MERGED, turned=turned)
 
     def _ties(self, name: str, value: Tensor) -> tuple[Tie | None, ...]:
-        if name.endswith(_MERGED):
-            return (None,) * value.dim()
         if name.endswith(DOWN):
             return (Tie(RANK, (1,)), None)
         if name.endswith(UP):
             return (None, Tie(RANK, (1,)))
-        return (Tie("classes", (1,)), *[None] * (value.dim() - 1))
+        rows = Tie("classes", (1,)) if name in self._outputs else None
+        return (rows, *[None] * (value.dim() - 1))
 
     def _adapt(self, module: nn.Module, rank: int) -> None:
         import peft
@@ -276,12 +292,3 @@ class _Adapted:
     def _linear_names(self) -> list[str]:
         kinds, parts = ("Linear", "Conv1D"), self._on_meta.named_modules()
         return sorted({n.rpartition(".")[2] for n, m in parts if type(m).__name__ in kinds})[:8]
-
-
-def _library() -> None:
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "model 'lora' needs the library peft: pip install 'tesserafl[huggingface]'"
-        ) from error

@@ -9,11 +9,21 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from tesserafl.core.errors import ModelError
+from tesserafl.core.errors import ConfigError, ModelError
 from tesserafl.core.params import Params
 
 DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"
 """How the names of factors end in a module with peft's adapters."""
+
+
+def need_peft() -> None:
+    """Raise ConfigError unless the library is installed."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "model 'lora' needs the library peft: pip install 'tesserafl[huggingface]'"
+        ) from error
 
 
 def read_adapter(folder: Path, rank: int, alpha: float) -> Params:

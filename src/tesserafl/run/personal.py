@@ -23,6 +23,11 @@ def check_personal(setup: Setup) -> None:
             "finetune_epochs is for the clients' own test examples, and they have none; set "
             "data.test, for instance to 0.2"
         )
+    if experiment.finetune_epochs and hasattr(experiment.method, "personal"):
+        raise ConfigError(
+            "finetune_epochs trains the global model on; clients of this method have models of "
+            "their own, which are tested as accuracy_personal: set finetune_epochs to 0"
+        )
     if experiment.finetune_epochs and min(experiment.method.ratio) < 1 and not setup.model.low_rank:
         raise ConfigError(
             "finetune_epochs is for clients that hold the whole model; set method.ratio to 1 "
@@ -52,27 +57,30 @@ def personal_accuracies(
             for client in tested
         ]
     if tested and setup.experiment.finetune_epochs:
-        tuned = _finetuned(setup, engine, federation, tested, state)
+        tuned = _finetuned(setup, engine, tested, state)
         by_client = {c.id: _accuracy(setup, evaluator, c, own) for c, own in tuned}
         found["accuracy_finetuned"] = [by_client[client.id] for client in tested]
     return found
 
 
 def _finetuned(
-    setup: Setup, engine: Engine, federation: Federation, clients: list[Client], state: State
+    setup: Setup, engine: Engine, clients: list[Client], state: State
 ) -> Iterator[tuple[Client, Predictor]]:
     """Each client's model after training from the global one, at the first round's rate."""
     experiment, whole = setup.experiment, setup.experiment.method.predictor(setup.model, state)
     training = replace(experiment.training, epochs=experiment.finetune_epochs)
-    for task in federation.tasks(clients, training):
+    # From the global model: peers' own copies may differ from it.
+    for task in experiment.method.configure(setup.model, state, clients, training):
         engine.submit([task])
         (outcome,) = engine.poll()
         if isinstance(outcome, Done):
-            update = outcome.update
-            params = cut(whole.params, task.submodel)
-            params |= {name: params[name] + delta for name, delta in update.delta.items()}
+            params = dict(whole.params)
+            for name, delta in outcome.update.delta.items():  # it may report a part of its task
+                view = outcome.update.submodel.views[name]
+                params[view.name] = params[view.name].clone()
+                view.add(params[view.name], delta)
             model = whole.model.resized(task.submodel)
-            yield task.client, Predictor(model=model, params=params)
+            yield task.client, Predictor(model=model, params=cut(params, task.submodel))
         else:
             yield task.client, whole
 

@@ -229,6 +229,7 @@ class _Run:
 
     def _finish(self, state: State, coverage: Coverage, evaluator: Evaluator) -> dict[str, Any]:
         predictor, data = self._predictor(state), self.setup.data
+        export_model(predictor, self.folder / "model", data)
         metrics = zeroed = evaluator.evaluate(predictor, data.test)
         if coverage.share < 1.0:
             kept = coverage.zero_untrained(predictor.params)
@@ -257,7 +258,6 @@ class _Run:
         summary |= personal_accuracies(self.setup, self.engine, self.federation, evaluator)
         if copies := self.federation.copies():
             summary["accuracy_peers"] = self._of_copies(copies, evaluator)
-        export_model(predictor, self.folder / "model", data)
         self._emit({"kind": "finish", **summary})
         self.log.sync()
         write_report(self.folder, self.setup)

@@ -393,19 +393,59 @@ def test_a_head_for_other_classes_is_drawn_anew(tmp_path):
     assert not torch.equal(params["model.classifier.bias"], model.init(1)["model.classifier.bias"])
 
 
-def test_what_no_file_holds_is_equal_in_every_process(tmp_path):
-    """RoBERTa's head has a layer that is not in an encoder's file, and that is frozen."""
+def save_roberta(folder):
     config = transformers.RobertaConfig(
         **HEADS, intermediate_size=48, vocab_size=40, max_position_embeddings=20, pad_token_id=0
     )
-    transformers.RobertaModel(config).save_pretrained(tmp_path)
-    settings = lora("bert", config=str(tmp_path), options={})
+    transformers.RobertaModel(config).save_pretrained(folder)
+    return lora("bert", config=str(folder), options={})
+
+
+DENSE = "model.classifier.dense.weight"
+"""RoBERTa's head has a layer beside the outputs that is not in an encoder's file."""
+
+
+def test_what_no_file_holds_is_trained_too(tmp_path):
+    settings = save_roberta(tmp_path / "base")
+    model = settings.build_model(TEXTS)
+    assert DENSE in model.shapes and set(model.ties[DENSE]) == {None}
+    torch.manual_seed(1)
+    once, again, other = model.init(0), settings.build_model(TEXTS).init(0), model.init(1)
+    assert torch.equal(once[DENSE], again[DENSE]) and not torch.equal(once[DENSE], other[DENSE])
+    module = put(model.module(), moved(model))
+    ours = logits(module, TEXTS)
+    model.save(module, str(tmp_path / "out"))
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.allclose(logits(loaded, TEXTS), ours, atol=1e-4, rtol=1e-4)
+
+
+def test_what_no_file_holds_is_frozen_alike_in_every_process_without_a_head(tmp_path):
+    settings = replace(save_roberta(tmp_path), train_head=False)
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         found.append(dict(settings.build_model(TEXTS).module().named_buffers()))
-    assert "model.classifier.dense.weight" in found[0]
+    assert DENSE in found[0]
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_a_folder_without_some_blocks_is_refused(tmp_path):
+    save_base("bert", tmp_path)
+    deeper = lora("bert", config=str(tmp_path), options={"num_hidden_layers": 5})
+    with pytest.raises(ModelError, match=r"has no weights for .*leave sizes out of model\.options"):
+        deeper.build_model(TEXTS).init(0)
+
+
+def test_a_model_that_sees_the_future_is_refused():
+    speech = replace(SPECS["gpt2"])
+    xlm = lora(
+        "gpt2",
+        config="xlm",
+        options={"emb_dim": 16, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 20},
+        targets=("q_lin",),
+    )
+    with pytest.raises(ModelError, match="sees the tokens that it is to predict"):
+        xlm.build_model(speech)
 
 
 # ---- out and in again
