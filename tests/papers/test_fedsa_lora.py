@@ -76,5 +76,5 @@ def test_who_was_never_asked_has_the_initial_rest() -> None:
 
 
 def test_a_model_without_adapters_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'fedsa_lora' averages low-rank adapters"):
+    with pytest.raises(ConfigError, match="FedSALoRA averages low-rank adapters"):
         FedSALoRA().init(mlp(4), 0, 1)

@@ -26,12 +26,12 @@ def check_adapted(model: Model, method: str, merging: bool = False) -> None:
     """Raise ConfigError unless the model has low-rank adapters, on frozen weights or to merge."""
     if not model.low_rank:
         raise ConfigError(
-            f"method {method!r} averages low-rank adapters, and this model has none; choose "
+            f"{method} averages low-rank adapters, and this model has none; choose "
             f"--model lora, or a method of whole layers such as fedavg"
         )
     if not merging and any(pair.merged for pair in model.low_rank):
         raise ConfigError(
-            f"method {method!r} leaves the adapted weights alone, and with model.merge they are "
+            f"{method} leaves the adapted weights alone, and with model.merge they are "
             f"parameters that it would train; leave --model.merge away, or choose --method flora"
         )
 

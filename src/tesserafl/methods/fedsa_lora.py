@@ -11,13 +11,11 @@ the mean A and the initial B, whose product is zero: what counts is `accuracy_pe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from tesserafl.core.fit import Fit, Fitted, Training
-from tesserafl.core.lowrank import check_adapted
-from tesserafl.core.messages import Client, Memory, Task
+from tesserafl.core.fit import Fit, Fitted
+from tesserafl.core.messages import Memory, Task
 from tesserafl.core.method import (
     Predictor,
     Report,
@@ -25,13 +23,12 @@ from tesserafl.core.method import (
     Topology,
     Weighting,
     average_trained,
-    init_whole,
     predict_whole,
     report_deltas,
 )
 from tesserafl.core.model import Model
+from tesserafl.methods._adapters import first_ranks, init_adapters
 from tesserafl.methods._own import own_of, personal_of, remember
-from tesserafl.methods._width import prefix_tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +43,8 @@ class FedSALoRA:
     topology: ClassVar[Topology] = "star"
     entrywise: ClassVar[bool] = True
 
-    def init(self, model: Model, seed: int, rounds: int) -> State:
-        """The adapters as they are drawn: their product is zero."""
-        check_adapted(model, "fedsa_lora")
-        return init_whole(self, model, seed, rounds)
-
-    def configure(
-        self, model: Model, state: State, clients: Sequence[Client], training: Training
-    ) -> Iterator[Task]:
-        """The first ranks of every adapter, as many as the client holds."""
-        return prefix_tasks(model, state, clients, training, self.ratio)
+    init = init_adapters
+    configure = first_ranks
 
     def local(self, model: Model, task: Task, memory: Memory) -> Fit:
         """The mean A with the client's own B and head."""

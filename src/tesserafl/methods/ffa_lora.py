@@ -11,24 +11,20 @@ is that of those that trained an entry, and no longer exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tesserafl.core.fit import Fit, Training
-from tesserafl.core.lowrank import check_adapted
-from tesserafl.core.messages import Client, Memory, Task
+from tesserafl.core.fit import Fit
+from tesserafl.core.messages import Memory, Task
 from tesserafl.core.method import (
-    State,
     Topology,
     Weighting,
     average_trained,
-    init_whole,
     predict_whole,
     report_deltas,
 )
 from tesserafl.core.model import Model
-from tesserafl.methods._width import prefix_tasks
+from tesserafl.methods._adapters import first_ranks, init_adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +39,8 @@ class FFALoRA:
     topology: ClassVar[Topology] = "star"
     entrywise: ClassVar[bool] = True
 
-    def init(self, model: Model, seed: int, rounds: int) -> State:
-        """The adapters as they are drawn: their product is zero."""
-        check_adapted(model, "ffa_lora")
-        return init_whole(self, model, seed, rounds)
-
-    def configure(
-        self, model: Model, state: State, clients: Sequence[Client], training: Training
-    ) -> Iterator[Task]:
-        """The first ranks of every adapter, as many as the client holds."""
-        return prefix_tasks(model, state, clients, training, self.ratio)
+    init = init_adapters
+    configure = first_ranks
 
     def local(self, model: Model, task: Task, memory: Memory) -> Fit:
         """Everything but the frozen factors."""

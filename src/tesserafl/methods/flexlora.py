@@ -12,26 +12,24 @@ factors, so that W is never made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from tesserafl.core.fit import Training
-from tesserafl.core.lowrank import Collected, check_adapted, stacked, truncated
-from tesserafl.core.messages import Client, Task, Update
+from tesserafl.core.lowrank import Collected, stacked, truncated
+from tesserafl.core.messages import Client, Update
 from tesserafl.core.method import (
     State,
     Topology,
     Weighting,
     average_trained,
-    init_whole,
     predict_whole,
     report_deltas,
     train_everything,
     weights_of,
 )
 from tesserafl.core.model import Model
-from tesserafl.methods._width import prefix_tasks
+from tesserafl.methods._adapters import first_ranks, init_adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +44,8 @@ class FlexLoRA:
     topology: ClassVar[Topology] = "star"
     entrywise: ClassVar[bool] = False
 
-    def init(self, model: Model, seed: int, rounds: int) -> State:
-        """The adapters as they are drawn: their product is zero."""
-        check_adapted(model, "flexlora")
-        return init_whole(self, model, seed, rounds)
-
-    def configure(
-        self, model: Model, state: State, clients: Sequence[Client], training: Training
-    ) -> Iterator[Task]:
-        """The largest singular directions, as many as the client holds."""
-        return prefix_tasks(model, state, clients, training, self.ratio)
+    init = init_adapters
+    configure = first_ranks
 
     local = train_everything
     report = report_deltas

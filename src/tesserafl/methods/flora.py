@@ -13,13 +13,13 @@ them every round), not the stack: bytes down are those of a client that kept not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from tesserafl.core import seeds
 from tesserafl.core.errors import ConfigError
-from tesserafl.core.fit import Fit, Training
+from tesserafl.core.fit import Fit
 from tesserafl.core.lowrank import Collected, check_adapted, factors_of, merged, stacked
 from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.method import (
@@ -34,7 +34,7 @@ from tesserafl.core.method import (
 )
 from tesserafl.core.model import Model
 from tesserafl.core.modules import parameters_of
-from tesserafl.methods._width import prefix_tasks
+from tesserafl.methods._adapters import first_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +51,12 @@ class FLoRA:
 
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """The adapters as they are drawn, and the weights that they will be merged into."""
-        check_adapted(model, "flora", merging=True)
+        check_adapted(model, type(self).__name__, merging=True)
         if any(pair.merged is None for pair in model.low_rank):
             raise ConfigError("method 'flora' merges adapters into the weights; add --model.merge")
         return init_whole(self, model, seed, rounds)
 
-    def configure(
-        self, model: Model, state: State, clients: Sequence[Client], training: Training
-    ) -> Iterator[Task]:
-        """The first ranks of fresh adapters, as many as the client holds."""
-        return prefix_tasks(model, state, clients, training, self.ratio)
+    configure = first_ranks
 
     def local(self, model: Model, task: Task, memory: Memory) -> Fit:
         """Everything but the merged weights."""

@@ -58,7 +58,7 @@ class HetLoRA:
 
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """The adapters as they are drawn: their product is zero."""
-        check_adapted(model, "hetlora")
+        check_adapted(model, type(self).__name__)
         if not 0.0 < self.decay <= 1.0 or self.penalty < 0.0:
             raise ConfigError(
                 f"method.decay must be in (0, 1] and method.penalty 0 or more; got {self.decay} "

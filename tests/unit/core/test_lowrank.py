@@ -368,5 +368,5 @@ def test_only_a_model_with_adapters_is_adapted() -> None:
     model = model_of()
     assert factors_of(model) == {"0.down", "0.up", "1.down", "1.up"}
     check_adapted(model, "fedit")
-    with pytest.raises(ConfigError, match=r"'fedit' averages low-rank adapters.*--model lora"):
+    with pytest.raises(ConfigError, match=r"fedit averages low-rank adapters.*--model lora"):
         check_adapted(replace(model, low_rank=()), "fedit")
