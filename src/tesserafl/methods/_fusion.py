@@ -27,6 +27,18 @@ _LARGEST = 1.0
 """Changes count up to this in the disagreement: a weight that moved further has diverged."""
 
 
+def wants_peers(contrast: float, negatives: Negatives) -> bool:
+    """Whether others' sub-models are looked at."""
+    return contrast > 0 and negatives != "own"
+
+
+def num_references(contrast: float, negatives: Negatives, peers: int) -> int:
+    """The part as received, the own last one, and peers' ones."""
+    if contrast == 0:
+        return 0
+    return 1 + (negatives != "peers") + peers * wants_peers(contrast, negatives)
+
+
 def check_able(model: Model, training: Training, contrast: float, momentum: Momentum) -> None:
     """Raise ConfigError or ModelError where the settings cannot work on this model."""
     if contrast > 0 and model.features is None:

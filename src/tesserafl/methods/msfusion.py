@@ -81,7 +81,8 @@ class MSfusion:
     @property
     def entrywise(self) -> bool:
         """Unless the disagreement of all, or the parts of others, are looked at."""
-        return self.overlap_schedule != "adaptive" and not self._wants_peers
+        alone = not _fusion.wants_peers(self.contrast, self.negatives)
+        return alone and self.overlap_schedule != "adaptive"
 
     def configure(
         self, model: Model, state: State, clients: Sequence[Client], training: Training
@@ -116,11 +117,9 @@ class MSfusion:
         self, model: Model, state: State, clients: Sequence[Client], updates: Iterable[Update]
     ) -> State:
         """Every entry becomes the mean over those that trained it."""
-        raw, measure = (
-            _fusion.RawParts({}),
-            _fusion.Disagreement(model, weights_of(clients, self.weighting)),
-        )
-        if self._wants_peers:
+        weights, raw = weights_of(clients, self.weighting), _fusion.RawParts({})
+        measure = _fusion.Disagreement(model, weights)
+        if _fusion.wants_peers(self.contrast, self.negatives):
             updates = raw.collecting(model, state.params, updates)
         if self.overlap_schedule == "adaptive":
             updates = measure.watching(state.params, updates)
@@ -137,6 +136,11 @@ class MSfusion:
         ends, progress = (self.overlap, self.overlap_end), state.round / max(1, state.rounds)
         return overlap_at(self.overlap_schedule, *ends, self._ratios(clients), progress)
 
+    @property
+    def num_references(self) -> int:
+        """Frozen sub-models that a participant holds while it trains, at most."""
+        return _fusion.num_references(self.contrast, self.negatives, self.peer_negatives)
+
     def union_of(self, state: State, clients: Sequence[Client]) -> float:
         """Share of an axis's units that somebody trains in the state's round, by the formula."""
         return union_of(self._ratios(clients), self.overlap_of(state, clients))
@@ -144,7 +148,3 @@ class MSfusion:
     def _ratios(self, clients: Sequence[Client]) -> list[float]:
         """By rank."""
         return [ratio_of(self.ratio, c) for c in sorted(clients, key=lambda client: client.id)]
-
-    @property
-    def _wants_peers(self) -> bool:
-        return self.contrast > 0 and self.negatives != "own"

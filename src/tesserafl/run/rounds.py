@@ -39,7 +39,11 @@ class CostTable:
         if key not in self._known:
             training, train = self.setup.experiment.training, self.setup.data.clients[0].train
             rows = torch.arange(training.batch_size) % len(train)
-            self._known[key] = costs_of(self.setup.model, submodel, training, *train.batch(rows))
+            costs = costs_of(self.setup.model, submodel, training, *train.batch(rows))
+            # Frozen sub-models that the method's loss looks at lie beside the one that is trained.
+            beside = getattr(self.setup.experiment.method, "num_references", 0)
+            peak = costs.peak_bytes + beside * costs.bytes_each_way
+            self._known[key] = replace(costs, peak_bytes=peak)
         return self._known[key]
 
     @property

@@ -103,3 +103,15 @@ def test_a_star_has_no_peers() -> None:
     assert make_plan(prepare(from_json(settings(method=method))), (1,)).peering is None
     over = peering_of(method=method, network={"topology": "peers"})
     assert {union.overlap for union in over.unions} == {None} and not over.shares
+
+
+def test_the_peak_counts_frozen_sub_models() -> None:
+    def peak(**method: Any) -> int:
+        given = {"name": "msfusion", "ratio": [0.25], **method}
+        (kind,) = make_plan(prepare(from_json(settings(method=given))), (1,)).classes
+        return kind.peak_bytes
+
+    plain, part = peak(contrast=0.0), 4 * PART
+    assert peak() == plain + 2 * part  # the part as received, the own last one
+    assert peak(negatives="peers") == plain + 3 * part  # the part as received, two peers'
+    assert peak(negatives="both", peer_negatives=1) == plain + 3 * part
