@@ -491,6 +491,7 @@ def test_what_looks_at_the_whole_is_not_entrywise() -> None:
         "msfusion against all",
         "msfusion against peers",
         "flexlora",
+        "flora",
         "hetlora",
         "hetlora pruning",
     }

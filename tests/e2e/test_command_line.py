@@ -100,6 +100,7 @@ def test_a_study_runs_every_row_and_compares_them(tmp_path, capsys):
         "fedrolex",
         "fedecover",
         "fedbrb",
+        "msfusion",
     ]
     assert rows["fedavg-full"]["params_largest_client"] == rows["fedbrb"]["params_full"]
     assert (
