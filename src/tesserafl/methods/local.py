@@ -6,12 +6,12 @@ global model stays as it began; what counts is `accuracy_personal`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from tesserafl.core.fit import Fit, Fitted, Training
-from tesserafl.core.messages import Client, Memory, Task, Update
+from tesserafl.core.messages import Client, Memory, Task
 from tesserafl.core.method import (
     Predictor,
     Report,
@@ -56,12 +56,7 @@ class Local:
         update, _ = report_deltas(self, model, task, fitted, memory)
         return replace(update, delta={}), remember(fitted.params)
 
-    def aggregate(
-        self, model: Model, state: State, clients: Sequence[Client], updates: Iterable[Update]
-    ) -> State:
-        """The round advances."""
-        return average_trained(self, model, state, clients, updates)
-
+    aggregate = average_trained
     predictor = predict_whole
 
     def personal(self, model: Model, state: State, memory: Memory) -> Predictor:
