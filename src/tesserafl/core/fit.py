@@ -16,6 +16,13 @@ from tesserafl.core.params import Params
 
 IGNORED = -100
 """A label that counts in no loss: padding of a text."""
+HELD_OUT = "held_out"
+"""Name of the tensor that says which examples of a batch are held out (`Fit.held_out`)."""
+
+
+def logits_of(reference: str) -> str:
+    """Name of the tensor with a reference's logits (`Fit.reference_logits`)."""
+    return f"{reference}.logits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,15 +148,28 @@ class Fit:
     """The loss."""
     trainable: frozenset[str] | None = None
     """Names that are trained; None: all. The others stay as they are and are not reported."""
+    beside: frozenset[str] = frozenset()
+    """Names in `params` of what is no part of the model: the objective alone reads them. They are
+    trained and come back like all others."""
     width_scaling: WidthScaling = "none"
     """How a cut layer makes up for the inputs that it does not sum."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors that the objective reads."""
     references: Mapping[str, Params] = field(default_factory=dict)
-    """Further parameter sets of the names and shapes of `params`, which are not trained. For every
-    batch the objective reads in `extra[name]` the features [batch, features] that the model gives
-    with them for the batch's inputs: detached, without dropout, ones for padding. They are scaled
-    as `width_scaling` says."""
+    """Further parameter sets of the names and shapes of `params` without `beside`, which are not
+    trained. For every batch the objective reads in `extra[name]` the features [batch, features]
+    that the model gives with them for the batch's inputs: detached, without dropout, ones for
+    padding. They are scaled as `width_scaling` says."""
+    reference_logits: frozenset[str] = frozenset()
+    """References of which the objective reads the logits too, in `extra[logits_of(name)]`:
+    [batch, classes], or [batch, time, vocabulary]; zeros for padding."""
+    held_out: float = 0.0
+    """Share of the client's examples, drawn once for the whole run, for which the objective reads
+    True in `extra["held_out"]`, bool [batch]. They are batched like all others: it is for the
+    objective to train another part on them. 0: there is no such tensor."""
+    validate: bool = False
+    """Whether the parameters to start from are tested on the client's validation examples, if it
+    has any: `Fitted.metrics["validation_accuracy"]`."""
     momentum: Params | None = None
     """SGD's momentum buffers to start with, by trainable name and of its shape; None: empty. Under
     `width_scaling="parameters"` they are those of the scaled parameters, as they came back."""
@@ -161,16 +181,27 @@ class Fit:
 
         Raises:
             ConfigError: a reference has the name of another tensor that the objective reads, or
-                other parameters than `params`.
+                other parameters than `params`; logits are asked of none of them; the share of
+                examples held out is not in [0, 1).
         """
         taken = {*self.extra, *(["classes"] if self.training.mask_absent_classes else [])}
+        if self.held_out:
+            taken.add(HELD_OUT)
+        if not 0.0 <= self.held_out < 1.0:
+            raise ConfigError(f"Fit.held_out must be in [0, 1); got {self.held_out}")
+        if unknown := self.reference_logits - self.references.keys():
+            raise ConfigError(
+                f"Fit.reference_logits has {', '.join(sorted(unknown))}; the references are "
+                f"{', '.join(self.references) or 'none'}"
+            )
+        own = {name: tensor for name, tensor in self.params.items() if name not in self.beside}
         for name, reference in self.references.items():
             if name in taken:
                 raise ConfigError(
                     f"Fit.references[{name!r}]: the objective reads another tensor of this name; "
                     f"give the reference a name other than {', '.join(sorted(taken))}"
                 )
-            check_alike(f"Fit.references[{name!r}]", reference, self.params)
+            check_alike(f"Fit.references[{name!r}]", reference, own)
 
 
 def check_alike(what: str, given: Params, expected: Params) -> None:

@@ -29,6 +29,8 @@ class Client:
     """training examples that the client says it has"""
     memory_bytes: int | None = None
     """what training may take at its peak; None: unlimited"""
+    depth: int | None = None
+    """most blocks whose adapters its memory and its time let it train; None: all"""
     mixing: int = 1
     """weight of its word with the one who averages; unequal only where peers of unequal numbers of
     neighbours average among themselves"""
@@ -44,6 +46,8 @@ class Task:
     params: Params
     """The sub-model's parameters, cut from the global model."""
     training: Training
+    trainable: frozenset[str] | None = None
+    """Names that the client is to train; None: the method's `local` says so. Costs go by it."""
     extra: Params = field(default_factory=dict)
     """Further tensors that the method sends."""
     options: Options = field(default_factory=dict)
