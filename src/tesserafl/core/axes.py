@@ -64,7 +64,7 @@ def probe(
     for axis in sizes:
         factor, grown = _grow(build, sizes, axis, shapes)
         if grown.keys() != shapes.keys():
-            depths[axis] = _depth(axis, sizes[axis], shapes, grown)
+            depths[axis] = depth_of(axis, sizes[axis], shapes, grown)
         else:
             slopes[axis] = _slopes(axis, sizes[axis], factor, shapes, grown)
     _refuse_shared(slopes)
@@ -139,7 +139,12 @@ def _slopes(
     return found
 
 
-def _depth(axis: str, size: int, shapes: Shapes, doubled: Shapes) -> Depth:
+def depth_of(axis: str, size: int, shapes: Shapes, doubled: Shapes) -> Depth:
+    """The blocks that are counted by a size, from the parameters at this size and at twice that.
+
+    Raises:
+        ModelError: another parameter changes too, or the names do not count the blocks.
+    """
     changed = [name for name in shapes if doubled.get(name) != shapes[name]]
     if changed:
         raise ModelError(

@@ -51,19 +51,24 @@ class Width:
 
 @dataclass(frozen=True)
 class Depth:
-    """An axis whose size is a number of blocks of one structure."""
+    """An axis whose size is a number of blocks of one structure, or of adapters in such blocks."""
 
     blocks: int
     prefixes: tuple[str, ...]
     """Parameters of block i begin with one of these, followed by `i.`."""
+    last: int | None = None
+    """Of adapters: the number of the block next to the output, whose adapters are unit 0; those of
+    the block before are unit 1, and so on. The blocks themselves are frozen and stay, so only the
+    adapters furthest from the output can be left out. None: the blocks are the units."""
 
     def locate(self, name: str) -> tuple[str, int, str] | None:
-        """(prefix, block, rest) of a parameter of these blocks, None for any other."""
+        """(prefix, unit, rest) of a parameter of these blocks, None for any other."""
         for prefix in self.prefixes:
             if name.startswith(prefix):
                 number, dot, rest = name[len(prefix) :].partition(".")
                 if dot and number.isdigit():
-                    return prefix, int(number), rest
+                    unit = int(number) if self.last is None else self.last - int(number)
+                    return prefix, unit, rest
         return None
 
 

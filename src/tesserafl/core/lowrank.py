@@ -44,7 +44,7 @@ class Collected:
     weights: Mapping[int, int]
     """Client -> its weight in the mean."""
     values: dict[int, Params] = field(default_factory=dict)
-    """Client -> its trained factors, at its own rank."""
+    """Client -> the factors of the pairs that it trained, at its own rank."""
 
     def watching(self, params: Params, updates: Iterable[Update]) -> Iterator[Update]:
         """Pass updates on as they are, and keep their factors; `params` are of before."""
@@ -61,7 +61,13 @@ class Collected:
         own = factors_of(self.model)
         for update in updates:
             check_delta(update.submodel, update.delta, params)
-            small = {name: view for name, view in update.submodel.views.items() if name in own}
+            pairs = [
+                (p.down, p.up)
+                for p in self.model.low_rank
+                if p.down in update.delta or p.up in update.delta
+            ]
+            views = update.submodel.views
+            small = {name: views[name] for pair in pairs for name in pair}
             values = cut(params, SubModel(update.submodel.sizes, small))
             rest = {}
             for name, delta in update.delta.items():
@@ -130,12 +136,18 @@ def aggregation_error(
 ) -> float | None:
     """||new change - mean product|| / ||mean product|| over all adapted weights; None: no mean.
 
+    The mean of a product is over the clients that trained it; a weight of which nobody did, counts
+    for nothing.
     The new change is the product of the factors after the round and, where products are merged into
     the weights, what came to them in it: that takes the parameters of `before`.
     """
     difference, size = 0.0, 0.0
     for pair in model.low_rank:
-        up, down = stacked(pair, shares)
+        trained = [(values, share) for values, share in shares if pair.down in values]
+        if not trained:
+            continue
+        whole = sum(share for _, share in trained)
+        up, down = stacked(pair, [(values, share / whole) for values, share in trained])
         ups, downs = [after[pair.up].double(), -up], [after[pair.down].double(), down]
         if pair.merged is None or before is None:
             difference += float(product_norm(torch.cat(ups, 1), torch.cat(downs, 0)).square())

@@ -19,9 +19,9 @@ from typing import ClassVar, Literal, Protocol
 from torch import Tensor
 
 from tesserafl.core.exactsum import ExactSum
-from tesserafl.core.fit import Fit, Fitted, Training, WidthScaling
+from tesserafl.core.fit import Fit, Fitted, Forward, Training, WidthScaling
 from tesserafl.core.messages import Client, Memory, Options, Task, Update
-from tesserafl.core.model import CLASSES, Model
+from tesserafl.core.model import CLASSES, Model, Output
 from tesserafl.core.params import Params, subtract
 from tesserafl.core.submodel import Index, SubModel, index_tensor, merge
 
@@ -47,12 +47,22 @@ class State:
     """Further tensors of a method."""
 
 
+class Rule(Protocol):
+    """An answer from several calls of a model: a frozen dataclass that knows no family."""
+
+    def __call__(self, forward: Forward, params: Params, inputs: Tensor) -> Output:
+        """The answer for inputs [batch, ...]; `params` may hold more than the model's own."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Predictor:
     """How a state predicts: a model and its parameters."""
 
     model: Model
     params: Params
+    rule: Rule | None = None
+    """How the answer comes from more than one call of the model; None: it is the model's own."""
 
 
 class Method(Protocol):

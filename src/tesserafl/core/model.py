@@ -63,6 +63,8 @@ class Model:
     """Of an adapted model: pairs of parameters whose product changes a frozen weight."""
     features: Tie | None = None
     """Layout of `Output.features` along the one axis that moves them; None: no such axis."""
+    feature_size: Callable[[], int] | None = field(default=None, repr=False)
+    """Of an adapted model: counts the entries of `Output.features`, which no axis changes."""
     pretrained: Callable[[], Params] | None = field(default=None, repr=False)
     """Loads the parameters to start from; None: the module's own initialisation."""
     save: Callable[[nn.Module, str], None] | None = field(default=None, repr=False)
@@ -95,6 +97,26 @@ class Model:
     @cached_property
     def _whole(self) -> SubModel:
         return whole(self.sizes, self.shapes)
+
+    def adapted(self, blocks: int) -> frozenset[str]:
+        """The parameters outside of adapted blocks, and those in so many blocks of every tower.
+
+        Blocks are counted from the output.
+
+        Raises:
+            ModelError: the model has no adapted blocks.
+        """
+        axes = [depth for depth in self.depths.values() if depth.last is not None]
+        if not axes:
+            raise ModelError(
+                "the model has no adapters in numbered blocks; choose --model lora with targets in "
+                "the blocks of a transformer"
+            )
+        return frozenset(
+            name
+            for name in self.shapes
+            if all(not (place := axis.locate(name)) or place[1] < blocks for axis in axes)
+        )
 
     def units(self, axis: str) -> int:
         """Units of a width axis, or blocks of a depth axis."""
@@ -172,6 +194,7 @@ class Model:
             },
             ties={name: self.ties[view.name] for name, view in submodel.views.items()},
             shapes={name: view.shape for name, view in submodel.views.items()},
+            low_rank=tuple(pair for pair in self.low_rank if pair.down in submodel.views),
             pretrained=None if load is None else lambda: cut(load(), submodel),
         )
 
@@ -212,6 +235,9 @@ class Model:
             if axis not in kept:
                 continue
             blocks = index_tensor(kept[axis]).tolist()
+            if depth.last is not None:
+                names = _first_adapters(axis, depth, blocks, names)
+                continue
             self._check_interchangeable(axis, depth, blocks)
             renamed = {}
             for small, large in names.items():
@@ -237,6 +263,18 @@ class Model:
                     f"axis {axis!r}: block {block} is built differently from block {position} and "
                     f"cannot stand in its place; keep block {position} there"
                 )
+
+
+def _first_adapters(
+    axis: str, depth: Depth, units: list[int], names: Mapping[str, str]
+) -> dict[str, str]:
+    if units != list(range(len(units))):
+        raise ModelError(
+            f"axis {axis!r}: adapters are kept next to the output, without a gap: units 0, 1, "
+            f"...; asked were {units}"
+        )
+    places = {name: depth.locate(name) for name in names}
+    return {n: large for n, large in names.items() if not (p := places[n]) or p[1] < len(units)}
 
 
 def _key(units: Units) -> object:

@@ -46,6 +46,7 @@ class _Client(_Strict):
     id: _Natural
     num_examples: _Natural
     memory_bytes: _Natural | None
+    depth: _Natural | None = None
     mixing: _Natural = 1
 
 
@@ -54,6 +55,7 @@ class _Task(_Strict):
     client: _Client
     submodel: _SubModel
     training: dict[str, Any]
+    trainable: list[str] | None = None
     options: dict[str, Any]
 
 
@@ -130,6 +132,7 @@ def task_parts(task: Task, memory: Memory) -> Parts:
         "client": asdict(task.client),
         "submodel": _submodel_to_json(task.submodel),
         "training": asdict(task.training),
+        "trainable": None if task.trainable is None else sorted(task.trainable),
         "options": dict(task.options),
     }
     return header, {"params": task.params, "extra": dict(task.extra), "memory": memory}
@@ -153,6 +156,7 @@ def task_of(body: dict[str, Any], groups: dict[str, Params]) -> tuple[Task, Memo
         submodel=_submodel_from_json(header.submodel),
         params=_group(groups, "params"),
         training=training,
+        trainable=None if header.trainable is None else frozenset(header.trainable),
         extra=_group(groups, "extra"),
         options=header.options,
     )

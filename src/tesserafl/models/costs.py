@@ -36,17 +36,31 @@ class Costs:
 
 
 def costs_of(
-    model: Model, submodel: SubModel, training: Training, inputs: Tensor, labels: Tensor
+    model: Model,
+    submodel: SubModel,
+    training: Training,
+    inputs: Tensor,
+    labels: Tensor,
+    trainable: frozenset[str] | None = None,
 ) -> Costs:
     """Count a step of `training` on a batch like `inputs` [batch, ...] and `labels`.
+
+    Args:
+        model: whose sub-model is trained.
+        submodel: what the client holds.
+        training: its optimiser and batches.
+        inputs: of one batch.
+        labels: of the batch.
+        trainable: names that are trained; None: all. In front of the first of them nothing is
+            kept for a backward pass.
 
     Matrix products and convolutions are counted; element-wise work is not. A model whose code
     looks at values, which tensors on `meta` do not have, is run once on the processor instead.
     """
     try:
-        return _count(model, submodel, training, inputs, labels, "meta")
+        return _count(model, submodel, training, inputs, labels, trainable, "meta")
     except (RuntimeError, NotImplementedError):
-        return _count(model, submodel, training, inputs, labels, "cpu")
+        return _count(model, submodel, training, inputs, labels, trainable, "cpu")
 
 
 def _count(
@@ -55,21 +69,29 @@ def _count(
     training: Training,
     inputs: Tensor,
     labels: Tensor,
+    trainable: frozenset[str] | None,
     device: str,
 ) -> Costs:
     with seeds.seeded(0, "costs"):
-        return _counted(model, submodel, training, inputs.to(device), labels.to(device))
+        return _counted(model, submodel, training, inputs.to(device), labels.to(device), trainable)
 
 
 def _counted(
-    model: Model, submodel: SubModel, training: Training, inputs: Tensor, labels: Tensor
+    model: Model,
+    submodel: SubModel,
+    training: Training,
+    inputs: Tensor,
+    labels: Tensor,
+    trainable: frozenset[str] | None,
 ) -> Costs:
     module = model.module(submodel.sizes, device=str(inputs.device)).train()
     forward = forward_of(model, submodel, module, "none")
     params = {
-        name: torch.zeros(view.shape, device=inputs.device, requires_grad=True)
-        for name, view in submodel.views.items()
+        name: torch.zeros(view.shape, device=inputs.device) for name, view in submodel.views.items()
     }
+    trained = [t for name, t in params.items() if trainable is None or name in trainable]
+    for tensor in trained:
+        tensor.requires_grad_()
     frozen = {buffer.untyped_storage()._cdata: buffer for buffer in module.buffers()}
     own = {tensor.untyped_storage()._cdata for tensor in params.values()} | frozen.keys()
     kept: dict[int, int] = {}
@@ -88,8 +110,9 @@ def _counted(
     ):
         loss = CrossEntropy()(forward, params, inputs, labels, {})
         forward_flops = counter.get_total_flops()
-        torch.autograd.grad(loss, list(params.values()))
+        torch.autograd.grad(loss, trained, materialize_grads=True)
     parameter_bytes = sum(tensor.numel() * tensor.element_size() for tensor in params.values())
+    trained_bytes = sum(tensor.numel() * tensor.element_size() for tensor in trained)
     frozen_bytes = sum(buffer.numel() * buffer.element_size() for buffer in frozen.values())
     activations = sum(kept.values())
     buffers = {"adamw": 2, "sgd": 1 if training.momentum else 0}[training.optimiser]
@@ -102,5 +125,8 @@ def _counted(
         flops_per_example=counter.get_total_flops() / len(inputs),
         forward_flops_per_example=forward_flops / len(inputs),
         activation_bytes=activations,
-        peak_bytes=parameter_bytes * (3 + buffers + copies) + activations + frozen_bytes,
+        peak_bytes=parameter_bytes
+        + trained_bytes * (2 + buffers + copies)
+        + activations
+        + frozen_bytes,
     )

@@ -17,10 +17,17 @@ from torch import Tensor, nn
 from tesserafl.core import seeds
 from tesserafl.core.axes import probe
 from tesserafl.core.errors import ConfigError, ModelError, did_you_mean
-from tesserafl.core.model import Model, Output, Sizes
+from tesserafl.core.model import Model, Sizes
 from tesserafl.core.modules import parameters_of
 from tesserafl.core.params import Params
+from tesserafl.models.class_texts import (
+    TOKENIZER_FILES,
+    ClassTexts,
+    class_texts,
+    two_tower_class,
+)
 from tesserafl.models.configs import Config, Knob, config_of, fit_to_data, knobs_of, resized
+from tesserafl.models.wrapped import TwoTower, Wrapped
 
 if TYPE_CHECKING:
     from tesserafl.data.examples import Spec
@@ -36,12 +43,9 @@ _AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
 }
 _COMPANIONS = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
+    *TOKENIZER_FILES,
     "special_tokens_map.json",
     "added_tokens.json",
-    "*.model",
     "preprocessor_config.json",
 )
 """Files that make a saved model usable without its source."""
@@ -57,6 +61,9 @@ class HuggingFace:
     """fields of the config to set, for instance n_embd; text_config.x for a part's field"""
     axes: tuple[str, ...] = ()
     """sizes that may be cut (embed, heads, mlp, layers, ...); empty: all that are found"""
+    prompt: str = ""
+    """sentence for a class, for instance 'a photo of a {}': images are classified by the nearest
+    class's text, of a model with two towers such as clip; empty: by a classification head"""
 
     def build_model(self, spec: Spec) -> Model:
         """The model for a data set's inputs and classes.
@@ -65,7 +72,7 @@ class HuggingFace:
             ConfigError: transformers is missing, or the config, an option or an axis is unknown.
             ModelError: the data do not fit the model, or the model cannot be probed.
         """
-        found_family = family_of(self.config, self.options, spec)
+        found_family = family_of(self.config, self.options, spec, self.prompt)
         found = knobs_of(found_family.config)
         every = replace(found_family, knobs={knob.axis: knob for knob in found})
         knobs = _used(every, found, self.axes)
@@ -90,16 +97,21 @@ class HuggingFace:
             ) from error
 
 
-def family_of(config: str, options: dict[str, Option], spec: Spec) -> Family:
+def family_of(
+    config: str, options: dict[str, Option], spec: Spec, prompt: str = "", context: int = 0
+) -> Family:
     """A config for a data set.
 
     Args:
         config: a model type, or a folder with config.json and perhaps weights.
         options: fields of the config to set.
         spec: the data's inputs and classes.
+        prompt: sentence for a class, to whose text images are compared; empty: a head.
+        context: places that are left free in front of the sentence.
 
     Raises:
-        ConfigError: transformers is missing, or the config or an option is unknown.
+        ConfigError: transformers is missing, the config or an option is unknown, or the prompt is
+            for another kind of data or model.
         ModelError: the data do not fit the model.
     """
     if spec.task not in _AUTO_CLASSES:
@@ -109,8 +121,18 @@ def family_of(config: str, options: dict[str, Option], spec: Spec) -> Family:
         )
     source = Path(config) if (Path(config) / "config.json").is_file() else None
     found = config_of(config, source, options)
+    if prompt and spec.task != "image-classification":
+        raise ConfigError(
+            f"model.prompt is for image-classification, the data are for {spec.task}; leave it "
+            f"empty"
+        )
+    auto_class = two_tower_class(found) if prompt else _auto_class(found, spec)
     fit_to_data(found, spec, source)
-    return Family(config=found, spec=spec, auto_class=_auto_class(found, spec), source=source)
+    family = Family(config=found, spec=spec, auto_class=auto_class, source=source)
+    if prompt:
+        texts = class_texts(found, source, family.has_weights, spec, prompt, context)
+        family = replace(family, texts=texts)
+    return family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +144,8 @@ class Family:
     auto_class: Any
     source: Path | None
     """The folder of a saved model."""
+    texts: ClassTexts | None = None
+    """A sentence for every class; None: a head."""
     knobs: dict[str, Knob] = field(default_factory=dict)
 
     @property
@@ -134,6 +158,8 @@ class Family:
     @property
     def rows(self) -> dict[str, int]:
         """Sizes that the data decide: known so that their rows are, never cut."""
+        if self.texts is not None:
+            return {}
         if self.spec.kind == "image":
             return {"classes": int(self.config.num_labels)}
         vocabulary = int(self.config.get_text_config().vocab_size)
@@ -150,7 +176,12 @@ class Family:
                     config.get_text_config().vocab_size = sizes[axis]
                 else:
                     config.num_labels = sizes[axis]
-        return Wrapped(self.auto_class.from_config(config), self._pad_id)
+        return self._wrapped(self.auto_class.from_config(config))
+
+    def _wrapped(self, model: Any) -> Wrapped | TwoTower:
+        if self.texts is not None:
+            return TwoTower(model, self.texts)
+        return Wrapped(model, None if self.spec.kind == "image" else self.spec.pad_id)
 
     def example(self) -> Tensor:
         """A batch of two."""
@@ -174,60 +205,24 @@ class Family:
         )
         new = {f"model.{name}" for name in report["missing_keys"]}
         for name, *shapes in report["mismatched_keys"]:
-            if not shapes or shapes[-1][0] != self.rows["classes"]:
+            if not shapes or shapes[-1][0] != self.rows.get("classes"):
                 raise ModelError(
                     f"{self.source}: {name!r} has another shape in the file than in the config; "
                     f"leave sizes out of model.options when you start from a saved model"
                 )
             new.add(f"model.{name}")
-        return parameters_of(Wrapped(model, self._pad_id)), new
+        return parameters_of(self._wrapped(model)), new
 
     def save(self, module: nn.Module, folder: str) -> None:
         """Write a module of `build` in the library's format, with the source's companions."""
-        assert isinstance(module, Wrapped), type(module)
+        assert isinstance(module, Wrapped | TwoTower), type(module)
         module.model.save_pretrained(folder)
+        if self.texts is not None:
+            self.texts.tokenizer.save_pretrained(folder)
         for pattern in _COMPANIONS if self.source is not None else ():
             for path in Path(self.source or "").glob(pattern):
                 if not path.name.endswith((".safetensors", ".bin")):
                     shutil.copy2(path, Path(folder) / path.name)
-
-    @property
-    def _pad_id(self) -> int | None:
-        return None if self.spec.kind == "image" else self.spec.pad_id
-
-
-class Wrapped(nn.Module):
-    """Takes a batch as data sets give it and answers with an `Output`."""
-
-    def __init__(self, model: Any, pad_id: int | None) -> None:
-        super().__init__()
-        self.model = model
-        self.pad_id = pad_id
-
-    def forward(self, inputs: Tensor) -> Output:
-        """Token ids [batch, time] or images [batch, C, H, W]."""
-        if self.pad_id is None:
-            out = self.model(pixel_values=inputs, output_hidden_states=True)
-            mask = None
-        else:
-            cache = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
-            mask = (inputs != self.pad_id).long()  # [batch, time]
-            given: dict[str, Tensor] = {"input_ids": inputs, "attention_mask": mask}
-            if inputs.is_meta:
-                # Where costs are counted ids have no values, and transformers would look at them.
-                given = {"inputs_embeds": self.model.get_input_embeddings()(inputs)}
-            out = self.model(**given, output_hidden_states=True, **cache)
-        return Output(out.logits, _pooled(out.hidden_states[-1], mask))
-
-
-def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """[batch, embed] from [batch, time, embed] or [batch, embed, height, width]."""
-    if hidden.dim() == 4:
-        return hidden.mean(dim=(2, 3))
-    if mask is None:
-        return hidden.mean(dim=1)
-    weight = mask[..., None].to(hidden)
-    return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
 
 
 def refuse_foresight(family: Family, model: Model) -> None:

@@ -15,7 +15,7 @@ import copy
 import re
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from tesserafl.core import seeds
-from tesserafl.core.axis import LowRank, Tie, Width
+from tesserafl.core.axes import depth_of
+from tesserafl.core.axis import Depth, LowRank, Tie, Width
 from tesserafl.core.errors import ConfigError, ModelError
 from tesserafl.core.model import Model, Sizes
 from tesserafl.core.modules import parameters_of
 from tesserafl.core.params import Params
+from tesserafl.models.configs import knobs_of
 from tesserafl.models.huggingface import (
     Family,
     Option,
@@ -95,7 +97,9 @@ class _Adapted:
     family: Family
 
     def model(self) -> Model:
+        depths = self._depths
         sizes = {RANK: self.settings.rank, **self.family.rows}
+        sizes |= {axis: depth.blocks for axis, depth in depths.items()}
         module = self.build_on(sizes, "meta")
         ties = {name: self._ties(name, tensor) for name, tensor in module.named_parameters()}
         shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
@@ -109,13 +113,21 @@ class _Adapted:
             build=self.build,
             sizes=sizes,
             widths=widths,
-            depths={},
+            depths=depths,
             ties=ties,
             shapes=shapes,
             low_rank=pairs,
+            feature_size=self.feature_size,
             pretrained=None if self.settings.adapter is None else self.load,
             save=self.save,
         )
+
+    def feature_size(self) -> int:
+        """Entries of the features that heads and gates read."""
+        # Not on meta: some models look at values in their forward pass.
+        with torch.no_grad():
+            features: Tensor = self._frozen[0](self.family.example()).features
+        return int(features.shape[-1])
 
     def build(self, sizes: Sizes) -> nn.Module:
         """Adapters of this rank, freshly drawn, around the frozen weights."""
@@ -126,6 +138,7 @@ class _Adapted:
         shared = {id(t): t for t in [*frozen.parameters(), *frozen.buffers()]}
         module = copy.deepcopy(frozen, shared)  # its structure; tensors are the same ones
         self._adapt(module, sizes[RANK])
+        self._leave_out(module, sizes)
         adapted = {n.removesuffix(DOWN) + _MERGED for n, _ in module.named_parameters()}
         for path, part in module.named_modules():
             for key, value in list(part._parameters.items()):
@@ -242,6 +255,42 @@ class _Adapted:
             return (None, Tie(RANK, (1,)))
         rows = Tie("classes", (1,)) if name in self._outputs else None
         return (rows, *[None] * (value.dim() - 1))
+
+    @cached_property
+    def _depths(self) -> dict[str, Depth]:
+        """The blocks that are adapted, one axis a tower; none where blocks are not counted."""
+        with torch.device("meta"):
+            module = self.family.build({})
+            plain = {name: tuple(value.shape) for name, value in module.named_parameters()}
+            self._adapt(module, 1)
+        names = [name for name, _ in module.named_parameters() if name.endswith(DOWN)]
+        found = {}
+        for knob in knobs_of(self.family.config):
+            if knob.axis.rpartition(".")[2] != "layers":
+                continue
+            longer = replace(self.family, knobs={knob.axis: knob})
+            with torch.device("meta"):
+                doubled = longer.build({knob.axis: 2 * knob.size})
+            shapes = {name: tuple(value.shape) for name, value in doubled.named_parameters()}
+            try:
+                depth = depth_of(knob.axis, knob.size, plain, shapes)
+            except ModelError:  # its adapters are all of them, or none
+                continue
+            if any(depth.locate(name) for name in names):
+                found[knob.axis] = replace(depth, last=knob.size - 1)
+        return found
+
+    def _leave_out(self, module: nn.Module, sizes: Sizes) -> None:
+        """Take back the adapters of the blocks that are furthest from the output."""
+        from peft.tuners.lora import LoraLayer
+
+        for path, part in list(module.named_modules()):
+            if isinstance(part, LoraLayer) and any(
+                place[1] >= sizes.get(axis, depth.blocks)
+                for axis, depth in self._depths.items()
+                if (place := depth.locate(path))
+            ):
+                module.set_submodule(path, part.get_base_layer())
 
     def _adapt(self, module: nn.Module, rank: int) -> None:
         import peft

@@ -112,7 +112,7 @@ def _obstacle(
     largest = max(tasks, key=lambda task: task.submodel.num_entries)
     train = data.clients[largest.client.id].train
     batch = train.batch(torch.arange(training.batch_size) % len(train))
-    costs = costs_of(model, largest.submodel, training, *batch)
+    costs = costs_of(model, largest.submodel, training, *batch, largest.trainable)
     if worth and costs.flops_per_example * training.batch_size > MOST_FLOPS:
         return "a step is long"
     return _difference(experiment, model, largest, train)

@@ -37,11 +37,11 @@ def classes_of(
     Parameters on `meta` make the cuts free, for methods that do not look at values.
     """
     ratios = experiment.method.ratio
-    groups: dict[tuple[float, int | None], list[Client]] = {}
+    groups: dict[tuple[float, int | None, int | None], list[Client]] = {}
     for client in clients:
-        key = (ratios[client.id % len(ratios)], client.memory_bytes)
+        key = (ratios[client.id % len(ratios)], client.memory_bytes, client.depth)
         groups.setdefault(key, []).append(client)
-    for (ratio, memory), members in groups.items():
+    for (ratio, memory, _), members in groups.items():
         tasks = experiment.method.configure(model, state, members[:1], experiment.training)
         task = next(iter(tasks), None)
         if task is not None:

@@ -45,9 +45,12 @@ class Evaluator:
         total = Metrics()
         with torch.no_grad():
             for inputs, labels in self._batches(examples):
-                total += measure(
-                    forward(values, inputs.to(self.device)).logits, labels.to(self.device)
-                )
+                inputs = inputs.to(self.device)
+                if predictor.rule is None:
+                    out = forward(values, inputs)
+                else:
+                    out = predictor.rule(forward, values, inputs)
+                total += measure(out.logits, labels.to(self.device))
         return total
 
     def fill_statistics(self, module: nn.Module, params: Params) -> None:

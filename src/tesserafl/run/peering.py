@@ -185,7 +185,7 @@ def _shares(setup: Setup, state: State, costs: CostTable) -> Iterator[Share]:
         clients = [Client(id=number, num_examples=1) for number in range(count)]
         narrow = replace(method, ratio=(ratio,), contrast=0.0)
         task = next(iter(narrow.configure(setup.model, state, clients, training)))
-        cost = costs.of(task.submodel)
+        cost = costs.of(task)
         yield Share(
             participants=count,
             ratio=ratio,

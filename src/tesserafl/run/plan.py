@@ -80,7 +80,7 @@ def make_plan(setup: Setup, coverage_rounds: Sequence[int] = (1, 2, 5, 10, 20, 5
 def _classes(setup: Setup, state: State, whole: int, costs: CostTable) -> list[PlannedClass]:
     experiment, classes = setup.experiment, []
     for kind in classes_of(experiment, setup.model, setup.clients, state):
-        cost = costs.of(kind.submodel)
+        cost = costs.of(kind.task)
         classes.append(
             PlannedClass(
                 ratio=kind.ratio,

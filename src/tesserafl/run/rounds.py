@@ -31,15 +31,19 @@ class CostTable:
     """Costs of sub-models, counted once per shape."""
 
     setup: Setup
-    _known: dict[tuple[tuple[str, int], ...], Costs] = field(default_factory=dict)
+    _known: dict[object, Costs] = field(default_factory=dict)
 
-    def of(self, submodel: SubModel) -> Costs:
-        """Costs of one training step of this sub-model on a full batch."""
-        key = submodel.shape
+    def of(self, task: Task) -> Costs:
+        """Costs of one training step of this task on a full batch."""
+        return self.of_part(task.submodel, task.trainable)
+
+    def of_part(self, submodel: SubModel, trainable: frozenset[str] | None) -> Costs:
+        """Costs of one training step on a full batch, where only these names are trained."""
+        key = (submodel.shape, trainable)
         if key not in self._known:
             training, train = self.setup.experiment.training, self.setup.data.clients[0].train
             rows = torch.arange(training.batch_size) % len(train)
-            costs = costs_of(self.setup.model, submodel, training, *train.batch(rows))
+            costs = costs_of(self.setup.model, submodel, training, *train.batch(rows), trainable)
             # Frozen sub-models that the method's loss looks at lie beside the one that is trained.
             beside = getattr(self.setup.experiment.method, "num_references", 0)
             peak = costs.peak_bytes + beside * costs.bytes_each_way
@@ -148,7 +152,7 @@ def check_memory(setup: Setup, state: State, costs: CostTable) -> None:
     """
     for kind in classes_of(setup.experiment, setup.model, setup.clients, state):
         limit = kind.memory_bytes
-        if limit is not None and (peak := costs.of(kind.submodel).peak_bytes) > limit:
+        if limit is not None and (peak := costs.of(kind.task).peak_bytes) > limit:
             raise CapacityError(
                 f"client {kind.members[0].id} has {limit / _MIB:.2f} MiB, training its part takes "
                 f"about {peak / _MIB:.2f} MiB; lower method.ratio or training.batch_size "
@@ -233,7 +237,7 @@ def _all_good(updates: Sequence[Update], large: Params) -> bool:
 
 
 def _note(task: Task, done: Done, costs: CostTable, notes: Notes) -> None:
-    update, cost = done.update, costs.of(task.submodel)
+    update, cost = done.update, costs.of(task)
     trained = cost.flops_per_example * update.num_examples * task.training.epochs
     looked_at = cost.forward_flops_per_example * update.metrics.get("reference_examples", 0.0)
     notes.trained.append(update.submodel)

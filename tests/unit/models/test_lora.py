@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tesserafl.core import seeds
-from tesserafl.core.axis import LowRank, Tie, Width
+from tesserafl.core.axis import Depth, LowRank, Tie, Width
 from tesserafl.core.errors import ConfigError, ModelError
 from tesserafl.core.fit import CrossEntropy, Training
 from tesserafl.core.model import Model
@@ -183,7 +183,7 @@ def test_queries_and_keys_of_grouped_heads_have_their_own_widths():
 @FAMILY
 def test_the_rank_is_the_one_axis_that_is_cut(family):
     model = tiny(family)
-    assert model.cuttable == ("rank",) and not model.depths
+    assert model.cuttable == ("rank",)
     assert model.widths["rank"] == Width(units=4, quantum=1, size="rank")
     assert model.widths["classes"].units == SPECS[family].num_classes
     for name, ties in model.ties.items():
@@ -694,3 +694,63 @@ def test_costs_count_the_adapters_and_the_work_of_the_whole_model(family):
 def test_the_parameters_of_a_module_are_those_of_the_model():
     for family in FAMILIES:
         assert parameters_of(tiny(family).module()).keys() == tiny(family).shapes.keys()
+
+
+LAYERS = {
+    "gpt2": "model.transformer.h.",
+    "llama": "model.model.layers.",
+    "bert": "model.bert.encoder.layer.",
+    "vit": "model.vit.layers.",
+}
+
+
+@FAMILY
+def test_adapted_blocks_are_counted_from_the_output(family):
+    model = tiny(family)
+    assert model.depths == {"layers": Depth(2, (LAYERS[family],), last=1)}
+    depth = model.depths["layers"]
+    assert depth.locate(LAYERS[family] + "1.x") == (LAYERS[family], 0, "x")
+    assert depth.locate(LAYERS[family] + "0.x") == (LAYERS[family], 1, "x")
+    top = model.adapted(1)
+    assert {n for n in model.shapes if n.startswith(LAYERS[family] + "0.")} == set(
+        model.shapes
+    ) - top
+    assert model.adapted(2) == model.shapes.keys()
+
+
+@FAMILY
+def test_a_part_without_the_lower_adapters_is_the_model_with_these_at_zero(family):
+    model, params = tiny(family), moved(tiny(family))
+    part = model.slice({"layers": range(1)})
+    assert part.views.keys() == model.adapted(1)
+    module = model.module(part.sizes)
+    assert {n: tuple(t.shape) for n, t in module.named_parameters()} == {
+        name: view.shape for name, view in part.views.items()
+    }
+    for pair in model.low_rank:
+        if pair.up not in part.views:
+            params[pair.up] = torch.zeros_like(params[pair.up])
+    spec = SPECS[family]
+    whole, few = put(model.module(), params), put(module, cut(params, part))
+    assert torch.equal(logits(whole, spec), logits(few, spec))
+    small = model.resized(part)
+    assert {pair.up for pair in small.low_rank} < {pair.up for pair in model.low_rank}
+    assert small.slice({"layers": range(1)}).views.keys() == part.views.keys()
+
+
+def test_adapters_are_left_out_from_the_input_side_alone():
+    with pytest.raises(ModelError, match="next to the output"):
+        tiny("bert").slice({"layers": [1]})
+
+
+def test_a_tower_without_adapters_is_no_axis():
+    options = {f"vision_config.{key}": value for key, value in FAMILIES["vit"].items()}
+    towers = LoRA(config="clip", options=options).build_model(IMAGES).depths
+    assert towers.keys() == {"vision.layers"}
+    one = lora("bert", targets=(r".*layer\.1\.attention\.self\.query",))
+    assert len(one.build_model(TEXTS).slice({"layers": range(1)}).views) == 4
+
+
+@FAMILY
+def test_the_features_are_counted(family):
+    assert tiny(family).feature_size() == 32
