@@ -32,7 +32,7 @@ from tesserafl.methods import FedAvg, HeteroFL
 from tesserafl.models import MLP
 from tesserafl.run.experiment import EngineSettings, Experiment
 from tesserafl.run.federate import federate
-from tesserafl.run.rounds import CostTable, play_round
+from tesserafl.run.rounds import play_round
 from tesserafl.run.setup import Setup, clients_of, make_engine
 
 MIB = 1 << 20
@@ -94,7 +94,7 @@ def _play(setup: Setup, rounds: int) -> tuple[list[float], list[float]]:
     resident, seconds = [], []
     with threads(1), contextlib.closing(make_engine(setup)) as engine:
         federation = federate(setup, setup.experiment.method.init(setup.model, 0, rounds))
-        coverage, costs = Coverage(setup.model.shapes), CostTable(setup=setup)
+        coverage, costs = Coverage(setup.model.shapes), setup.costs()
         for _ in range(rounds):
             notes = play_round(setup, engine, federation, coverage, costs)
             resident.append(_resident())

@@ -35,7 +35,7 @@ from tesserafl.methods import FedAvg
 from tesserafl.models import CNN
 from tesserafl.run.experiment import Experiment
 from tesserafl.run.federate import federate
-from tesserafl.run.rounds import CostTable, play_round
+from tesserafl.run.rounds import play_round
 from tesserafl.run.setup import Setup, clients_of
 
 
@@ -64,7 +64,7 @@ def engine(rounds: int) -> dict[str, float]:
         seed=0,
     )
     local, coverage = InProcess(worker=worker), Coverage(setup.model.shapes)
-    costs, bare = CostTable(setup=setup), _bare_loop(setup)
+    costs, bare = setup.costs(), _bare_loop(setup)
     state = setup.experiment.method.init(setup.model, 0, 1000)
 
     def play() -> object:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import itertools
 import os
 import re
 import sys
@@ -29,12 +30,15 @@ HERE = Path(__file__).parent
 
 def settings_table(kind: type, prefix: str) -> str:
     """A row per setting: name, default, what its docstring says and which values it takes."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
     docs, types = {}, {}
-    for field, after in zip(body, body[1:]):
-        if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
-            docs[field.target.id] = " ".join(after.value.value.split())
-            types[field.target.id] = " ".join(ast.unparse(field.annotation).split())
+    for owner in reversed(kind.__mro__):  # what a class says itself comes last, and holds
+        if not dataclasses.is_dataclass(owner):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
+        for field, after in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
+                docs[field.target.id] = " ".join(after.value.value.split())
+                types[field.target.id] = " ".join(ast.unparse(field.annotation).split())
     rows = ["| setting | default | type | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(kind):
         if field.name not in docs:
@@ -85,7 +89,7 @@ def configuration() -> str:
         parts.append(f"## {title}")
         for name, kind in registry.items():
             first = (kind.__doc__ or "").strip().splitlines()[0]
-            parts += [f"### `{section}.name = \"{name}\"`", first]
+            parts += [f'### `{section}.name = "{name}"`', first]
             parts.append(settings_table(kind, f"{section}."))
     return "\n\n".join(parts) + "\n"
 

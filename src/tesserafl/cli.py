@@ -226,6 +226,15 @@ def _progress() -> Any:
     return Progress()
 
 
+def _frozen(summary: dict[str, Any]) -> str:
+    if "trainable_share" not in summary:
+        return ""
+    return (
+        f" and trained at most {summary['params_trained']:,}, {summary['trainable_share']:.3%} of "
+        f"the frozen model's {summary['params_frozen']:,}"
+    )
+
+
 def _show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
     from rich.console import Console
 
@@ -243,7 +252,7 @@ def _show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
     console.print(
         f"{summary['method']}: accuracy {summary['accuracy']:.4f} after {summary['rounds']} "
         f"rounds; the largest client held {summary['params_largest_client']:,} of "
-        f"{summary['params_full']:,} parameters ({share:.1%})",
+        f"{summary['params_full']:,} parameters ({share:.1%}){_frozen(summary)}",
         soft_wrap=True,
         highlight=False,
         markup=False,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from tesserafl.core import seeds
-from tesserafl.core.axis import LowRank, Tie, Width
+from tesserafl.core.axis import Depth, LowRank, Tie, Width
 from tesserafl.core.checks import check_delta
 from tesserafl.core.errors import ConfigError, UpdateError
 from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.method import State, Weighting, average_trained
 from tesserafl.core.model import Model, Output, Sizes
-from tesserafl.core.params import sha256
+from tesserafl.core.params import Params, sha256
 from tesserafl.core.submodel import Coverage, cut, index_tensor
 from tesserafl.data.examples import Examples, Spec
 from tesserafl.engines.client import ClientWorker, execute
@@ -35,6 +36,7 @@ from tesserafl.methods import (
     FedBRB,
     FedEcover,
     FederatedDropout,
+    FedFMSL,
     FedIT,
     FedRolex,
     FedSALoRA,
@@ -46,6 +48,8 @@ from tesserafl.methods import (
     Local,
     MethodSettings,
     MSfusion,
+    PFLMoE,
+    Ravan,
 )
 from tesserafl.methods._width import kept_units
 from tesserafl.models import CNN, MLP
@@ -70,6 +74,9 @@ CUT: dict[str, MethodSettings] = {
     "hetlora": HetLoRA(ratio=RATIO),
     "fedsa_lora": FedSALoRA(ratio=RATIO),
     "flora": FLoRA(ratio=RATIO),
+    "ravan": Ravan(ratio=RATIO, heads=2),
+    "fedfmsl": FedFMSL(ratio=RATIO, start=1, step=1, patience=2, tolerance=1.0),
+    "pfl_moe": PFLMoE(ratio=RATIO),
     "local": Local(ratio=RATIO),
     # Further settings of the same methods.
     "heterofl by examples, unscaled": HeteroFL(
@@ -90,6 +97,31 @@ CUT: dict[str, MethodSettings] = {
     ),
     "dpsgd by examples": DPSGD(ratio=RATIO, weighting="examples"),
     "hetlora pruning": HetLoRA(ratio=RATIO, decay=0.5, penalty=5.0, weighting="uniform"),
+    "ravan by size": Ravan(ratio=RATIO, choice="largest", weighting="uniform"),
+    "fedfmsl in stage two": FedFMSL(
+        ratio=RATIO, stage_one=0.0, schedule="manual", depths=(1, 2), balance=0.0
+    ),
+    "fedfmsl alone": FedFMSL(
+        ratio=RATIO,
+        stage_one=0.0,
+        start=1,
+        patience=2,
+        tolerance=1.0,
+        gate="private",
+        own_start="pretrained",
+    ),
+    "fedfmsl from the input": FedFMSL(
+        ratio=RATIO,
+        schedule="linear",
+        start=1,
+        ramp=2,
+        window=1,
+        order="input",
+        caps=(2, 1),
+        weighting="uniform",
+    ),
+    "pfl_moe in stage two": PFLMoE(ratio=RATIO, stage_one=0.0, held_out=0.2),
+    "pfl_moe by halves": PFLMoE(ratio=RATIO, stage_one=0.0, gate="half", weighting="uniform"),
 }
 WHOLE: dict[str, MethodSettings] = {
     "fedavg": FedAvg(weighting="uniform"),
@@ -101,6 +133,8 @@ WHOLE: dict[str, MethodSettings] = {
     "msfusion": MSfusion(ratio=(1.0,), contrast=0.0, weighting="uniform"),
     "dpsgd": DPSGD(),
     "fedit": FedIT(weighting="uniform"),
+    "fedfmsl": FedFMSL(schedule="all", stage_one=1.0, weighting="uniform"),
+    "pfl_moe": PFLMoE(stage_one=1.0, weighting="uniform"),
     "heterofl in parameters": HeteroFL(ratio=(1.0,), width_scaling="parameters"),
     "fedrolex by class": FedRolex(ratio=(1.0, 1.0)),
     "fedbrb diagonal": FedBRB(ratio=(1.0,), strict=False, rolling="diagonal", broadcast=1.0),
@@ -114,7 +148,7 @@ WHOLE: dict[str, MethodSettings] = {
         ratio=(1.0,), contrast=0.0, weighting="uniform", layer_phase="staggered", stride=3
     ),
 }
-OTHERWISE = {"ffa_lora", "flexlora", "hetlora", "fedsa_lora", "flora", "local"}
+OTHERWISE = {"ffa_lora", "flexlora", "hetlora", "fedsa_lora", "flora", "ravan", "local"}
 """Methods that do something else than FedAvg even where everybody trains everything."""
 
 
@@ -178,37 +212,117 @@ class Adapted:
         )
 
 
+class Block(nn.Module):
+    """A frozen layer that has an adapter of `rank`, or none where that is 0."""
+
+    frozen: Tensor
+
+    def __init__(self, number: int, size: int, rank: int) -> None:
+        super().__init__()
+        draw = torch.randn(8, size, generator=seeds.generator(number, "frozen"), device="cpu")
+        self.register_buffer("frozen", torch.empty(8, size).copy_(draw / 2), persistent=False)
+        if rank:
+            self.down = nn.Parameter(0.4 * torch.randn(rank, size))
+            self.up = nn.Parameter(torch.zeros(8, rank))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = inputs @ self.frozen.T
+        if hasattr(self, "down"):
+            hidden = hidden + 2.0 * inputs @ self.down.T @ self.up.T
+        return hidden.relu()
+
+
+class BlocksNet(nn.Module):
+    """Two frozen blocks, the last `blocks` of which have adapters, and a head."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        ranks = [sizes["rank"] if sizes["blocks"] > 1 - number else 0 for number in (0, 1)]
+        self.blocks = nn.ModuleList([Block(n, (6, 8)[n], rank) for n, rank in enumerate(ranks)])
+        self.head = nn.Linear(8, sizes["classes"])
+
+    def forward(self, inputs: Tensor) -> Output:
+        features = self.blocks[1](self.blocks[0](inputs))
+        return Output(self.head(features), features)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The smallest model with adapters in numbered blocks, and features."""
+
+    rank: int = 4
+
+    def build_model(self, spec: Spec) -> Model:
+        rank, classes = Tie("rank", (1,)), Tie("classes", (1,))
+        ties: dict[str, tuple[Tie | None, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for number, size in enumerate((6, 8)):
+            ties |= {f"blocks.{number}.down": (rank, None), f"blocks.{number}.up": (None, rank)}
+            shapes[f"blocks.{number}.down"] = (self.rank, size)
+            shapes[f"blocks.{number}.up"] = (8, self.rank)
+        return Model(
+            build=BlocksNet,
+            sizes={"rank": self.rank, "blocks": 2, "classes": spec.num_classes},
+            widths={
+                "rank": Width(units=self.rank, quantum=1, size="rank"),
+                "classes": Width(spec.num_classes, quantum=1, size="classes", cuttable=False),
+            },
+            depths={"blocks": Depth(2, ("blocks.",), last=1)},
+            ties=ties | {"head.weight": (classes, None), "head.bias": (classes,)},
+            shapes=shapes
+            | {"head.weight": (spec.num_classes, 8), "head.bias": (spec.num_classes,)},
+            low_rank=tuple(
+                LowRank(f"blocks.{number}.down", f"blocks.{number}.up", 2.0, None)
+                for number in (0, 1)
+            ),
+            feature_size=lambda: 8,
+        )
+
+
 VECTORS = Spec(kind="vector", task="vector-classification", shape=(6,), num_classes=3)
 IMAGES = Spec(kind="image", task="image-classification", shape=(1, 6, 6), num_classes=3)
-FAMILIES: dict[str, tuple[MLP | CNN | Adapted, Spec]] = {
+FAMILIES: dict[str, tuple[MLP | CNN | Adapted | Blocks, Spec]] = {
     "mlp": (MLP(hidden=(8, 12)), VECTORS),
     "mlp with norms": (MLP(hidden=(16, 8), norm="layer"), VECTORS),
     "cnn": (CNN(channels=(8, 16), group_size=2), IMAGES),
     "adapted": (Adapted(), VECTORS),
     "merging": (Adapted(merge=True), VECTORS),
+    "blocks": (Blocks(), VECTORS),
 }
 CLIENTS = tuple(Client(id=i, num_examples=5 + 3 * i) for i in range(6))
 TRAINING = Training(lr=0.1, batch_size=4, momentum=0.5, clip_norm=5.0)
 MASKED = replace(TRAINING, mask_absent_classes=True)
 
-OF_ADAPTERS = (FedIT, FFALoRA, FlexLoRA, HetLoRA, FedSALoRA, FLoRA)
+OF_BLOCKS = (FedFMSL, PFLMoE)
+"""They need features of the frozen model, or blocks: no other family has them."""
+OF_ADAPTERS = (FedIT, FFALoRA, FlexLoRA, HetLoRA, FedSALoRA, FLoRA, Ravan, *OF_BLOCKS)
 ON_ADAPTERS_TOO = (FedRolex,)
 """To the others a rank is an axis like any other; one of them is enough to see it."""
+ON_BLOCKS_TOO = (FedRolex, FlexLoRA)
+"""To the others adapters in blocks are adapters."""
 
 
 def suits(method: type[MethodSettings], family: str) -> bool:
     if family == "merging" or method is FLoRA:
         return family == "merging" and method is FLoRA
+    if family == "blocks" or method in OF_BLOCKS:
+        return family == "blocks" and method in (*OF_BLOCKS, *ON_BLOCKS_TOO)
     if family == "adapted":
         return method in (*OF_ADAPTERS, *ON_ADAPTERS_TOO)
     return method not in OF_ADAPTERS
 
 
-def home(name: str) -> str:
+def home_of(method: type[MethodSettings]) -> str:
     """The one family that is enough where the model is no matter."""
-    if type(CUT[name]) is FLoRA:
+    if method is FLoRA:
         return "merging"
-    return "adapted" if type(CUT[name]) in OF_ADAPTERS else "mlp"
+    if method in OF_BLOCKS:
+        return "blocks"
+    return "adapted" if method in OF_ADAPTERS else "mlp"
+
+
+def home(name: str) -> str:
+    return home_of(type(CUT[name]))
 
 
 EVERYWHERE = [
@@ -229,10 +343,10 @@ def model_of(family: str) -> Model:
 
 
 @cache
-def examples_of(kind: str, client: int) -> Examples:
+def examples_of(kind: str, client: int, use: str = "examples") -> Examples:
     """Two of the three classes, told apart by which third of the inputs is bright."""
     count = CLIENTS[client].num_examples
-    draw = seeds.generator(0, client, kind, "examples")
+    draw = seeds.generator(0, client, kind, use)
     labels = (torch.arange(count) % 2 + client) % 3
     bright = torch.nn.functional.one_hot(labels, 3).float()
     if kind == "vector":
@@ -271,6 +385,7 @@ class Federation:
             model=self.model,
             method=self.method,
             examples=lambda client: examples_of(kind, client),
+            validation=lambda client: examples_of(kind, client, "validation"),
             seed=self.seed,
         )
         updates = []
@@ -309,11 +424,16 @@ class Federation:
             if hasattr(self.method, "personal"):
                 own = (memories or {}).get(client, {})
                 predictor = self.method.personal(self.model, state, own)
-            module = predictor.model.module().eval()
+            model, rule = predictor.model, predictor.rule
+            forward = forward_of(model, model.whole(), model.module().eval(), "none")
             examples = examples_of(FAMILIES[self.family][1].kind, client)
             inputs, labels = examples.batch(torch.arange(len(examples)))
             with torch.no_grad():
-                logits = torch.func.functional_call(module, predictor.params, (inputs,)).logits
+                logits = (
+                    forward(predictor.params, inputs).logits
+                    if rule is None
+                    else rule(forward, predictor.params, inputs).logits
+                )
             total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
             count += len(labels)
         return total / count
@@ -334,6 +454,7 @@ def task_bits(task: Task) -> tuple[object, ...]:
         dict(task.submodel.sizes),
         views,
         task.training,
+        task.trainable,
         task.client,
     )
 
@@ -414,18 +535,22 @@ def test_server_hooks_leave_the_global_generator_alone(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def copied(params: Params) -> Params:
+    return {name: tensor.clone() for name, tensor in params.items()}
+
+
 @each_method
 def test_an_update_is_not_read_after_the_next_one_was_asked_for(name: str) -> None:
     """Engines reuse an update's memory: nothing may be read from it later."""
     federation = Federation(CUT[name], home(name))
     state = federation.init()
     clean = federation.updates(federation.tasks(state))
-    spoilt = [replace(u, delta={n: t.clone() for n, t in u.delta.items()}) for u in clean]
+    spoilt = [replace(u, delta=copied(u.delta), extra=copied(u.extra)) for u in clean]
 
     def passing() -> Iterator[Update]:
         for update in spoilt:
             yield update
-            for tensor in update.delta.values():
+            for tensor in (*update.delta.values(), *update.extra.values()):
                 tensor.fill_(99.0)
 
     after = federation.method.aggregate(federation.model, state, CLIENTS[:4], passing())
@@ -453,9 +578,9 @@ def test_a_seed_decides_every_bit(name: str, family: str) -> None:
 
 @each_pair
 def test_the_order_of_updates_changes_no_bit(name: str, family: str) -> None:
-    federation = Federation(CUT[name], family)
-    state = federation.round(federation.init())
-    updates = federation.updates(federation.tasks(state))
+    federation, memories = Federation(CUT[name], family), {}
+    state = federation.round(federation.init(), memories=memories)
+    updates = federation.updates(federation.tasks(state), memories)
     orders = list(itertools.permutations(updates))[::5]
     first, *others = [bits(federation.aggregate(state, order)) for order in orders]
     assert all(other == first for other in others)
@@ -494,6 +619,15 @@ def test_what_looks_at_the_whole_is_not_entrywise() -> None:
         "flora",
         "hetlora",
         "hetlora pruning",
+        "ravan",
+        "ravan by size",
+        "fedfmsl",
+        "fedfmsl in stage two",
+        "fedfmsl alone",
+        "fedfmsl from the input",
+        "pfl_moe",
+        "pfl_moe in stage two",
+        "pfl_moe by halves",
     }
 
 
@@ -506,6 +640,8 @@ def test_who_trains_what_is_known_without_values(name: str, family: str) -> None
     for task, planned in zip(federation.tasks(state), federation.tasks(bare), strict=True):
         views = [{n: v.key for n, v in t.submodel.views.items()} for t in (task, planned)]
         assert views[0] == views[1]
+        assert task.trainable == planned.trainable
+        assert task.params.keys() == planned.params.keys()
         assert all(tensor.is_meta for tensor in planned.params.values())
 
 
@@ -551,7 +687,7 @@ def test_whole_models_reduce_to_fedavg(name: str, family: str, training: Trainin
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_models_weighted_by_examples_reduce_to_fedavg(name: str) -> None:
     method = replace(WHOLE[name], weighting="examples")
-    family = "adapted" if name == "fedit" else "mlp"
+    family = home_of(type(method))
     assert sha256(Federation(method, family).run(3).params) == fedavg_bits(
         family, "examples", TRAINING
     )
@@ -565,6 +701,10 @@ def test_a_part_is_no_larger_than_its_ratio(name: str, family: str) -> None:
     for round in range(9):
         for task in federation.tasks(replace(state, round=round), CLIENTS):
             ratio = RATIO[task.client.id % 2]
+            if isinstance(method, Ravan):  # every head runs everywhere; the others are frozen
+                counts = {len(heads) for heads in task.options["heads"]}
+                assert counts == {math.ceil(ratio * method.heads)}
+                continue
             limit = {a: kept_units(model, a, ratio) for a in model.cuttable}
             asked = model.slice({axis: range(units) for axis, units in limit.items()})
             assert task.submodel.num_entries <= asked.num_entries
@@ -573,17 +713,28 @@ def test_a_part_is_no_larger_than_its_ratio(name: str, family: str) -> None:
                 assert task.submodel.sizes[width.size] <= units * width.quantum
 
 
+def held(federation: Federation, task: Task, memory: Memory) -> Params:
+    """What a client has of its part: what was sent, then or before, or what it makes of that."""
+    if isinstance(federation.method, OF_BLOCKS) and task.options["second"]:
+        return federation.method.local(federation.model, task, memory).references["global"]
+    if not isinstance(federation.method, Ravan):
+        return task.params
+    fit = federation.method.local(federation.model, task, {})
+    return {name: value for name, value in fit.params.items() if name not in fit.beside}
+
+
 @each_pair
 def test_what_is_cut_is_the_state_at_its_views_and_fits_a_module(name: str, family: str) -> None:
-    federation = Federation(CUT[name], family)
-    state = federation.round(federation.init())
+    federation, memories = Federation(CUT[name], family), {}
+    state = federation.round(federation.init(), CLIENTS[:3], memories)
     for task in federation.tasks(state):
         assert (task.round, task.training) == (state.round, TRAINING)
-        assert sha256(task.params) == sha256(cut(state.params, task.submodel))
+        params = held(federation, task, memories.get(task.client.id, {}))
+        assert sha256(params) == sha256(cut(state.params, task.submodel))
         for view in task.submodel.views.values():
             for index in view.index:
                 assert len(set(index_tensor(index).tolist())) == index_tensor(index).numel()
-        federation.model.module(task.submodel.sizes).load_state_dict(task.params, strict=True)
+        federation.model.module(task.submodel.sizes).load_state_dict(params, strict=True)
 
 
 @each_pair
@@ -613,7 +764,7 @@ def test_configure_cuts_when_a_task_is_asked_for(name: str) -> None:
     for number in (1, 2):
         task = next(tasks)
         cut = 0 if name == "fedavg" else number  # FedAvg's clients all hold the whole: no copies
-        assert params.reads == cut * len(task.submodel.views)
+        assert params.reads == cut * len(task.params)
 
 
 @each_pair
@@ -627,11 +778,11 @@ def test_the_loss_falls(name: str, family: str) -> None:
     assert federation.loss(federation.run(20, memories), memories) < 0.9 * start
 
 
-def with_nan(update: Update) -> Update:
-    name, delta = next(iter(update.delta.items()))
-    broken = delta.clone()
+def with_nan(params: Params) -> Params:
+    name, tensor = next(iter(params.items()))
+    broken = tensor.clone()
     broken.view(-1)[0] = torch.nan
-    return replace(update, delta=update.delta | {name: broken})
+    return params | {name: broken}
 
 
 @each_pair
@@ -639,10 +790,15 @@ def test_refused_work_is_not_folded(name: str, family: str) -> None:
     federation = Federation(CUT[name], family)
     state = federation.init()
     updates = federation.updates(federation.tasks(state))
-    if not updates[1].delta:
-        return  # who sends nothing cannot send nonsense
-    broken = [updates[0], with_nan(updates[1]), *updates[2:]]
     before = bits(state)
+    if not updates[1].delta:
+        if updates[1].extra:  # who sends nothing cannot send nonsense
+            wrong = replace(updates[1], extra=with_nan(updates[1].extra))
+            with pytest.raises(UpdateError, match="finite"):
+                federation.aggregate(state, [updates[0], wrong, *updates[2:]])
+            assert bits(state) == before
+        return
+    broken = [updates[0], replace(updates[1], delta=with_nan(updates[1].delta)), *updates[2:]]
     with pytest.raises(UpdateError, match="finite"):
         federation.aggregate(state, broken)
     assert bits(state) == before
@@ -669,8 +825,10 @@ def test_who_does_not_answer_keeps_nobody_from_being_counted(name: str) -> None:
     update = federation.updates(federation.tasks(state))[2]
     asked_four = federation.aggregate(state, [update])
     asked_one = federation.aggregate(state, [update], CLIENTS[2:3])
-    for one, four in zip(asked_one.params.values(), asked_four.params.values(), strict=True):
-        torch.testing.assert_close(one, four, rtol=0, atol=1e-7)
+    for kind in ("params", "extra"):
+        ones, fours = getattr(asked_one, kind), getattr(asked_four, kind)
+        for one, four in zip(ones.values(), fours.values(), strict=True):
+            torch.testing.assert_close(one, four, rtol=0, atol=1e-7)
 
 
 @each_method

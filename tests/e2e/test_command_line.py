@@ -21,6 +21,7 @@ SUMMARY = {
     "loss",
     "params_full",
     "params_largest_client",
+    "params_trained",
     "coverage",
     "bytes_down",
     "bytes_up",

@@ -1,12 +1,13 @@
 """The named experiments as studies: their rows, and what of them the command line may fix."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
 from tesserafl.core.errors import ConfigError, ModelError
 from tesserafl.data.examples import Spec
 from tesserafl.experiments import EXPERIMENTS
+from tesserafl.methods import FedIT
 from tesserafl.models import HuggingFace
 from tesserafl.run.runner import first_federation
 from tesserafl.run.setup import prepare
@@ -42,7 +43,9 @@ def test_what_the_command_line_fixes_is_not_varied():
     ]
 
 
-@pytest.mark.parametrize("name", ["width_grid", "paper_fedbrb", "comparison", "lora_comparison"])
+@pytest.mark.parametrize(
+    "name", ["width_grid", "paper_fedbrb", "comparison", "lora_comparison", "paper_fedfmsl"]
+)
 def test_every_row_of_a_study_can_begin(name):
     named = EXPERIMENTS[name]
     assert named.rows is not None
@@ -149,3 +152,27 @@ def test_the_adapters_study_chooses_its_methods():
     assert [label for label, row in rows.items() if row.model.merge] == ["unequal-flora"]
     with pytest.raises(ConfigError, match="leave --method"):
         named.rows(named.base(None), frozenset({"method.decay"}))
+
+
+def test_the_experts_study_takes_its_parts_away_one_by_one():
+    named = EXPERIMENTS["paper_fedfmsl"]
+    base = named.base(None)
+    rows = named.rows(replace(base, finetune_epochs=3), frozenset())
+    assert {label: row.finetune_epochs for label, row in rows.items() if row.finetune_epochs} == {
+        "fedit": 3
+    }
+    assert named.rows(base, frozenset())["fedit"].finetune_epochs == 1
+    ablations = {label: row for label, row in rows.items() if label.startswith("ablation-")}
+    assert len(ablations) == 12
+    for row in ablations.values():
+        changed = {
+            field.name
+            for field in fields(base.method)
+            if getattr(row.method, field.name) != getattr(base.method, field.name)
+        }
+        assert changed and replace(row, method=base.method) == replace(base, finetune_epochs=0)
+        assert len(changed) == 1 or changed == {"own", "balance"}
+    assert len({str(row.method) for row in ablations.values()} | {str(base.method)}) == 13
+    for changes in ({"method": FedIT()}, {"model": HuggingFace()}):
+        with pytest.raises(ConfigError, match="leave --method and --model away"):
+            named.rows(replace(base, **changes), frozenset())

@@ -194,9 +194,7 @@ def test_a_round_holds_one_group_of_updates_at_a_time(monkeypatch, batching, hel
     monkeypatch.setattr(engine, "poll", counted_poll)
     from tesserafl.core.submodel import Coverage
     from tesserafl.run.federate import federate
-    from tesserafl.run.rounds import CostTable, play_round
+    from tesserafl.run.rounds import play_round
 
-    play_round(
-        setup, engine, federate(setup, state), Coverage(setup.model.shapes), CostTable(setup=setup)
-    )
+    play_round(setup, engine, federate(setup, state), Coverage(setup.model.shapes), setup.costs())
     assert most == held

@@ -24,7 +24,7 @@ from tesserafl.run import runner
 from tesserafl.run.events import read_events
 from tesserafl.run.experiment import Experiment, from_json
 from tesserafl.run.federate import exchange_of, federate, topology_of
-from tesserafl.run.rounds import CostTable, play_round
+from tesserafl.run.rounds import play_round
 from tesserafl.run.runner import first_federation, resume, start
 from tesserafl.run.setup import Setup, make_engine, prepare
 
@@ -83,7 +83,7 @@ def without_time(summary: Settings) -> Settings:
 
 
 def step(setup: Setup, engine: Engine, federation: Federation) -> Folded:
-    costs, coverage = CostTable(setup=setup), Coverage(setup.model.shapes)
+    costs, coverage = setup.costs(), Coverage(setup.model.shapes)
     return play_round(setup, engine, federation, coverage, costs).folded
 
 

@@ -31,7 +31,7 @@ from tesserafl.core.submodel import Coverage
 from tesserafl.methods import FedAvg, FedIT
 from tesserafl.run.experiment import Batching, from_json
 from tesserafl.run.federate import federate
-from tesserafl.run.rounds import CostTable, Notes, play_round
+from tesserafl.run.rounds import Notes, play_round
 from tesserafl.run.setup import make_engine, prepare
 
 X, Y = [[1.0, -2.0], [0.5, 1.0], [2.0, 0.25]], [0, 1, 1]
@@ -174,7 +174,7 @@ def played(
         setup = replace(setup, model=adapters, experiment=replace(setup.experiment, engine=engine))
     state = setup.experiment.method.init(setup.model, 0, rounds)
     federation = federate(setup, state)
-    coverage, costs = Coverage(setup.model.shapes), CostTable(setup=setup)
+    coverage, costs = Coverage(setup.model.shapes), setup.costs()
     with contextlib.closing(make_engine(setup)) as worker:
         return [play_round(setup, worker, federation, coverage, costs) for _ in range(rounds)]
 

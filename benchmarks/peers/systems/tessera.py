@@ -35,7 +35,7 @@ from tesserafl.run.batching import choose
 from tesserafl.run.events import EventLog
 from tesserafl.run.experiment import Batching, EngineSettings, Experiment
 from tesserafl.run.federate import federate
-from tesserafl.run.rounds import CostTable, play_round
+from tesserafl.run.rounds import play_round
 from tesserafl.run.setup import Setup, clients_of, make_engine
 
 LONG_RUN = 20_000  # rounds that the engine is told of, to decide how clients are trained
@@ -120,7 +120,7 @@ def main() -> None:
         contextlib.closing(EventLog(Path(folder) / "events.jsonl")) as log,
     ):
         federation = federate(setup, setup.experiment.method.init(setup.model, 0, LONG_RUN))
-        coverage, costs = Coverage(setup.model.shapes), CostTable(setup=setup)
+        coverage, costs = Coverage(setup.model.shapes), setup.costs()
         steps: list[int] = []
 
         def one_round(number: int) -> None:

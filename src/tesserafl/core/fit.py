@@ -129,6 +129,24 @@ class CrossEntropy:
         )
 
 
+def mean_over(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+    """Mean cross-entropy over the labels that count, of some examples alone; 0 if there are none.
+
+    Args:
+        logits: [batch, ..., classes].
+        labels: [batch, ...].
+        rows: bool [batch], the examples.
+    """
+    each = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]),
+        labels.reshape(-1),
+        ignore_index=IGNORED,
+        reduction="none",
+    ).reshape(len(labels), -1)
+    counted = (labels.reshape(len(labels), -1) != IGNORED) & rows[:, None]
+    return (each * counted).sum() / counted.sum().clamp(min=1)
+
+
 WidthScaling = Literal["none", "output", "parameters"]
 """A cut layer sums fewer inputs than the full one. `none` leaves it so. `output` multiplies it by
 full/kept (HeteroFL's scaler), which makes its steps (full/kept)^2 larger in function space.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -45,6 +45,9 @@ class Collected:
     """Client -> its weight in the mean."""
     values: dict[int, Params] = field(default_factory=dict)
     """Client -> the factors of the pairs that it trained, at its own rank."""
+    rebuilt: Callable[[Update], Params] | None = None
+    """The factors that an answer stands for, where clients send something else (a method's
+    `factors`); None: they send these."""
 
     def watching(self, params: Params, updates: Iterable[Update]) -> Iterator[Update]:
         """Pass updates on as they are, and keep their factors; `params` are of before."""
@@ -68,7 +71,10 @@ class Collected:
             ]
             views = update.submodel.views
             small = {name: views[name] for pair in pairs for name in pair}
-            values = cut(params, SubModel(update.submodel.sizes, small))
+            if self.rebuilt is None:
+                values = cut(params, SubModel(update.submodel.sizes, small))
+            else:
+                values = self.rebuilt(update)
             rest = {}
             for name, delta in update.delta.items():
                 if name in own:

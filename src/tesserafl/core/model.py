@@ -65,6 +65,9 @@ class Model:
     """Layout of `Output.features` along the one axis that moves them; None: no such axis."""
     feature_size: Callable[[], int] | None = field(default=None, repr=False)
     """Of an adapted model: counts the entries of `Output.features`, which no axis changes."""
+    frozen_blocks: tuple[str, ...] = ()
+    """Of a frozen model under adapters: what the names of its blocks begin with, tower by tower, in
+    front of their number. What enters a block is the same as long as nothing below is trained."""
     pretrained: Callable[[], Params] | None = field(default=None, repr=False)
     """Loads the parameters to start from; None: the module's own initialisation."""
     save: Callable[[nn.Module, str], None] | None = field(default=None, repr=False)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from tesserafl.core import seeds
 from tesserafl.core.fit import Training
 from tesserafl.data.examples import Examples
 
 
 def batches(total: int, size: int, draw: torch.Generator) -> Iterator[Tensor]:
     """One epoch: every example once, int64 [batch] rows each, at most `size + 1` of them."""
-    rows = torch.randperm(total, generator=draw)
-    if total <= size:
+    yield from _split(torch.randperm(total, generator=draw), size)
+
+
+def in_order(total: int, size: int) -> Iterator[Tensor]:
+    """Every example once, in their order, in batches as in training."""
+    yield from _split(torch.arange(total), size)
+
+
+def _split(rows: Tensor, size: int) -> Iterator[Tensor]:
+    if len(rows) <= size:
         yield rows
         return
     split = list(torch.split(rows, size))
@@ -22,6 +32,19 @@ def batches(total: int, size: int, draw: torch.Generator) -> Iterator[Tensor]:
         # One example alone has no batch statistics: it joins the batch before it.
         split[-2:] = [torch.cat(split[-2:])]
     yield from split
+
+
+def held_out_of(total: int, share: float, seed: int = 0, client: int = 0) -> Tensor:
+    """Which of a client's examples are held out in all rounds, bool [total].
+
+    As many as the share says, rounded down, but one at least, if there are two, and never all.
+    """
+    held = torch.zeros(total, dtype=torch.bool)
+    # 0.29 * 100 is a little less than 29.
+    count = min(max(math.floor(share * total + 1e-9), 1), total - 1)
+    draw = seeds.generator(seed, client, "held out")
+    held[torch.randperm(total, generator=draw)[:count]] = True
+    return held
 
 
 def widest(total: int, size: int) -> int:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tesserafl.core import seeds
 from tesserafl.core.errors import TesseraError
-from tesserafl.core.fit import Fit, Fitted, Forward
+from tesserafl.core.fit import Fitted, Forward
 from tesserafl.core.messages import Memory, Task, Update
 from tesserafl.core.method import Method
 from tesserafl.core.model import Model
-from tesserafl.core.params import Params, aligned, subtract
+from tesserafl.core.params import Params, subtract
 from tesserafl.data.examples import Examples
-from tesserafl.engines.batches import augment, augments, batches
-from tesserafl.engines.cohort import Cohorts, Member
-from tesserafl.engines.optimisers import Optimiser, check_momentum, trained_names
-from tesserafl.engines.references import References
+from tesserafl.engines.batches import held_out_of
+from tesserafl.engines.cohort import Cohorts
+from tesserafl.engines.execute import execute, measured
+from tesserafl.engines.kept import Kept, Shelf
+from tesserafl.engines.member import Member
 from tesserafl.models.scaling import forward_of, hollow, own_scales
 
 Answer = tuple[Update, Memory]
@@ -42,8 +43,17 @@ class ClientWorker:
     device: str = "cpu"
     cohorts: Cohorts | None = None
     """Trains clients of one shape together; None: one after another."""
+    validation: Callable[[int], Examples] | None = None
+    """Validation examples of a client; None: nobody has any."""
+    cache_bytes: int = 0
+    """Of what frozen parameters gave, kept between rounds for clients that train one after another;
+    0: nothing is, and no frozen block is left out."""
     _modules: dict[object, nn.Module] = field(default_factory=dict)
     _forwards: dict[object, Forward] = field(default_factory=dict)
+
+    @cached_property
+    def _kept(self) -> Kept:
+        return Kept(most_bytes=self.cache_bytes)
 
     @property
     def group(self) -> int:
@@ -102,7 +112,10 @@ class ClientWorker:
         if scales:
             references = {name: _scaled(params, scales) for name, params in fit.references.items()}
             scaled = replace(fit, params=_scaled(fit.params, scales), references=references)
-        member = Member(fit=scaled, examples=self.examples(task.client.id), draw=draw)
+        examples, held_out = self.examples(task.client.id), None
+        if fit.held_out:
+            held_out = held_out_of(len(examples), fit.held_out, self.seed, task.client.id)
+        member = Member(fit=scaled, examples=examples, draw=draw, held_out=held_out)
         return _Part(task=task, memory=memory, member=member, unscaled=fit.params, scales=scales)
 
     def _train(self, parts: Sequence[_Part]) -> list[Fitted]:
@@ -112,17 +125,47 @@ class ClientWorker:
             module = self._module(task)
             self._forwards[key] = forward_of(self.model, task.submodel, module, scaling)
         forward = self._forwards[key]
+        accuracies = [self._validated(part, forward, key) for part in parts]
         if self.cohorts is not None and len(parts) > 1:
-            return self.cohorts.train([part.member for part in parts], forward, key)
-        fitted = []
-        for part in parts:
-            member, task, module = part.member, part.task, self._module(part.task)
-            # Dropout draws from torch's own generator.
-            with seeds.seeded(self.seed, task.round, task.client.id, "fit"):
-                fitted.append(
-                    execute(member.fit, forward, member.examples, member.draw, self.device, module)
-                )
-        return fitted
+            fitted = self.cohorts.train([part.member for part in parts], forward, key)
+        else:
+            fitted = [self._execute(part, forward, key) for part in parts]
+        return [
+            replace(each, metrics={**each.metrics, **more})
+            for each, more in zip(fitted, accuracies, strict=True)
+        ]
+
+    def _execute(self, part: _Part, forward: Forward, key: Hashable) -> Fitted:
+        member, task, module = part.member, part.task, self._module(part.task)
+        shelf = self._shelf(task, key)
+        # Dropout draws from torch's own generator.
+        with seeds.seeded(self.seed, task.round, task.client.id, "fit"):
+            return execute(
+                member.fit,
+                forward,
+                member.examples,
+                member.draw,
+                self.device,
+                module,
+                held_out=member.held_out,
+                shelf=shelf,
+            )
+
+    def _validated(self, part: _Part, forward: Forward, key: Hashable) -> Mapping[str, float]:
+        """The accuracy of the parameters to start from, as they are trained; none if not asked."""
+        fit, client = part.member.fit, part.task.client.id
+        if not fit.validate or self.validation is None:
+            return {}
+        examples = self.validation(client)
+        if not len(examples):
+            return {}
+        module, shelf = self._module(part.task), self._shelf(part.task, key)
+        metrics = measured(fit, forward, examples, self.device, module, shelf)
+        return {"validation_accuracy": metrics.accuracy}
+
+    def _shelf(self, task: Task, key: Hashable) -> Shelf:
+        prefixes = self.model.frozen_blocks
+        return Shelf(kept=self._kept, client=task.client.id, forward=key, prefixes=prefixes)
 
     def _answer(self, part: _Part, fitted: Fitted) -> Answer:
         if part.scales:
@@ -157,79 +200,3 @@ class _Part:
 
 def _scaled(params: Params, scales: Mapping[str, float]) -> Params:
     return {name: t * scales[name] if name in scales else t for name, t in params.items()}
-
-
-def execute(
-    fit: Fit,
-    forward: Forward,
-    examples: Examples,
-    draw: torch.Generator,
-    device: str = "cpu",
-    module: nn.Module | None = None,
-) -> Fitted:
-    """Train `fit.params` on the examples.
-
-    Args:
-        fit: what to train.
-        forward: the sub-model as a function of its parameters.
-        examples: the client's training examples.
-        draw: the order of the examples and the augmentation come from it.
-        device: where to train; the result is on the CPU.
-        module: what `forward` runs, so that references are read without dropout; None: as it is.
-
-    Raises:
-        ConfigError: momentum is to be carried on, and the optimiser has none.
-        ModelError: there are references, and the model returns no features.
-    """
-    check_momentum(fit)
-    trainable = trained_names(fit)
-    params = {name: aligned(tensor.to(device)) for name, tensor in fit.params.items()}
-    leaves = [params[name].detach().requires_grad_() for name in trainable]
-    params.update(zip(trainable, leaves, strict=True))
-    training, classes = fit.training, examples.classes
-    augmented = augments(training, examples)
-    extra = {name: aligned(tensor.to(device)) for name, tensor in fit.extra.items()}
-    if training.mask_absent_classes:
-        extra["classes"] = classes.to(device)
-    references = References(fit, forward, examples, device, module) if fit.references else None
-    momenta = None
-    if fit.momentum is not None:
-        momenta = [aligned(fit.momentum[name].to(device)) for name in trainable]
-    optimiser = Optimiser(training, momenta)
-    losses: list[Tensor] = []
-    sizes: list[int] = []
-    steps = 0
-    for _ in range(training.epochs):
-        losses, sizes = [], []
-        for rows in batches(len(examples), training.batch_size, draw):
-            inputs, labels = examples.batch(rows)
-            if augmented:
-                inputs = augment(inputs, draw)
-            inputs = inputs.to(device)
-            if references is not None:
-                extra |= references.features(rows, inputs)
-            loss = fit.objective(forward, params, inputs, labels.to(device), extra)
-            # What the loss does not depend on has a gradient of zero, as in a cohort.
-            gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
-            leaves = optimiser.step(leaves, gradients)
-            del gradients  # before the next ones are made
-            params.update(zip(trainable, leaves, strict=True))
-            losses.append(loss.detach())
-            sizes.append(len(rows))
-            steps += 1
-    shares = torch.tensor(sizes, dtype=losses[0].dtype, device=device)
-    metrics = {"loss": float((torch.stack(losses) * shares).sum()) / len(examples)}
-    if references is not None:
-        metrics["reference_examples"] = float(references.num_examples)
-    momentum = None
-    if fit.keep_momentum and optimiser.momenta is not None:
-        momentum = {n: t.cpu() for n, t in zip(trainable, optimiser.momenta, strict=True)}
-    return Fitted(
-        params={name: params[name].detach().cpu() for name in trainable},
-        num_examples=len(examples),
-        num_steps=steps,
-        metrics=metrics,
-        classes=classes,
-        num_reference_examples=0 if references is None else references.num_examples,
-        momentum=momentum,
-    )

@@ -2,7 +2,7 @@
 
     parameters  [clients, ...]       batches  [clients, width, ...], what is missing does not count
     step        vmap over clients of (gradient, clipping, optimiser), traced once, run every step
-    references  their features of all examples, once before the first step; batches hold their rows
+    references  their outputs for all examples, once before the first step; batches hold their rows
 
 For small models the cost of a step is Python and dispatch, not arithmetic; here it is paid once for
 all clients. A client's numbers never meet another's: results are those of `execute` up to rounding.
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
-from tesserafl.core.fit import Fit, Fitted, Forward, Training
+from tesserafl.core.fit import Fitted, Forward, Training
 from tesserafl.core.params import Params
-from tesserafl.data.examples import Examples
-from tesserafl.engines.gather import Order, batch_rows, gathered, order_of, pooled
+from tesserafl.engines.gather import Order, batch_rows, order_of, pooled
 from tesserafl.engines.graphs import Program, trace
+from tesserafl.engines.member import Member
 from tesserafl.engines.optimisers import (
     check_momentum,
     num_slots,
@@ -31,36 +31,8 @@ from tesserafl.engines.optimisers import (
     scalars_of,
     trained_names,
 )
-from tesserafl.engines.references import features_together
 from tesserafl.engines.stacking import Given, shared_or_stacked, stacked, top
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """One client's work in a cohort."""
-
-    fit: Fit
-    examples: Examples
-    draw: torch.Generator
-    """The order of the examples comes from it."""
-
-    @property
-    def shape(self) -> tuple[object, ...]:
-        """Members are trained together only if this is equal for them.
-
-        Momentum buffers are no part of it: those that a member lacks are zeros, to the same bits.
-        """
-        fit = self.fit
-        return (
-            fit.training,
-            fit.objective,
-            fit.trainable,
-            fit.width_scaling,
-            _signature(fit.params),
-            _signature(fit.extra),
-            tuple((name, _signature(params)) for name, params in fit.references.items()),
-            len(self.examples.classes) if fit.training.mask_absent_classes else None,
-        )
+from tesserafl.engines.together import Reads
 
 
 def obstacle(module: nn.Module, training: Training) -> str | None:
@@ -133,7 +105,6 @@ class _Stack:
         self.trained = trained_names(fit)
         self.frozen = [n for n in fit.params if n not in self.trained]
         self.extra = list(fit.extra) + ["classes"] * fit.training.mask_absent_classes
-        self.references = list(fit.references)
         self.keeps = any(member.fit.keep_momentum for member in members)
 
     def train(self, orders: Sequence[Order]) -> list[Fitted]:
@@ -181,21 +152,27 @@ class _Stack:
         return [(stacked([own[n] for own in buffers], rows, device), 0) for n in self.trained]
 
     def _batches(self, orders: Sequence[Order]) -> Iterator[tuple[Tensor, ...]]:
-        """Inputs, labels and references' features of every step, each [rows, width, ...]."""
+        """Inputs, labels and what `reads` names of every step, each [rows, width, ...]."""
         pool = pooled([member.examples for member in self.members])
         counts = [len(member.examples) for member in self.members]
-        size, device = self.fit.training.batch_size, self.cohorts.device
-        features = []
-        for reference in self.references:
-            sets = [member.fit.references[reference] for member in self.members]
-            params = {name: self._given([own[name] for own in sets]) for name in self.fit.params}
-            features.append(features_together(self.forward, params, pool, counts, size, device))
-        width = self.cohorts.width(size)
+        references = {
+            name: {
+                own: self._given([member.fit.references[name][own] for member in self.members])
+                for own in params
+            }
+            for name, params in self.fit.references.items()
+        }
+        held = None
+        if self.fit.held_out:  # padding is not
+            held = torch.cat([*[m.held for m in self.members], torch.tensor([False])])
+        device = self.cohorts.device
+        self.reads = Reads(self.fit, self.forward, references, pool, counts, held, device)
+        width = self.cohorts.width(self.fit.training.batch_size)
         table = batch_rows(orders, counts, self.cohorts.rows(len(orders)), width)
-        return gathered(table, pool, features, device)
+        return self.reads.batches(table)
 
     def _program(self, given: Sequence[Given]) -> Program:
-        kinds = (self.trained, self.frozen, self.extra, self.references)
+        kinds = (self.trained, self.frozen, self.extra, self.reads.names)
         strides = self.cohorts.compiled  # a compiled program is made for these too
         signature = (
             *map(tuple, kinds),
@@ -207,17 +184,18 @@ class _Stack:
     def _step(self, dims: tuple[int | None, ...]) -> Program:
         """One step of all members, a function of flat tensors: see `train` for their order."""
         numbers = [len(self.trained), num_slots(self.fit.training) * len(self.trained)]
-        numbers += [len(self.frozen), len(self.extra), 2 + len(self.references)]
+        numbers += [len(self.frozen), len(self.extra), 2 + len(self.reads.names)]
         cuts = list(accumulate(numbers))
         training, objective, forward = self.fit.training, self.fit.objective, self.forward
+        read = [*self.extra, *self.reads.names]
 
         def one(*flat: Tensor) -> list[Tensor]:
             weights, slots, frozen, extra, batch, scalars = (
                 list(flat[a:b]) for a, b in zip([0, *cuts], [*cuts, None], strict=True)
             )
             fixed = dict(zip(self.frozen, frozen, strict=True))
-            inputs, labels, *features = batch
-            given = dict(zip([*self.extra, *self.references], [*extra, *features], strict=True))
+            inputs, labels, *others = batch
+            given = dict(zip(read, [*extra, *others], strict=True))
 
             def loss_of(trained: Params) -> Tensor:
                 return objective(forward, {**trained, **fixed}, inputs, labels, given)
@@ -269,8 +247,8 @@ class _Stack:
             sizes = [len(batch) for batch in order[-epoch:]]
             last = table[len(order) - epoch : len(order), rank]
             metrics = {"loss": float(last @ np.array(sizes)) / total}
-            passes = len(self.references) * total
-            if self.references:
+            passes = self.reads.num_passes[rank]
+            if self.fit.references:
                 metrics["reference_examples"] = float(passes)
             number, momentum = len(self.trained), None
             if member.fit.keep_momentum:  # copied: it may last, and the others' with it
@@ -288,7 +266,3 @@ class _Stack:
                 )
             )
         return fitted
-
-
-def _signature(tensors: Mapping[str, Tensor]) -> tuple[object, ...]:
-    return tuple((name, tuple(t.shape), t.dtype) for name, t in tensors.items())

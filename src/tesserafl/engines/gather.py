@@ -59,19 +59,19 @@ def batch_rows(orders: Sequence[Order], counts: Sequence[int], rows: int, width:
 
 
 def gathered(
-    table: Tensor, pool: Examples, features: Sequence[Tensor], device: str
+    table: Tensor, pool: Examples, others: Sequence[Tensor], device: str
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Inputs, labels and features of every step [rows, width, ...], several steps at once.
+    """Inputs, labels and others of every step [rows, width, ...], several steps at once.
 
     Args:
         table: `batch_rows`.
         pool: `pooled` examples.
-        features: of the pool's examples, each [len(pool), features] and on the device.
+        others: of the pool's examples, each [len(pool), ...] and on the device.
         device: where the batches are wanted.
     """
-    entries = max(1, pool.inputs[0].numel()) + sum(each[0].numel() for each in features)
+    entries = max(1, pool.inputs[0].numel()) + sum(each[0].numel() for each in others)
     for rows in torch.split(table, max(1, _AT_ONCE // (table[0].numel() * 4 * entries))):
         inputs, labels = pool.batch(rows)
-        there = rows.to(device) if features else rows
-        stacks = [inputs.to(device), labels.to(device), *(each[there] for each in features)]
+        there = rows.to(device) if others else rows
+        stacks = [inputs.to(device), labels.to(device), *(each[there] for each in others)]
         yield from zip(*stacks, strict=True)

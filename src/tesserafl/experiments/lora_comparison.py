@@ -21,6 +21,7 @@ from tesserafl.methods import (
     HetLoRA,
     Local,
     MethodSettings,
+    Ravan,
 )
 from tesserafl.models import LoRA
 from tesserafl.models.huggingface import Option
@@ -61,11 +62,13 @@ def rows(base: Experiment, asked: frozenset[str]) -> Mapping[str, Experiment]:
         "ffa_lora": FFALoRA(),
         "flexlora": FlexLoRA(),
         "fedsa_lora": FedSALoRA(),
+        "ravan": Ravan(),
         "local": Local(),
         "unequal-fedit": FedIT(ratio=UNEQUAL),
         "unequal-flexlora": FlexLoRA(ratio=UNEQUAL),
         "unequal-hetlora": HetLoRA(ratio=UNEQUAL),
         "unequal-flora": FLoRA(ratio=UNEQUAL),
+        "unequal-ravan": Ravan(ratio=UNEQUAL),
     }
     plain = replace(base, finetune_epochs=0)
     experiments = {label: replace(plain, method=method) for label, method in methods.items()}

@@ -7,6 +7,7 @@ from tesserafl.methods.fedavg import FedAvg
 from tesserafl.methods.fedbrb import FedBRB
 from tesserafl.methods.fedecover import FedEcover
 from tesserafl.methods.federated_dropout import FederatedDropout
+from tesserafl.methods.fedfmsl import FedFMSL
 from tesserafl.methods.fedit import FedIT
 from tesserafl.methods.fedrolex import FedRolex
 from tesserafl.methods.fedsa_lora import FedSALoRA
@@ -17,6 +18,8 @@ from tesserafl.methods.heterofl import HeteroFL
 from tesserafl.methods.hetlora import HetLoRA
 from tesserafl.methods.local import Local
 from tesserafl.methods.msfusion import MSfusion
+from tesserafl.methods.pfl_moe import PFLMoE
+from tesserafl.methods.ravan import Ravan
 
 MethodSettings = (
     FedAvg
@@ -33,6 +36,9 @@ MethodSettings = (
     | HetLoRA
     | FedSALoRA
     | FLoRA
+    | Ravan
+    | FedFMSL
+    | PFLMoE
     | Local
 )
 
@@ -51,6 +57,9 @@ METHODS: dict[str, type[MethodSettings]] = {
     "hetlora": HetLoRA,
     "fedsa_lora": FedSALoRA,
     "flora": FLoRA,
+    "ravan": Ravan,
+    "fedfmsl": FedFMSL,
+    "pfl_moe": PFLMoE,
     "local": Local,
 }
 
@@ -62,6 +71,7 @@ __all__ = [
     "FedAvg",
     "FedBRB",
     "FedEcover",
+    "FedFMSL",
     "FedIT",
     "FedRolex",
     "FedSALoRA",
@@ -72,4 +82,6 @@ __all__ = [
     "Local",
     "MSfusion",
     "MethodSettings",
+    "PFLMoE",
+    "Ravan",
 ]

@@ -6,7 +6,7 @@ from tesserafl.core.messages import Memory
 from tesserafl.core.method import Predictor, State
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params
-from tesserafl.core.submodel import cut
+from tesserafl.core.submodel import SubModel, cut
 
 _OWN = "own/"
 
@@ -24,11 +24,20 @@ def own_of(memory: Memory) -> Params:
 def personal_of(model: Model, state: State, memory: Memory) -> Predictor:
     """The global model with the client's own parameters in place, at the client's own width."""
     own = own_of(memory)
+    part = part_like(model, own)
+    return Predictor(model=resized_to(model, part), params={**cut(state.params, part), **own})
+
+
+def part_like(model: Model, params: Params) -> SubModel:
+    """The first units of every axis, as many as these parameters have."""
     keep = {}
-    for name, tensor in own.items():
+    for name, tensor in params.items():
         for tie, size in zip(model.ties[name], tensor.shape, strict=True):
             if tie is not None and tie.axis in model.cuttable:
                 keep[tie.axis] = range(size // sum(tie.parts))
-    part = model.slice(keep)
-    small = model.resized(part) if keep else model
-    return Predictor(model=small, params={**cut(state.params, part), **own})
+    return model.slice(keep)
+
+
+def resized_to(model: Model, part: SubModel) -> Model:
+    """The part as a model; the model itself if the part leaves nothing out."""
+    return model if part.sizes == model.sizes else model.resized(part)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from tesserafl.models.cnn import CNN
+from tesserafl.models.feature_adapter import FeatureAdapter
 from tesserafl.models.huggingface import HuggingFace
 from tesserafl.models.lora import LoRA
 from tesserafl.models.mlp import MLP
 from tesserafl.models.resnet import ResNet
+from tesserafl.models.soft_prompts import Prompts
 
-ModelSettings = MLP | CNN | ResNet | HuggingFace | LoRA
+ModelSettings = MLP | CNN | ResNet | HuggingFace | LoRA | Prompts | FeatureAdapter
 
 MODELS: dict[str, type[ModelSettings]] = {
     "mlp": MLP,
@@ -16,6 +18,18 @@ MODELS: dict[str, type[ModelSettings]] = {
     "resnet": ResNet,
     "huggingface": HuggingFace,
     "lora": LoRA,
+    "prompts": Prompts,
+    "feature_adapter": FeatureAdapter,
 }
 
-__all__ = ["CNN", "MLP", "MODELS", "HuggingFace", "LoRA", "ModelSettings", "ResNet"]
+__all__ = [
+    "CNN",
+    "MLP",
+    "MODELS",
+    "FeatureAdapter",
+    "HuggingFace",
+    "LoRA",
+    "ModelSettings",
+    "Prompts",
+    "ResNet",
+]

@@ -39,6 +39,8 @@ class ClassTexts:
     """[classes, tokens]"""
     mask: Ids | None
     """[classes, tokens], 1 where the sentence is; None: the model needs no mask"""
+    start: int
+    """first place that was left free: 1 where a token begins every sentence, else 0"""
     tokenizer: Any
     """of transformers; what the sentences were read with"""
 
@@ -54,9 +56,8 @@ def two_tower_class(config: Config) -> Any:
     found = transformers.AutoModel._model_mapping.get(type(config), None)
     if not (hasattr(found, "get_image_features") and hasattr(found, "get_text_features")):
         raise ConfigError(
-            f"model.prompt is for models with a tower for images and one for texts, such as clip; "
-            f"{config.model_type!r} is none. Leave model.prompt empty, or choose another "
-            f"model.config"
+            f"{config.model_type!r} has no tower for images and one for texts; to classify images "
+            f"by prompts choose a model.config such as clip, or leave model.prompt empty"
         )
     return transformers.AutoModel
 
@@ -72,8 +73,8 @@ def class_texts(
         has_weights: whether the folder holds weights.
         spec: the data's classes.
         prompt: the sentence, with {} in the place of the class.
-        context: places to leave free after the token that begins a sentence; they hold the
-            token that follows them.
+        context: places to leave free in front of a sentence, after the token that begins it;
+            they hold the token that follows them.
 
     Raises:
         ConfigError: the prompt has no place for the class.
@@ -91,9 +92,11 @@ def class_texts(
     tokenizer = _tokenizer(text, source, has_weights)
     sentences = [prompt.replace("{}", name) for name in spec.class_names]
     ids: Ids = tokenizer(sentences)["input_ids"]
-    ids = [[*row[:1], *row[1:2] * context, *row[1:]] for row in ids]
+    start = int(all(row[0] in tokenizer.all_special_ids for row in ids))
+    ids = [[*row[:start], *row[start : start + 1] * context, *row[start:]] for row in ids]
     _check(sentences, ids, text, context)
-    return _padded(config, ids, tokenizer)
+    filled, mask = _padded(config, ids, tokenizer)
+    return ClassTexts(ids=filled, mask=mask, start=start, tokenizer=tokenizer)
 
 
 def byte_tokenizer() -> Any:
@@ -158,7 +161,7 @@ def _check(sentences: Sequence[str], ids: Ids, text: Config, context: int) -> No
         )
 
 
-def _padded(config: Config, ids: Ids, tokenizer: Any) -> ClassTexts:
+def _padded(config: Config, ids: Ids, tokenizer: Any) -> tuple[Ids, Ids | None]:
     """Padded as the text tower needs it: as short as its embeddings do not depend on padding.
 
     A tower that looks back only needs no more than the end of a text; one that looks at everything
@@ -185,7 +188,7 @@ def _padded(config: Config, ids: Ids, tokenizer: Any) -> ClassTexts:
             f"it reads a text at eos_token_id {text.eos_token_id}, the tokenizer ends one with "
             f"{tokenizer.eos_token_id}: set text_config.eos_token_id in model.options"
         )
-    return ClassTexts(ids=filled, mask=mask, tokenizer=tokenizer)
+    return filled, mask
 
 
 def _filled(ids: Ids, length: int, tokenizer: Any, masked: bool) -> tuple[Ids, Ids | None]:

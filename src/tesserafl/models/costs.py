@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tesserafl.core import seeds
@@ -21,6 +21,8 @@ class Costs:
 
     num_entries: int
     """Parameters that the client holds."""
+    num_trained: int
+    """Those of them that it trains."""
     bytes_each_way: int
     """Bytes of these parameters, down and up alike."""
     flops_per_example: float
@@ -61,6 +63,18 @@ def costs_of(
         return _count(model, submodel, training, inputs, labels, trainable, "meta")
     except (RuntimeError, NotImplementedError):
         return _count(model, submodel, training, inputs, labels, trainable, "cpu")
+
+
+def frozen_entries(model: Model) -> int:
+    """Numbers of the frozen model under adapters; 0 where everything is a parameter."""
+    module = model.module(device="meta")
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    statistics = {id(buffer) for norm in norms for buffer in norm.buffers()}
+    return sum(
+        buffer.numel()
+        for buffer in module.buffers()
+        if buffer.is_floating_point() and id(buffer) not in statistics
+    )
 
 
 def _count(
@@ -121,6 +135,7 @@ def _counted(
     )
     return Costs(
         num_entries=submodel.num_entries,
+        num_trained=sum(tensor.numel() for tensor in trained),
         bytes_each_way=parameter_bytes,
         flops_per_example=counter.get_total_flops() / len(inputs),
         forward_flops_per_example=forward_flops / len(inputs),

@@ -27,7 +27,7 @@ from tesserafl.models.class_texts import (
     two_tower_class,
 )
 from tesserafl.models.configs import Config, Knob, config_of, fit_to_data, knobs_of, resized
-from tesserafl.models.wrapped import TwoTower, Wrapped
+from tesserafl.models.wrapped import Scaling, TwoTower, Wrapped, scaling_of
 
 if TYPE_CHECKING:
     from tesserafl.data.examples import Spec
@@ -128,7 +128,8 @@ def family_of(
         )
     auto_class = two_tower_class(found) if prompt else _auto_class(found, spec)
     fit_to_data(found, spec, source)
-    family = Family(config=found, spec=spec, auto_class=auto_class, source=source)
+    scaling = scaling_of(source) if spec.kind == "image" and source is not None else None
+    family = Family(config=found, spec=spec, auto_class=auto_class, source=source, scaling=scaling)
     if prompt:
         texts = class_texts(found, source, family.has_weights, spec, prompt, context)
         family = replace(family, texts=texts)
@@ -146,6 +147,8 @@ class Family:
     """The folder of a saved model."""
     texts: ClassTexts | None = None
     """A sentence for every class; None: a head."""
+    scaling: Scaling | None = None
+    """Of images; None: the model takes them as they come."""
     knobs: dict[str, Knob] = field(default_factory=dict)
 
     @property
@@ -180,8 +183,13 @@ class Family:
 
     def _wrapped(self, model: Any) -> Wrapped | TwoTower:
         if self.texts is not None:
-            return TwoTower(model, self.texts)
-        return Wrapped(model, None if self.spec.kind == "image" else self.spec.pad_id)
+            return TwoTower(model, self.texts, self.scaling)
+        return Wrapped(model, self.pad_id, self.scaling)
+
+    @property
+    def pad_id(self) -> int | None:
+        """Token id of padding; None: the inputs are images."""
+        return None if self.spec.kind == "image" else self.spec.pad_id
 
     def example(self) -> Tensor:
         """A batch of two."""

@@ -5,8 +5,8 @@ weight W becomes W + (alpha / r) B A. The rank is an axis like any other, so cli
 ranks hold sub-models; alpha / r is that of the full rank for all of them, or a cut adapter would be
 another function.
 
-The frozen weights are buffers that every module of this process shares: one copy in memory, never
-sent, never averaged. The adapters themselves are the peft library's.
+The frozen weights are buffers that every module of this process shares (`frozen.py`). The adapters
+themselves are the peft library's.
 """
 
 from __future__ import annotations
@@ -23,21 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tesserafl.core import seeds
-from tesserafl.core.axes import depth_of
 from tesserafl.core.axis import Depth, LowRank, Tie, Width
 from tesserafl.core.errors import ConfigError, ModelError
 from tesserafl.core.model import Model, Sizes
 from tesserafl.core.modules import parameters_of
 from tesserafl.core.params import Params
-from tesserafl.models.configs import knobs_of
-from tesserafl.models.huggingface import (
-    Family,
-    Option,
-    Wrapped,
-    family_of,
-    refuse_foresight,
-)
+from tesserafl.models.frozen import Frozen
+from tesserafl.models.huggingface import Family, Option, family_of, refuse_foresight
 from tesserafl.models.peft_files import DOWN, UP, need_peft, peft_name, read_adapter
 
 if TYPE_CHECKING:
@@ -66,6 +58,9 @@ class LoRA:
     """folder with a saved adapter (peft format) to start from"""
     train_head: bool = True
     """whether a classifier's output layer is trained and sent as well"""
+    prompt: str = ""
+    """sentence for a class, for instance 'a photo of a {}': images are classified by the nearest
+    class's text, of a model with two towers such as clip; empty: by a classification head"""
     merge: bool = False
     """whether the adapted weights are parameters too, frozen on clients, so that a server can merge
     adapters into them (flora)"""
@@ -84,8 +79,9 @@ class LoRA:
                 f"{self.alpha}"
             )
         need_peft()
-        family = family_of(self.config, self.options, spec)
-        model = _Adapted(settings=self, family=family).model()
+        family = family_of(self.config, self.options, spec, self.prompt)
+        frozen = Frozen(family=family, train_head=self.train_head)
+        model = _Adapted(settings=self, family=family, frozen=frozen).model()
         if spec.task == "causal-lm":
             refuse_foresight(family, model)
         return model
@@ -95,6 +91,7 @@ class LoRA:
 class _Adapted:
     settings: LoRA
     family: Family
+    frozen: Frozen
 
     def model(self) -> Model:
         depths = self._depths
@@ -106,55 +103,38 @@ class _Adapted:
         scale = self.settings.alpha / self.settings.rank
         downs = [name for name in shapes if name.endswith(DOWN)]
         pairs = tuple(self._pair(name.removesuffix(DOWN), scale) for name in downs)
-        widths = {RANK: Width(units=self.settings.rank, quantum=1, size=RANK)}
-        for axis, size in self.family.rows.items():
-            widths[axis] = Width(units=size, quantum=1, size=axis, cuttable=False)
         return Model(
             build=self.build,
             sizes=sizes,
-            widths=widths,
+            widths={
+                RANK: Width(units=self.settings.rank, quantum=1, size=RANK),
+                **self.frozen.widths(),
+            },
             depths=depths,
             ties=ties,
             shapes=shapes,
             low_rank=pairs,
-            feature_size=self.feature_size,
+            feature_size=self.frozen.feature_size,
+            frozen_blocks=self.frozen.blocks_in(module),
             pretrained=None if self.settings.adapter is None else self.load,
             save=self.save,
         )
-
-    def feature_size(self) -> int:
-        """Entries of the features that heads and gates read."""
-        # Not on meta: some models look at values in their forward pass.
-        with torch.no_grad():
-            features: Tensor = self._frozen[0](self.family.example()).features
-        return int(features.shape[-1])
 
     def build(self, sizes: Sizes) -> nn.Module:
         """Adapters of this rank, freshly drawn, around the frozen weights."""
         return self.build_on(sizes, torch.get_default_device().type)
 
     def build_on(self, sizes: Sizes, device: str) -> nn.Module:
-        frozen, new = (self._on_meta, frozenset()) if device == "meta" else self._frozen
-        shared = {id(t): t for t in [*frozen.parameters(), *frozen.buffers()]}
-        module = copy.deepcopy(frozen, shared)  # its structure; tensors are the same ones
+        module = self.frozen.copy(device)
         self._adapt(module, sizes[RANK])
         self._leave_out(module, sizes)
-        adapted = {n.removesuffix(DOWN) + _MERGED for n, _ in module.named_parameters()}
-        for path, part in module.named_modules():
-            for key, value in list(part._parameters.items()):
-                name = f"{path}.{key}" if path else key
-                if value is None or DOWN in name or UP in name:
-                    continue
-                if self.settings.merge and name.endswith(_MERGED) and name in adapted:
-                    part._parameters[key] = nn.Parameter(value.detach())
-                elif name in self._head:
-                    part._parameters[key] = nn.Parameter(value.detach().clone())
-                else:
-                    del part._parameters[key]
-                    part.register_buffer(key, value.detach())
-            if any(name.rpartition(".")[0] == path for name in self._head & new):
-                part.reset_parameters()  # drawn by the run's seed
-        return module.requires_grad_(True)
+        merged: set[str] = set()
+        if self.settings.merge:
+            merged = {path + _MERGED for path in _adapted_paths(module)}
+        for name in merged:
+            part = module.get_submodule(name.rpartition(".")[0])
+            part.weight = nn.Parameter(part.weight.detach())
+        return self.frozen.freeze(module, lambda n: n.endswith((DOWN, UP)) or n in merged)
 
     def load(self) -> Params:
         """Parameters with the saved adapter's values."""
@@ -175,10 +155,11 @@ class _Adapted:
         """The merged model, as `AutoModel` loads it, and the adapter beside it, as peft does."""
         import peft
 
-        assert isinstance(module, Wrapped), type(module)
         trained = parameters_of(module)
-        whole: Any = copy.deepcopy(self._frozen[0])  # merging writes into it
-        heads = sorted({name.removeprefix("model.").rpartition(".")[0] for name in self._head})
+        whole = copy.deepcopy(self.frozen.module)  # merging writes into it
+        heads = sorted(
+            {name.removeprefix("model.").rpartition(".")[0] for name in self.frozen.head}
+        )
         rank = next(len(value) for name, value in trained.items() if name.endswith(DOWN))
         config = self._config(rank)
         config.modules_to_save = heads or None
@@ -201,51 +182,11 @@ class _Adapted:
         whole.model = adapted.merge_and_unload()
         self.family.save(whole, folder)
 
-    @cached_property
-    def _frozen(self) -> tuple[nn.Module, frozenset[str]]:
-        """The one copy of the frozen weights in this process; names of those in no file."""
-        # Both draw what is in no file; that must be the same in every process.
-        with torch.device("cpu"), seeds.seeded(0, "frozen"):
-            module = self.family.build({})
-            loaded, new = self.family.load() if self.family.has_weights else ({}, self._outputs)
-        if blocks := sorted(n for n in new - self._outputs if re.search(r"\.\d+\.", n)):
-            raise ModelError(
-                f"{self.family.source} has no weights for {blocks[0]!r} and {len(blocks) - 1} "
-                f"more, and frozen as drawn they are noise: leave sizes out of model.options"
-            )
-        with torch.no_grad():
-            for name, value in module.named_parameters():
-                if name in loaded:
-                    value.copy_(loaded[name])
-        return module.requires_grad_(False), frozenset(new)
-
-    @cached_property
-    def _on_meta(self) -> nn.Module:
-        with torch.device("meta"):
-            return self.family.build({}).requires_grad_(False)
-
-    @property
-    def _head(self) -> frozenset[str]:
-        """The parameters that are trained beside the adapters: outputs, and what is in no file."""
-        if not self.settings.train_head:
-            return frozenset()
-        return self._outputs | (self._frozen[1] if self.family.has_weights else frozenset())
-
-    @cached_property
-    def _outputs(self) -> frozenset[str]:
-        """Parameters of a classifier's outputs: those that grow with the number of classes."""
-        if self.family.spec.task == "causal-lm":
-            return frozenset()
-        with torch.device("meta"):
-            more = self.family.build({"classes": self.family.rows["classes"] + 1})
-        plain = {name: value.shape for name, value in self._on_meta.named_parameters()}
-        return frozenset(n for n, value in more.named_parameters() if value.shape != plain[n])
-
     def _pair(self, path: str, scale: float) -> LowRank:
         pair = LowRank(path + DOWN, path + UP, scale)
         if not self.settings.merge:
             return pair
-        turned = type(self._on_meta.get_submodule(path)).__name__ == "Conv1D"
+        turned = type(self.frozen.on_meta.get_submodule(path)).__name__ == "Conv1D"
         return pair._replace(merged=path + _MERGED, turned=turned)
 
     def _ties(self, name: str, value: Tensor) -> tuple[Tie | None, ...]:
@@ -253,7 +194,7 @@ class _Adapted:
             return (Tie(RANK, (1,)), None)
         if name.endswith(UP):
             return (None, Tie(RANK, (1,)))
-        rows = Tie("classes", (1,)) if name in self._outputs else None
+        rows = Tie("classes", (1,)) if name in self.frozen.outputs else None
         return (rows, *[None] * (value.dim() - 1))
 
     @cached_property
@@ -261,24 +202,13 @@ class _Adapted:
         """The blocks that are adapted, one axis a tower; none where blocks are not counted."""
         with torch.device("meta"):
             module = self.family.build({})
-            plain = {name: tuple(value.shape) for name, value in module.named_parameters()}
             self._adapt(module, 1)
-        names = [name for name, _ in module.named_parameters() if name.endswith(DOWN)]
-        found = {}
-        for knob in knobs_of(self.family.config):
-            if knob.axis.rpartition(".")[2] != "layers":
-                continue
-            longer = replace(self.family, knobs={knob.axis: knob})
-            with torch.device("meta"):
-                doubled = longer.build({knob.axis: 2 * knob.size})
-            shapes = {name: tuple(value.shape) for name, value in doubled.named_parameters()}
-            try:
-                depth = depth_of(knob.axis, knob.size, plain, shapes)
-            except ModelError:  # its adapters are all of them, or none
-                continue
-            if any(depth.locate(name) for name in names):
-                found[knob.axis] = replace(depth, last=knob.size - 1)
-        return found
+        paths = _adapted_paths(module)
+        return {
+            axis: replace(depth, last=depth.blocks - 1)
+            for axis, depth in self.frozen.blocks.items()
+            if any(depth.locate(path) for path in paths)
+        }
 
     def _leave_out(self, module: nn.Module, sizes: Sizes) -> None:
         """Take back the adapters of the blocks that are furthest from the output."""
@@ -310,7 +240,7 @@ class _Adapted:
         except (ValueError, re.error) as error:
             raise ConfigError(
                 f"model.targets {self.settings.targets}: {error}. Name linear modules of "
-                f"{self.settings.config}, for instance {', '.join(self._linear_names())}"
+                f"{self.settings.config}, for instance {', '.join(self._linear_names()[:8])}"
             ) from error
 
     def _config(self, rank: int) -> Any:
@@ -321,23 +251,34 @@ class _Adapted:
         if len(targets) == 1 and re.search(r"[^\w.]", targets[0]):
             targets = targets[0]  # a pattern
         elif not targets:
-            targets = KNOWN.get(self.family.config.model_type) or "all-linear"
+            targets = KNOWN.get(self.family.config.model_type) or self._queries_and_values()
         return peft.LoraConfig(
             r=rank,
             lora_alpha=self.settings.alpha * rank / self.settings.rank,
             target_modules=targets,
             exclude_modules=self._excluded() or None,
             # GPT-2's Conv1D keeps [in, out]; peft warns where it finds that out by itself
-            fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in self._on_meta.modules()),
+            fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in self.frozen.on_meta.modules()),
             bias="none",
         )
 
     def _excluded(self) -> list[str]:
         """Paths of a classifier's outputs: trained whole, or left alone unless named."""
         explicit = self.settings.targets and not self.settings.train_head
-        names = frozenset() if explicit else self._outputs
+        names = frozenset() if explicit else self.frozen.outputs
         return sorted({name.removeprefix("model.").rpartition(".")[0] for name in names})
 
+    def _queries_and_values(self) -> list[str] | str:
+        """Of both towers, where there are two; else all linear modules."""
+        found = [name for name in self._linear_names() if name in ("q_proj", "v_proj")]
+        return found if self.family.texts is not None and found else "all-linear"
+
     def _linear_names(self) -> list[str]:
-        kinds, parts = ("Linear", "Conv1D"), self._on_meta.named_modules()
-        return sorted({n.rpartition(".")[2] for n, m in parts if type(m).__name__ in kinds})[:8]
+        kinds, parts = ("Linear", "Conv1D"), self.frozen.on_meta.named_modules()
+        return sorted({n.rpartition(".")[2] for n, m in parts if type(m).__name__ in kinds})
+
+
+def _adapted_paths(module: nn.Module) -> list[str]:
+    """Paths of the modules that have adapters."""
+    names = (name for name, _ in module.named_parameters())
+    return [name.removesuffix(DOWN) for name in names if name.endswith(DOWN)]

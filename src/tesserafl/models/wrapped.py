@@ -2,40 +2,81 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tesserafl.core.errors import ModelError
 from tesserafl.core.model import Output
 
 if TYPE_CHECKING:
     from tesserafl.models.class_texts import ClassTexts
 
 
+class Scaling(NamedTuple):
+    """How a saved model takes images: (p - mean) / deviation of pixels p in [0, 1], by channel."""
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+
+def scaling_of(folder: Path) -> Scaling | None:
+    """A saved model's own; None: it takes images in [-1, 1], as data sets give them.
+
+    Raises:
+        ModelError: preprocessor_config.json cannot be read.
+    """
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    mean, deviation = found.get("image_mean"), found.get("image_std")
+    if not (mean and deviation and found.get("do_normalize", True)):
+        return None
+    return Scaling(tuple(mean), tuple(deviation)) if {*mean, *deviation} != {0.5} else None
+
+
 class Wrapped(nn.Module):
     """Takes a batch as data sets give it and answers with an `Output`."""
 
-    def __init__(self, model: Any, pad_id: int | None) -> None:
+    def __init__(self, model: Any, pad_id: int | None, scaling: Scaling | None = None) -> None:
         super().__init__()
         self.model = model
         self.pad_id = pad_id
+        self.pixels = nn.Identity() if scaling is None else _Pixels(scaling)
 
     def forward(self, inputs: Tensor) -> Output:
         """Token ids [batch, time] or images [batch, C, H, W]."""
-        if self.pad_id is None:
-            out = self.model(pixel_values=inputs, output_hidden_states=True)
-            mask = None
-        else:
-            cache = {"use_cache": False} if hasattr(self.model.config, "use_cache") else {}
-            mask = (inputs != self.pad_id).long()  # [batch, time]
-            given: dict[str, Tensor] = {"input_ids": inputs, "attention_mask": mask}
-            if inputs.is_meta:
-                # Where costs are counted ids have no values, and transformers would look at them.
-                given = {"inputs_embeds": self.model.get_input_embeddings()(inputs)}
-            out = self.model(**given, output_hidden_states=True, **cache)
-        return Output(out.logits, _pooled(out.hidden_states[-1], mask))
+        return answer(self.model, self.pixels(inputs), self.pad_id)
+
+
+def answer(model: Any, inputs: Tensor, pad_id: int | None, *, skip: int = 0) -> Output:
+    """A model's answer to token ids [batch, time] or images [batch, C, H, W].
+
+    Args:
+        model: of transformers, with a head.
+        inputs: a batch.
+        pad_id: token id of padding; None: the inputs are images.
+        skip: places at the start of a text that do not count for the features.
+    """
+    if pad_id is None:
+        out = model(pixel_values=inputs, output_hidden_states=True)
+        return Output(out.logits, _pooled(out.hidden_states[-1], None))
+    cache = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    mask = (inputs != pad_id).long()  # [batch, time]
+    given: dict[str, Tensor] = {"input_ids": inputs, "attention_mask": mask}
+    if inputs.is_meta:
+        # Where costs are counted ids have no values, and transformers would look at them.
+        given = {"inputs_embeds": model.get_input_embeddings()(inputs)}
+    out = model(**given, output_hidden_states=True, **cache)
+    return Output(out.logits, _pooled(out.hidden_states[-1][:, skip:], mask[:, skip:]))
 
 
 def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -54,9 +95,10 @@ class TwoTower(nn.Module):
     class_ids: Tensor
     class_mask: Tensor | None
 
-    def __init__(self, model: Any, texts: ClassTexts) -> None:
+    def __init__(self, model: Any, texts: ClassTexts, scaling: Scaling | None = None) -> None:
         super().__init__()
         self.model = model
+        self.pixels = nn.Identity() if scaling is None else _Pixels(scaling)
         # No weights: the text tower reads them anew in every call, and they are not saved.
         self.register_buffer("class_ids", torch.tensor(texts.ids), persistent=False)
         mask = None if texts.mask is None else torch.tensor(texts.mask)
@@ -69,7 +111,8 @@ class TwoTower(nn.Module):
 
     def embed_images(self, inputs: Tensor) -> Tensor:
         """[batch, projection], not normalised."""
-        return embedding_of(self.model.get_image_features(pixel_values=inputs))
+        images = self.pixels(inputs)
+        return embedding_of(self.model.get_image_features(pixel_values=images))
 
     def embed_texts(self) -> Tensor:
         """[classes, projection], not normalised."""
@@ -82,6 +125,23 @@ class TwoTower(nn.Module):
         logits: Tensor = self.model.logit_scale.exp() * images @ texts.T
         bias = getattr(self.model, "logit_bias", None)  # SigLIP has one
         return logits if bias is None else logits + bias
+
+
+class _Pixels(nn.Module):
+    """Images in [-1, 1], scaled as a saved model takes them."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scaling: Scaling) -> None:
+        super().__init__()
+        means, deviations = (torch.tensor(values)[:, None, None] for values in scaling)
+        self.register_buffer("scale", 0.5 / deviations, persistent=False)
+        self.register_buffer("shift", (0.5 - means) / deviations, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[batch, C, H, W]"""
+        return images * self.scale + self.shift
 
 
 def embedding_of(out: Any) -> Tensor:

@@ -24,7 +24,7 @@ from tesserafl.core.submodel import Coverage
 from tesserafl.engines.process import threads
 from tesserafl.run.experiment import Batching, Experiment, from_json, to_json
 from tesserafl.run.federate import federate
-from tesserafl.run.rounds import CostTable, play_round
+from tesserafl.run.rounds import play_round
 from tesserafl.run.setup import make_engine, prepare
 
 WARM_ROUNDS = 3
@@ -120,7 +120,7 @@ def _apart(experiment: Experiment, batching: Batching, rounds: int) -> Timing:
 def _measure(experiment: Experiment, rounds: int, begun: float) -> dict[str, float]:
     with threads(experiment.engine.threads):
         setup = prepare(experiment)
-        costs = CostTable(setup=setup)
+        costs = setup.costs()
         state = experiment.method.init(setup.model, experiment.seed, rounds + WARM_ROUNDS)
         coverage = Coverage(experiment.method.predictor(setup.model, state).model.shapes)
         federation = federate(setup, state)

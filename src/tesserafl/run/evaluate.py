@@ -53,6 +53,20 @@ class Evaluator:
                 total += measure(out.logits, labels.to(self.device))
         return total
 
+    def share(self, predictor: Predictor, examples: Examples) -> float | None:
+        """How much the second of two mixed models counts, on average; None: nothing is mixed."""
+        shares = getattr(predictor.rule, "shares", None)
+        if shares is None:
+            return None
+        module = self._module(predictor).eval()
+        values = {n: aligned(tensor.to(self.device)) for n, tensor in predictor.params.items()}
+        forward = forward_of(predictor.model, predictor.model.whole(), module, "none")
+        total = 0.0
+        with torch.no_grad():
+            for inputs, _ in self._batches(examples):
+                total += float(shares(forward, values, inputs.to(self.device))[:, 1].sum())
+        return total / len(examples)
+
     def fill_statistics(self, module: nn.Module, params: Params) -> None:
         """Static BatchNorm (HeteroFL): statistics over all clients' training data."""
         inputs = (

@@ -18,7 +18,15 @@ from tesserafl.core.fit import Training
 from tesserafl.data.settings import DataSettings
 from tesserafl.engines.network import NetworkSettings
 from tesserafl.methods import METHODS, FedBRB, MethodSettings
-from tesserafl.models import MLP, MODELS, HuggingFace, LoRA, ModelSettings
+from tesserafl.models import (
+    MLP,
+    MODELS,
+    FeatureAdapter,
+    HuggingFace,
+    LoRA,
+    ModelSettings,
+    Prompts,
+)
 
 Batching = Literal["auto", "sequential", "vmapped", "compiled"]
 
@@ -38,6 +46,8 @@ class EngineSettings:
     program compiled; auto decides by the model and the length of the run, config.json says how"""
     group: int = 16
     """clients that one vectorised program trains, at most; fewer spread over more workers"""
+    cache_mib: int = 1024
+    """memory of one worker for what frozen layers gave; 0: nothing is kept and no layer skipped"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +68,11 @@ class Experiment:
     """probability that a client that was asked does not answer"""
     client_memory_mib: tuple[float, ...] = ()
     """memory for training on the client classes, dealt like method.ratio; empty: no limit"""
+    client_gflops: tuple[float, ...] = ()
+    """speed of the client classes in GFLOP/s, dealt like method.ratio; with client_seconds"""
+    client_seconds: float | None = None
+    """time that a client has for the training of a round; None: no limit. Methods that choose how
+    many blocks a client adapts (fedfmsl) keep to it"""
     seed: int = 0
     """the seed of everything: partition, initialisation, participation, batches, schedules"""
     finetune_epochs: int = 0
@@ -76,6 +91,17 @@ class Experiment:
             raise ConfigError(f"finetune_epochs must be 0 or more; got {self.finetune_epochs}")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must be in [0, 1); got {self.dropout}")
+        if self.client_seconds is not None and not self.client_seconds > 0:
+            raise ConfigError(f"client_seconds must be positive; got {self.client_seconds}")
+        if (self.client_seconds is None) != (not self.client_gflops):
+            raise ConfigError(
+                "client_seconds and client_gflops go together: a time, and how fast clients are; "
+                f"got {self.client_seconds} and {list(self.client_gflops)}"
+            )
+        if not all(speed > 0 for speed in self.client_gflops):
+            raise ConfigError(f"client_gflops must be positive; got {list(self.client_gflops)}")
+        if self.engine.cache_mib < 0:
+            raise ConfigError(f"engine.cache_mib must be 0 or more; got {self.engine.cache_mib}")
         for name in ("workers", "threads", "group"):
             if getattr(self.engine, name) < 1:
                 raise ConfigError(
@@ -94,9 +120,12 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
         data = dataclasses.replace(data, path=data.path.absolute())
     if data.tokenizer is not None:
         data = dataclasses.replace(data, tokenizer=data.tokenizer.absolute())
-    if isinstance(model, HuggingFace | LoRA) and Path(model.config).is_dir():
+    if (
+        isinstance(model, HuggingFace | LoRA | Prompts | FeatureAdapter)
+        and Path(model.config).is_dir()
+    ):
         model = dataclasses.replace(model, config=str(Path(model.config).absolute()))
-    if isinstance(model, LoRA) and model.adapter is not None:
+    if isinstance(model, LoRA | Prompts | FeatureAdapter) and model.adapter is not None:
         model = dataclasses.replace(model, adapter=model.adapter.absolute())
     if network.file is not None:
         network = dataclasses.replace(network, file=network.file.absolute())

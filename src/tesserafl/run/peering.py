@@ -15,8 +15,8 @@ from tesserafl.core.submodel import Coverage, index_tensor
 from tesserafl.core.windows import kept
 from tesserafl.engines.federation import Federation
 from tesserafl.methods import MSfusion
+from tesserafl.run.costs import CostTable
 from tesserafl.run.federate import exchange_of, federate, network_of
-from tesserafl.run.rounds import CostTable
 from tesserafl.run.setup import Setup
 
 _ROUNDS = 5

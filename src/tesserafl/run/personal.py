@@ -16,12 +16,19 @@ from tesserafl.run.setup import Setup
 
 
 def check_personal(setup: Setup) -> None:
-    """Raise ConfigError if fine-tuning is asked for and cannot be measured."""
+    """Raise ConfigError if clients lack the examples that something is to be measured on."""
     experiment = setup.experiment
     if experiment.finetune_epochs and not any(len(c.test) for c in setup.data.clients):
         raise ConfigError(
             "finetune_epochs is for the clients' own test examples, and they have none; set "
             "data.test, for instance to 0.2"
+        )
+    if getattr(experiment.method, "validates", False) and not any(
+        len(c.validation) for c in setup.data.clients
+    ):
+        raise ConfigError(
+            "the method goes by what clients reach on validation examples of their own, and they "
+            "have none; set data.validation, for instance to 0.1, or method.schedule to another"
         )
     if experiment.finetune_epochs and hasattr(experiment.method, "personal"):
         raise ConfigError(
@@ -40,22 +47,23 @@ def personal_accuracies(
 ) -> dict[str, list[float]]:
     """Accuracies of the clients that have a test of their own, in the clients' order.
 
-    `accuracy_personal`: with what the method's clients keep (`personal`); `accuracy_finetuned`:
-    the global model after `finetune_epochs` of training on the client's own examples.
+    `accuracy_personal`: with what the method's clients keep (`personal`); of mixtures also
+    `own_share`, how much the client's own expert counts there. `accuracy_finetuned`: the global
+    model after `finetune_epochs` of training on the client's own examples.
     """
     method, found = setup.experiment.method, {}
     state = federation.assembled()
     tested = [c for c in setup.clients if len(setup.data.clients[c.id].test)]
     if tested and hasattr(method, "personal"):
-        found["accuracy_personal"] = [
-            _accuracy(
-                setup,
-                evaluator,
-                client,
-                method.personal(setup.model, state, engine.memories.get(client.id, {})),
-            )
+        models = [
+            method.personal(setup.model, state, engine.memories.get(client.id, {}))
             for client in tested
         ]
+        own = list(zip(tested, models, strict=True))
+        found["accuracy_personal"] = [_accuracy(setup, evaluator, *pair) for pair in own]
+        shares = [evaluator.share(model, setup.data.clients[c.id].test) for c, model in own]
+        if any(share is not None for share in shares):
+            found["own_share"] = [0.0 if share is None else share for share in shares]
     if tested and setup.experiment.finetune_epochs:
         tuned = _finetuned(setup, engine, tested, state)
         by_client = {c.id: _accuracy(setup, evaluator, c, own) for c, own in tuned}

@@ -9,11 +9,12 @@ from rich.table import Table
 
 from tesserafl.core.method import State
 from tesserafl.core.submodel import Coverage
+from tesserafl.models.costs import frozen_entries
 from tesserafl.run.classes import classes_of
+from tesserafl.run.costs import CostTable
 from tesserafl.run.federate import topology_of
 from tesserafl.run.peering import Peering, peering_of
 from tesserafl.run.peering import described as peering_described
-from tesserafl.run.rounds import CostTable
 from tesserafl.run.setup import Setup
 
 
@@ -32,6 +33,8 @@ class PlannedClass:
     """Of one optimiser step on a full batch."""
     activation_bytes: int
     peak_bytes: int
+    num_trained: int
+    """Of the parameters that a client holds."""
     memory_bytes: int | None
     """What the clients have; None: no limit."""
 
@@ -47,6 +50,8 @@ class Plan:
 
     num_entries: int
     """Parameters of the global model."""
+    frozen: int
+    """Numbers of the frozen model under adapters; 0: there is none."""
     axes: dict[str, int]
     """Axis -> units (or blocks)."""
     classes: tuple[PlannedClass, ...]
@@ -61,7 +66,7 @@ def make_plan(setup: Setup, coverage_rounds: Sequence[int] = (1, 2, 5, 10, 20, 5
     experiment, model = setup.experiment, setup.model
     state = experiment.method.init(model, experiment.seed, experiment.rounds)
     whole = experiment.method.predictor(model, state).model
-    costs = CostTable(setup=setup)
+    costs = setup.costs()
     peering = None
     if topology_of(experiment) == "peers":
         peering = peering_of(setup, state, costs)
@@ -70,6 +75,7 @@ def make_plan(setup: Setup, coverage_rounds: Sequence[int] = (1, 2, 5, 10, 20, 5
     wanted = sorted({r for r in coverage_rounds if r < experiment.rounds} | {experiment.rounds})
     return Plan(
         num_entries=whole.num_entries,
+        frozen=frozen_entries(model),
         axes={axis: model.units(axis) for axis in (*model.widths, *model.depths)},
         classes=tuple(_classes(setup, state, whole.num_entries, costs)),
         coverage=_coverage(setup, state, Coverage(whole.shapes), wanted),
@@ -91,6 +97,7 @@ def _classes(setup: Setup, state: State, whole: int, costs: CostTable) -> list[P
                 flops_per_step=cost.flops_per_example * experiment.training.batch_size,
                 activation_bytes=cost.activation_bytes,
                 peak_bytes=cost.peak_bytes,
+                num_trained=cost.num_trained,
                 memory_bytes=kind.memory_bytes,
             )
         )
@@ -118,6 +125,12 @@ def described(plan: Plan) -> Iterator[str | Table]:
     """The plan for a terminal."""
     axes = ", ".join(f"{axis} {units}" for axis, units in plan.axes.items())
     yield f"Global model: {plan.num_entries:,} parameters; units per axis: {axes}"
+    if plan.frozen:
+        most = max((kind.num_trained for kind in plan.classes), default=0)
+        yield (
+            f"Under them {plan.frozen:,} frozen numbers; at first a client trains at most "
+            f"{most:,}, that is {most / plan.frozen:.3%}"
+        )
     table = Table("ratio", "clients", "parameters", "share", "MB each way", "MFLOP a step")
     for column in ("peak MiB", "has MiB", "fits"):
         table.add_column(column)

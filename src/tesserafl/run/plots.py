@@ -93,7 +93,7 @@ def panels_figure(panels: Sequence[Panel], *, width: float = 10.5, height: float
     labels = list(dict.fromkeys(line.label for panel in panels for line in panel.lines))
     columns = max(1, min(len(labels), int(width * 13 / (max(map(len, labels), default=0) + 7))))
     legend_rows = -(-len(labels) // columns) if len(labels) > 1 else 0
-    figure = _figure(width, height + 0.22 * legend_rows)
+    figure = empty_figure(width, height + 0.22 * legend_rows)
     handles = {}
     first: Axes | None = None
     for number, panel in enumerate(panels):
@@ -124,7 +124,7 @@ def panels_figure(panels: Sequence[Panel], *, width: float = 10.5, height: float
                 above = [y + s for y, s in zip(ys, around, strict=True)]
                 axes.fill_between(xs, below, above, color=color, alpha=0.18, linewidth=0)
         name = {"bytes": "bytes down and up", "flops": "clients' work"}.get(panel.across, "rounds")
-        _dress(axes, panel.title, f"{name} ({unit})" if unit else name)
+        dress(axes, panel.title, f"{name} ({unit})" if unit else name)
         axes.set_xlim(left=0)
         if panel.mark is not None:
             axes.axvline(panel.mark / divisor, color=INK, alpha=0.6, linewidth=1, linestyle=":")
@@ -159,7 +159,7 @@ def partition_figure(counts: list[list[int]], class_names: list[str]) -> Figure:
         return _sizes_figure(sizes)
     clients, classes = len(counts), len(counts[0])
     width, height = min(10.5, max(6.5, 1.4 + 0.34 * clients)), 1.5 + 0.26 * classes
-    figure = _figure(width, height + 0.8)
+    figure = empty_figure(width, height + 0.8)
     above, below = figure.subplots(
         2, 1, sharex=True, gridspec_kw={"height_ratios": [0.7, 0.26 * classes]}
     )
@@ -199,8 +199,8 @@ def partition_figure(counts: list[list[int]], class_names: list[str]) -> Figure:
     below.set_ylim(classes - 0.4, -0.6)
     names = class_names or [str(number) for number in range(classes)]
     below.set_yticks(range(classes), [_short(name) for name in names], parse_math=False)
-    _dress(above, "Examples of each client, and of each class", "")
-    _dress(below, "", note)
+    dress(above, "Examples of each client, and of each class", "")
+    dress(below, "", note)
     above.tick_params(labelbottom=False)
     below.grid(axis="y", visible=False)
     return figure
@@ -209,7 +209,7 @@ def partition_figure(counts: list[list[int]], class_names: list[str]) -> Figure:
 def graph_figure(peers: int, links: Sequence[Sequence[int]]) -> Figure:
     """The peers on a circle, and the links between them."""
     size = min(6.0, 2.2 + 0.12 * peers)
-    figure = _figure(size, size)
+    figure = empty_figure(size, size)
     axes = figure.add_subplot()
     angles = [2 * math.pi * peer / peers for peer in range(peers)]
     xs, ys = [math.sin(angle) for angle in angles], [math.cos(angle) for angle in angles]
@@ -235,21 +235,22 @@ def graph_figure(peers: int, links: Sequence[Sequence[int]]) -> Figure:
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def empty_figure(width: float, height: float) -> Figure:
+    """A figure of this size (inches)."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _sizes_figure(sizes: list[int]) -> Figure:
-    figure = _figure(6.5, 2.8)
+    figure = empty_figure(6.5, 2.8)
     axes = figure.add_subplot()
     if len(sizes) <= _MAX_BUBBLES:
         _size_bars(axes, sizes)
-        _dress(axes, "Examples of each client", "client")
+        dress(axes, "Examples of each client", "client")
     else:
         axes.hist(sizes, bins=30, color=PALETTE[0])
-        _dress(axes, f"How many of the {len(sizes)} clients have so many examples", "examples")
+        dress(axes, f"How many of the {len(sizes)} clients have so many examples", "examples")
     return figure
 
 
@@ -258,7 +259,8 @@ def _size_bars(axes: Axes, sizes: list[int]) -> None:
     axes.yaxis.set_major_locator(_ticks(3))
 
 
-def _dress(axes: Axes, title: str, xlabel: str) -> None:
+def dress(axes: Axes, title: str, xlabel: str) -> None:
+    """Our axes: a title, a label across, and little ink."""
     axes.set_title(title, loc="left", fontsize=9.5, color=INK)
     axes.set_xlabel(xlabel, fontsize=8.5, color=INK)
     axes.set_facecolor("none")

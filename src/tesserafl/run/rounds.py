@@ -6,9 +6,8 @@ import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
-
-import torch
 
 from tesserafl.core.checks import check_delta, check_deltas
 from tesserafl.core.errors import CapacityError, UpdateError
@@ -19,41 +18,11 @@ from tesserafl.core.params import Params
 from tesserafl.core.submodel import Coverage, SubModel
 from tesserafl.engines.federation import Federation, Folded, Star
 from tesserafl.engines.seam import Done, Engine, Failed
-from tesserafl.models.costs import Costs, costs_of
 from tesserafl.run.classes import classes_of
+from tesserafl.run.costs import CostTable
 from tesserafl.run.setup import Setup
 
 _MIB = 1 << 20
-
-
-@dataclass(kw_only=True)
-class CostTable:
-    """Costs of sub-models, counted once per shape."""
-
-    setup: Setup
-    _known: dict[object, Costs] = field(default_factory=dict)
-
-    def of(self, task: Task) -> Costs:
-        """Costs of one training step of this task on a full batch."""
-        return self.of_part(task.submodel, task.trainable)
-
-    def of_part(self, submodel: SubModel, trainable: frozenset[str] | None) -> Costs:
-        """Costs of one training step on a full batch, where only these names are trained."""
-        key = (submodel.shape, trainable)
-        if key not in self._known:
-            training, train = self.setup.experiment.training, self.setup.data.clients[0].train
-            rows = torch.arange(training.batch_size) % len(train)
-            costs = costs_of(self.setup.model, submodel, training, *train.batch(rows), trainable)
-            # Frozen sub-models that the method's loss looks at lie beside the one that is trained.
-            beside = getattr(self.setup.experiment.method, "num_references", 0)
-            peak = costs.peak_bytes + beside * costs.bytes_each_way
-            self._known[key] = replace(costs, peak_bytes=peak)
-        return self._known[key]
-
-    @property
-    def largest_client(self) -> int:
-        """Parameters of the largest sub-model seen so far."""
-        return max((costs.num_entries for costs in self._known.values()), default=0)
 
 
 @dataclass(kw_only=True)
@@ -142,7 +111,10 @@ def _factors(setup: Setup, federation: Federation, cohort: Sequence[Client]) -> 
     """Watches low-rank factors on their way to a server that averages them; None elsewhere."""
     if not setup.model.low_rank or not isinstance(federation, Star):
         return None
-    return Collected(setup.model, weights_of(cohort, setup.experiment.method.weighting))
+    method = setup.experiment.method
+    rebuild = getattr(method, "factors", None)  # of methods whose clients send no factors
+    rebuilt = None if rebuild is None else partial(rebuild, setup.model, federation.state)
+    return Collected(setup.model, weights_of(cohort, method.weighting), rebuilt=rebuilt)
 
 
 def check_memory(setup: Setup, state: State, costs: CostTable) -> None:
@@ -246,6 +218,7 @@ def _note(task: Task, done: Done, costs: CostTable, notes: Notes) -> None:
             "client": update.client,
             "examples": update.num_examples,
             "steps": update.num_steps,
+            "trained_entries": cost.num_trained,
             **update.metrics,
             "entries": cost.num_entries,
             "flops": trained + looked_at,

@@ -16,6 +16,7 @@ from tesserafl.core.submodel import Coverage
 from tesserafl.engines.federation import Federation
 from tesserafl.engines.process import threads
 from tesserafl.engines.seam import Engine
+from tesserafl.models.costs import frozen_entries
 from tesserafl.run import checkpoint as checkpoints
 from tesserafl.run.checkpoint import Checkpoint
 from tesserafl.run.evaluate import Evaluator
@@ -32,7 +33,7 @@ from tesserafl.run.federate import federate, links_of
 from tesserafl.run.files import alone_in, read_json, write_json
 from tesserafl.run.personal import check_personal, personal_accuracies
 from tesserafl.run.report import write_partition, write_report
-from tesserafl.run.rounds import CostTable, check_memory, play_round
+from tesserafl.run.rounds import check_memory, play_round
 from tesserafl.run.setup import Setup, device_of, make_engine, prepare
 
 Listener = Callable[[Event], None]
@@ -76,7 +77,7 @@ def first_federation(setup: Setup) -> Federation:
     check_personal(setup)
     with threads(experiment.engine.threads):
         state: State = experiment.method.init(setup.model, experiment.seed, experiment.rounds)
-    check_memory(setup, state, CostTable(setup=setup))
+    check_memory(setup, state, setup.costs())
     return federate(setup, state)
 
 
@@ -116,12 +117,13 @@ class _Run:
             "flops": 0.0,
             "seconds": 0.0,
             "params_largest_client": 0,
+            "params_trained": 0,
         }
     )
 
     def to_the_end(self) -> dict[str, Any]:
         experiment, federation = self.setup.experiment, self.federation
-        costs = CostTable(setup=self.setup)
+        costs = self.setup.costs()
         evaluator = Evaluator(data=self.setup.data, device=device_of(experiment))
         coverage = self._begin()
         while federation.round < experiment.rounds:
@@ -131,6 +133,8 @@ class _Run:
             self.totals["params_largest_client"] = max(
                 self.totals["params_largest_client"], costs.largest_client
             )
+            trained = [row["trained_entries"] for row in notes.clients]
+            self.totals["params_trained"] = max([self.totals["params_trained"], *trained])
             self._emit(
                 {
                     "kind": "round",
@@ -163,6 +167,7 @@ class _Run:
                     "kind": "start",
                     "experiment": to_json(experiment),
                     "params_full": num_entries(federation.shapes),
+                    "params_frozen": frozen_entries(self.setup.model),
                     "clients": [asdict(client) for client in self.setup.clients],
                     "links": links_of(self.setup),
                 }
@@ -170,7 +175,7 @@ class _Run:
         else:
             self.log.cut(checkpoint.events_bytes)
             self.engine.restore(checkpoint.memories)
-            self.totals = dict(checkpoint.totals)
+            self.totals |= checkpoint.totals
             self._refuse_other_shapes(checkpoint.coverage)
             federation.restore(
                 (checkpoint.states, dict(checkpoint.federation), dict(checkpoint.tensors))
@@ -246,6 +251,7 @@ class _Run:
             "loss": metrics.loss,
             "params_full": predictor.model.num_entries,
             "params_largest_client": int(self.totals["params_largest_client"]),
+            "params_trained": int(self.totals["params_trained"]),
             "coverage": coverage.share,
             "bytes_down": int(self.totals["bytes_down"]),
             "bytes_up": int(self.totals["bytes_up"]),
@@ -253,6 +259,9 @@ class _Run:
             "seconds": self.totals["seconds"],
             "state_sha256": sha256(state.params),
         }
+        if frozen := frozen_entries(self.setup.model):
+            summary["params_frozen"] = frozen
+            summary["trainable_share"] = summary["params_trained"] / frozen
         if local:
             summary["accuracy_clients"] = local
         summary |= personal_accuracies(self.setup, self.engine, self.federation, evaluator)

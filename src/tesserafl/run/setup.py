@@ -19,6 +19,7 @@ from tesserafl.engines.local import InProcess, WorkerPool
 from tesserafl.engines.seam import Engine
 from tesserafl.methods import MethodSettings
 from tesserafl.run.batching import choose, cohorts_of, group_of
+from tesserafl.run.costs import CostTable, with_depth
 from tesserafl.run.experiment import Experiment, to_json
 
 _MIB = 1 << 20
@@ -32,6 +33,10 @@ class Setup:
     data: FederatedData
     model: Model
     clients: tuple[Client, ...]
+
+    def costs(self) -> CostTable:
+        """An empty table of costs."""
+        return CostTable(experiment=self.experiment, model=self.model, data=self.data)
 
     def cohort(self, round: int) -> list[Client]:
         """The clients that are asked in a round, in the order in which they are asked."""
@@ -51,6 +56,9 @@ def prepare(experiment: Experiment) -> Setup:
     """Load the data, probe the model, describe the clients; the same in every process."""
     data = load(experiment.data, experiment.seed)
     model, clients = experiment.model.build_model(data.spec), clients_of(experiment, data)
+    if getattr(experiment.method, "adapts_depth", False):
+        costs = CostTable(experiment=experiment, model=model, data=data)
+        clients = tuple(with_depth(client, costs) for client in clients)
     batching = choose(experiment, model, data, clients)
     return Setup(
         experiment=replace(experiment, engine=replace(experiment.engine, batching=batching)),
@@ -99,6 +107,9 @@ def client_worker(setup: Setup, index: int = 0) -> ClientWorker:
     def examples(client: int) -> Examples:
         return setup.data.clients[client].train
 
+    def validation(client: int) -> Examples:
+        return setup.data.clients[client].validation
+
     return ClientWorker(
         model=setup.model,
         method=method,
@@ -106,6 +117,8 @@ def client_worker(setup: Setup, index: int = 0) -> ClientWorker:
         seed=setup.experiment.seed,
         device=device,
         cohorts=cohorts_of(setup.experiment, setup.clients, device),
+        validation=validation,
+        cache_bytes=setup.experiment.engine.cache_mib * _MIB,
     )
 
 

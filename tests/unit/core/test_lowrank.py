@@ -211,6 +211,30 @@ def test_an_error_by_hand() -> None:
     assert aggregation_error(model, {"0.up": two, "0.down": two}, shares) == 0.0
 
 
+def test_a_pair_counts_for_those_that_trained_it() -> None:
+    """Shares are of those alone; a pair that nobody trained is left out."""
+    model = model_of(1, 1, 1, pairs=3)
+
+    def factors(pair: int, up: float) -> Params:
+        shapes = {name: model.shapes[f"{pair}.{name}"] for name in ("up", "down")}
+        return {
+            f"{pair}.up": torch.full(shapes["up"], up),
+            f"{pair}.down": torch.ones(shapes["down"]),
+        }
+
+    # The first pair: mean 1/4 1 + 3/4 5 = 4. The second was trained by the second client alone.
+    shares = [(factors(0, 1.0), 0.25), (factors(0, 5.0) | factors(1, 1.0), 0.75)]
+    exact = factors(0, 4.0) | factors(1, 1.0)
+    # What the third is, which nobody trained, is of no interest.
+    assert aggregation_error(model, exact | factors(2, 99.0), shares) == 0.0
+    # Off by 1 of 4 in the first, by nothing in the second, whose product has 4 entries of 1.
+    off = exact | factors(0, 3.0) | factors(2, 99.0)
+    assert aggregation_error(model, off, shares) == pytest.approx((1 / (16 + 4)) ** 0.5)
+    # Who trained nothing changes nothing; if that is everybody, there is no error.
+    assert aggregation_error(model, exact, [(exact, 0.5), ({}, 0.5)]) == 0.0
+    assert aggregation_error(model, exact | factors(2, 0.0), [({}, 1.0)]) is None
+
+
 def test_where_the_mean_is_zero_there_is_no_relative_error() -> None:
     model = model_of(pairs=1)
     params = params_of(model, 0)
@@ -323,6 +347,40 @@ def test_a_factor_that_is_not_reported_is_the_one_that_was_sent() -> None:
     for client, rank in enumerate(RANKS):
         assert torch.equal(kept.values[client]["0.down"], params["0.down"][:rank])
         assert torch.equal(kept.values[client]["0.up"], trained[client]["0.up"])
+
+
+def test_pairs_that_a_client_did_not_train_are_not_kept() -> None:
+    """Clients that train one block, both, and none."""
+    model = model_of()
+    params, updates, trained = round_of(model)
+    mine = {0: ("0.",), 1: ("0.", "1."), 2: ()}
+    partial = [
+        replace(
+            u, delta={n: d for n, d in u.delta.items() if n.startswith(("bias", *mine[u.client]))}
+        )
+        for u in updates
+    ]
+    for way in ("watching", "apart"):
+        kept = Collected(model, WEIGHTS)
+        list(getattr(kept, way)(params, partial))
+        for client, prefixes in mine.items():
+            names = {n for n in trained[client] if n.startswith(prefixes)}
+            assert kept.values[client].keys() == names
+            assert same(kept.values[client], {n: trained[client][n] for n in names})
+    # A product is the mean over its own clients: weights 1 and 2, and client 1 alone.
+    means = {
+        "0": [(trained[0], 1 / 3), (trained[1], 2 / 3)],
+        "1": [(trained[1], 1.0)],
+    }
+    difference = size = 0.0
+    for pair in model.low_rank:
+        mean = dense(means[pair.down[0]], pair)
+        difference += float(
+            (params[pair.up].double() @ params[pair.down].double() - mean).square().sum()
+        )
+        size += float(mean.square().sum())
+    error = aggregation_error(model, params, kept.shares)
+    assert error == pytest.approx((difference / size) ** 0.5, rel=1e-6)
 
 
 def test_shares_go_by_the_weights_of_those_that_answered() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from tesserafl.core.wire import (
     encode_task,
     encode_update,
     pack,
+    task_parts,
     unpack,
 )
 
@@ -54,10 +56,11 @@ MEMORY: Memory = {"count": torch.tensor([2**62])}
 
 TASK = Task(
     round=3,
-    client=Client(id=5, num_examples=17, memory_bytes=1 << 40),
+    client=Client(id=5, num_examples=17, memory_bytes=1 << 40, depth=3),
     submodel=SUBMODEL,
     params=MIXED,
     training=Training(optimiser="adamw", lr=0.1, clip_norm=1.0, epochs=2),
+    trainable=frozenset({"head", "bias"}),
     extra=EXTRA,
     options={"tau": 0.5, "path": ["a", {"b": None}], "text": "\u03b8 \U0001f9e9"},
 )
@@ -88,12 +91,54 @@ def test_a_task_comes_back_as_it_was_sent() -> None:
     task, memory = decode_task(encode_task(TASK, MEMORY))
     assert (task.round, task.client, task.training) == (3, TASK.client, TASK.training)
     assert task.options == TASK.options
+    assert task.trainable == TASK.trainable and isinstance(task.trainable, frozenset)
     assert task.submodel.sizes == {"hidden": 3}
     assert entries(task.submodel) == entries(SUBMODEL)
     assert kinds(task.submodel) == kinds(SUBMODEL)  # slices stay slices
     assert sha256(task.params) == sha256(MIXED)
     assert sha256(task.extra) == sha256(EXTRA)
     assert sha256(memory) == sha256(MEMORY)
+
+
+@pytest.mark.parametrize("trainable", [None, frozenset()])
+@pytest.mark.parametrize("depth", [None, 0, 7])
+def test_what_is_trained_comes_back(trainable: frozenset[str] | None, depth: int | None) -> None:
+    """None, the method says so, is something else than nothing at all."""
+    sent = replace(TASK, trainable=trainable, client=replace(TASK.client, depth=depth))
+    task, _ = decode_task(encode_task(sent, MEMORY))
+    assert task.trainable == trainable and (task.trainable is None) == (trainable is None)
+    assert task.client == sent.client
+
+
+def test_the_order_of_names_to_train_is_no_part_of_a_message() -> None:
+    names = [f"name {i}" for i in range(30)]
+    tasks = [replace(TASK, trainable=frozenset(order)) for order in (names, names[::-1])]
+    assert encode_task(tasks[0], MEMORY) == encode_task(tasks[1], MEMORY)
+    header, _ = task_parts(tasks[0], MEMORY)
+    assert header["trainable"] == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"trainable": "head"}, "trainable"),
+        ({"trainable": [1]}, "trainable"),
+        ({"client": {"depth": -1}}, "client.depth"),
+        ({"client": {"depth": 1.5}}, "client.depth"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(changes: dict[str, Any], place: str) -> None:
+    header, groups = task_parts(TASK, MEMORY)
+    changed = {k: header[k] | v if isinstance(v, dict) else v for k, v in changes.items()}
+    with pytest.raises(MessageError, match=place):
+        decode_task(pack(header | changed, groups))
+
+
+def test_a_message_of_before_there_were_such_names_is_read() -> None:
+    header, groups = task_parts(TASK, MEMORY)
+    del header["trainable"], header["client"]["depth"]
+    task, _ = decode_task(pack(header, groups))
+    assert task.trainable is None and task.client.depth is None
 
 
 def test_an_update_comes_back_as_it_was_sent() -> None:

@@ -3,8 +3,9 @@ import torch
 from torch import nn
 
 from tesserafl.core.axes import probe
-from tesserafl.core.axis import Tie
+from tesserafl.core.axis import Depth, Tie
 from tesserafl.core.errors import ModelError
+from tesserafl.core.model import Model
 from tesserafl.core.modules import fan_in_dims
 from tesserafl.core.params import sha256
 from tesserafl.core.submodel import cut
@@ -168,3 +169,75 @@ def test_units_given_in_other_ways_are_not_mistaken_for_each_other() -> None:
         model.slice({"hidden1": torch.tensor([1])}).sizes["hidden1"],
     ) == (2, 1)
     assert model.slice({"hidden1": range(3)}) is model.slice({"hidden1": range(3)})
+
+
+def towers(deep: int = 3, flat: int = 2) -> Model:
+    """Adapters in two towers of unequal depth, and a head; towers of no blocks have no axis."""
+    names = ["head", *(f"deep.{i}.up" for i in range(deep)), *(f"flat.{i}.up" for i in range(flat))]
+    return Model(
+        build=lambda sizes: nn.Identity(),
+        sizes={axis: size for axis, size in (("deep", deep), ("flat", flat)) if size},
+        widths={},
+        depths={
+            axis: Depth(size, (f"{axis}.",), last=size - 1)
+            for axis, size in (("deep", deep), ("flat", flat))
+            if size
+        },
+        ties={name: (None,) for name in names},
+        shapes={name: (2,) for name in names},
+    )
+
+
+def test_adapters_are_counted_from_the_output() -> None:
+    axis = Depth(3, ("a.", "b."), last=2)
+    assert axis.locate("b.2.up") == ("b.", 0, "up")
+    assert axis.locate("a.0.x.up") == ("a.", 2, "x.up")
+    assert axis.locate("c.0.up") is None and axis.locate("a.up") is None
+    assert Depth(3, ("a.",)).locate("a.2.up") == ("a.", 2, "up")
+
+
+def test_so_many_blocks_of_every_tower() -> None:
+    model = towers()
+    assert model.adapted(0) == {"head"}
+    assert model.adapted(1) == {"head", "deep.2.up", "flat.1.up"}
+    assert model.adapted(2) == model.adapted(1) | {"deep.1.up", "flat.0.up"}
+    assert model.adapted(3) == model.adapted(9) == model.shapes.keys()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        towers(0, 0),
+        MLP(hidden=(4,)).build_model(
+            Spec(kind="vector", task="vector-classification", shape=(6,), num_classes=3)
+        ),
+    ],
+)
+def test_a_model_without_adapted_blocks_has_none_to_count(model) -> None:
+    with pytest.raises(ModelError, match="no adapters in numbered blocks; choose --model lora"):
+        model.adapted(1)
+
+
+def test_whole_blocks_are_no_adapted_blocks(model) -> None:
+    with pytest.raises(ModelError, match="no adapters in numbered blocks"):
+        model.adapted(1)
+
+
+def test_the_adapters_furthest_from_the_output_can_be_left_out() -> None:
+    model = towers()
+    submodel = model.slice({"deep": range(2)})
+    assert submodel.sizes == {"deep": 2, "flat": 2}
+    assert submodel.views.keys() == model.shapes.keys() - {"deep.0.up"}
+    # They stay where they are: no other adapter takes their place.
+    assert {name: view.name for name, view in submodel.views.items()} == {
+        name: name for name in submodel.views
+    }
+    small = model.resized(submodel)
+    assert small.units("deep") == 2 and small.adapted(1) == model.adapted(1)
+    assert small.adapted(2) == small.adapted(3) == submodel.views.keys()
+
+
+@pytest.mark.parametrize("units", [[1, 2], [0, 2], [1, 0]])
+def test_adapters_are_left_out_without_a_gap(units) -> None:
+    with pytest.raises(ModelError, match="next to the output, without a gap"):
+        towers().slice({"deep": units})

@@ -1,0 +1,171 @@
+"""What a client does with an expert of its own beside the frozen global one, and a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tesserafl.core.checks import MAX_ENTRY, check_entries
+from tesserafl.core.errors import ConfigError
+from tesserafl.core.fit import Fit, Fitted
+from tesserafl.core.messages import Memory, Task, Update
+from tesserafl.core.method import Predictor, Report, State
+from tesserafl.core.model import Model
+from tesserafl.core.params import Params
+from tesserafl.methods._mixture import (
+    BASE,
+    CHOOSE,
+    GLOBAL,
+    NARROW,
+    OFFSET,
+    OWN,
+    WIDEN,
+    Gate,
+    Mixture,
+    MixtureLoss,
+    named,
+    new_adapter,
+    new_choice,
+    part_of,
+)
+from tesserafl.methods._own import part_like, resized_to
+
+FEATURES = "features"
+"""Option of a task: entries of the features that the gate reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The settings of a mixture, and the client's side of it; a method that has one inherits it."""
+
+    gate: Literal["shared", "private", "linear", "half"] = "shared"
+    """the gate's adapter is averaged in every round, or stays; or the gate has no adapter; or there
+    is no gate, only halves"""
+    gate_width: int = 32
+    """b: bottleneck of the gate's adapter"""
+    temperature: float = 1.0
+    """T_g: the larger, the more alike the experts' shares"""
+    own: float = 0.5
+    """lambda_1: weight of the own expert's loss"""
+    balance: float = 0.01
+    """lambda_b: weight of the pull towards equal shares"""
+    held_out: float = 0.2
+    """share of a client's examples on which the gate learns and the expert does not; 0: both learn
+    on all"""
+    own_start: Literal["global", "pretrained"] = "global"
+    """what a client's expert begins as: the global one, or the foundation model as it came"""
+
+    num_references: ClassVar[int] = 2
+
+    def check_experts(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ConfigError: one is outside of what it may be.
+        """
+        if not 0.0 <= self.held_out < 1.0:
+            raise ConfigError(f"method.held_out must be in [0, 1); got {self.held_out}")
+        if self.own < 0 or self.balance < 0:
+            raise ConfigError(
+                f"method.own and method.balance are weights of losses, 0 or more; got "
+                f"{self.own} and {self.balance}"
+            )
+        if not self.temperature > 0 or self.gate_width < 1:
+            raise ConfigError(
+                f"method.temperature must be positive and method.gate_width at least 1; got "
+                f"{self.temperature} and {self.gate_width}"
+            )
+
+    def new_gate(self, model: Model, seed: int) -> tuple[Params, int]:
+        """The gate's adapter, and how many features it reads.
+
+        Raises:
+            ConfigError: the model does not know.
+        """
+        if model.feature_size is None:
+            raise ConfigError(
+                "the method's gate reads features of a frozen model; choose --model lora"
+            )
+        size = model.feature_size()
+        if self.gate in ("linear", "half"):
+            return {}, size
+        return new_adapter(size, self.gate_width, seed), size
+
+    def own_fit(self, model: Model, task: Task, memory: Memory, validate: bool) -> Fit:
+        """Train the own expert and the gate; the global expert is looked up."""
+        expert, own, gate = self._held(model, task, memory)
+        trainable = frozenset(own) if task.trainable is None else task.trainable
+        return Fit(
+            params={**own, **gate},
+            training=task.training,
+            objective=MixtureLoss(self._gate, self.own, self.balance),
+            trainable=trainable.union(gate),
+            beside=frozenset(gate),
+            references={GLOBAL: expert, BASE: as_it_came(model, expert)},
+            reference_logits=frozenset({GLOBAL}),
+            held_out=0.0 if self.gate == "half" else self.held_out,
+            validate=validate,
+        )
+
+    def own_report(self, model: Model, task: Task, fitted: Fitted, memory: Memory) -> Report:
+        """What the gate's adapter changed by, if it is shared; the rest is kept."""
+        expert, own, gate = self._held(model, task, memory)
+        after = {**own, **gate, **fitted.params}
+        kept = named(GLOBAL, expert) | named(OWN, {name: after[name] for name in own})
+        shared = self._shared(gate)
+        kept |= {name: after[name] for name in gate if name not in shared}
+        changes = {name: after[name] - gate[name] for name in shared}
+        check_entries(changes, MAX_ENTRY)  # here, where it costs this client's work alone
+        update = Update(
+            round=task.round,
+            client=task.client.id,
+            submodel=task.submodel,
+            delta={},
+            num_examples=fitted.num_examples,
+            num_steps=fitted.num_steps,
+            metrics=fitted.metrics,
+            extra=changes,
+        )
+        return update, kept
+
+    def mixture_of(self, model: Model, state: State, memory: Memory) -> Predictor:
+        """The mixture; the global expert for a client that has none of its own."""
+        expert, own = part_of(memory, GLOBAL), part_of(memory, OWN)
+        if not own:
+            return Predictor(model=model, params=state.params)
+        small = resized_to(model, part_like(model, own))
+        params = {**named(GLOBAL, expert), **named(OWN, own), **state.extra, **_private(memory)}
+        params |= named(BASE, as_it_came(model, expert))
+        return Predictor(model=small, params=params, rule=Mixture(self._gate))
+
+    @property
+    def _gate(self) -> Gate:
+        return Gate(self.temperature, learned=self.gate != "half")
+
+    def _shared(self, gate: Params) -> list[str]:
+        return [n for n in (NARROW, WIDEN) if self.gate == "shared" and n in gate]
+
+    def _held(self, model: Model, task: Task, memory: Memory) -> tuple[Params, Params, Params]:
+        """The global expert, the own one and the gate, before a round."""
+        expert = part_of(memory, GLOBAL) or task.params
+        own = part_of(memory, OWN)
+        if not own:
+            own = expert if self.own_start == "global" else as_it_came(model, expert)
+        if self.gate == "half":
+            return expert, own, {}
+        fresh = new_choice(task.options[FEATURES])
+        return expert, own, {**fresh, **task.extra, **_private(memory)}
+
+
+def as_it_came(model: Model, expert: Params) -> Params:
+    """The expert with adapters that change nothing: the foundation model, and the expert's head."""
+    ups = {pair.up for pair in model.low_rank}
+    return {n: torch.zeros_like(t) if n in ups else t for n, t in expert.items()}
+
+
+def _private(memory: Mapping[str, Tensor]) -> Params:
+    return {n: memory[n] for n in (NARROW, WIDEN, CHOOSE, OFFSET) if n in memory}
