@@ -3,6 +3,8 @@
     python benchmarks/memory.py [--rounds 5] [--out memory.json]
 
     many     10,000 clients, 1,000 a round, FedAvg on a perceptron: resident memory after each round
+    adapters 4, 16 and 64 clients that fine-tune one encoder of 22.7 M parameters by FedIT: resident
+             memory after two rounds, with and without what frozen blocks gave being kept
     server   HeteroFL with clients of 1/8 on a perceptron of 50 M parameters: the peak over that of
              an idle process, against 2 x the model (4 bytes an entry) + the sums (8 bytes)
 
@@ -18,24 +20,36 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tesserafl.core import seeds
 from tesserafl.core.fit import Training
 from tesserafl.core.submodel import Coverage
 from tesserafl.data.examples import ClientData, Examples, FederatedData, Spec
 from tesserafl.engines.process import threads
-from tesserafl.methods import FedAvg, HeteroFL
-from tesserafl.models import MLP
+from tesserafl.methods import FedAvg, FedIT, HeteroFL
+from tesserafl.models import MLP, LoRA
+from tesserafl.models.huggingface import Option
 from tesserafl.run.experiment import EngineSettings, Experiment
 from tesserafl.run.federate import federate
 from tesserafl.run.rounds import play_round
 from tesserafl.run.setup import Setup, clients_of, make_engine
 
 MIB = 1 << 20
+ENCODER: dict[str, Option] = {
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+"""A small sentence encoder's sizes."""
 
 
 def main() -> None:
@@ -43,12 +57,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--part", choices=("many", "server"), default=None)
+    parser.add_argument("--part", choices=list(PARTS), default=None)
     options = parser.parse_args()
     if options.part is not None:
-        print(json.dumps({"many": many, "server": server}[options.part](options.rounds)))
+        print(json.dumps(PARTS[options.part](options.rounds)))
         return
-    results = {part: _apart(part, options.rounds) for part in ("many", "server")}
+    results = {part: _apart(part, options.rounds) for part in PARTS}
     print(json.dumps(results, indent=1))
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
@@ -90,6 +104,33 @@ def server(rounds: int) -> dict[str, Any]:
     }
 
 
+def adapters(clients: int, cache_mib: int) -> dict[str, Any]:
+    """Resident MiB before any client trained and after two rounds of all."""
+    length = 32
+    experiment = Experiment(
+        model=LoRA(config="bert", options=ENCODER, rank=4, alpha=8.0),
+        method=FedIT(),
+        training=Training(optimiser="adamw", lr=1e-3, batch_size=8),
+        engine=EngineSettings(batching="sequential", cache_mib=cache_mib),
+        clients_per_round=clients,
+    )
+    draw = seeds.generator(0, "benchmark")
+    tokens = torch.randint(1, 30_000, (clients * 8, length), generator=draw).int()
+    spec = Spec(
+        kind="tokens",
+        task="text-classification",
+        shape=(length,),
+        num_classes=2,
+        class_names=("bad", "good"),
+        vocab_size=30_522,
+    )
+    setup = _setup_of(experiment, spec, tokens, torch.arange(clients * 8) % 2, 8)
+    setup.model.init(0)  # loads the encoder
+    before = _resident()
+    resident, _ = _play(setup, 2)
+    return {"clients": clients, "frozen_mib": 4 * 22.7e6 / MIB, "before": before, "after": resident}
+
+
 def _play(setup: Setup, rounds: int) -> tuple[list[float], list[float]]:
     resident, seconds = [], []
     with threads(1), contextlib.closing(make_engine(setup)) as engine:
@@ -106,16 +147,24 @@ def _setup(experiment: Experiment, clients: int, each: int) -> Setup:
     draw = seeds.generator(0, "benchmark")
     inputs = torch.randn(clients * each, 64, generator=draw)
     labels = torch.randint(0, 10, (clients * each,), generator=draw)
+    spec = Spec(kind="vector", task="vector-classification", shape=(64,), num_classes=10)
+    return _setup_of(experiment, spec, inputs, labels, each)
+
+
+def _setup_of(
+    experiment: Experiment, spec: Spec, inputs: Tensor, labels: Tensor, each: int
+) -> Setup:
+    """Clients that hold so many examples each, one after another."""
     nothing = Examples(inputs=inputs[:0], labels=labels[:0])
     data = FederatedData(
-        spec=Spec(kind="vector", task="vector-classification", shape=(64,), num_classes=10),
+        spec=spec,
         clients=tuple(
             ClientData(
                 train=Examples(inputs=inputs[i : i + each], labels=labels[i : i + each]),
                 validation=nothing,
                 test=nothing,
             )
-            for i in range(0, clients * each, each)
+            for i in range(0, len(inputs), each)
         ),
         test=nothing,
     )
@@ -137,6 +186,13 @@ def _apart(part: str, rounds: int) -> Any:
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
     return json.loads(done.stdout.splitlines()[-1])
 
+
+PARTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "many": many,
+    "server": server,
+    **{f"adapters-{n}": lambda _, n=n: adapters(n, 1024) for n in (4, 16, 64)},
+    **{f"adapters-{n}-uncached": lambda _, n=n: adapters(n, 0) for n in (4, 16, 64)},
+}
 
 if __name__ == "__main__":
     main()

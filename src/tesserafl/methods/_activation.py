@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from tesserafl.core.errors import ConfigError
 from tesserafl.core.messages import Client, Task, Update
@@ -47,8 +47,6 @@ class Activation:
     """whether blocks are activated from the output or from the input"""
     caps: tuple[int, ...] = ()
     """most blocks that each client class trains, beside what memory and time allow"""
-
-    adapts_depth: ClassVar[bool] = True
 
     @property
     def validates(self) -> bool:
@@ -106,6 +104,10 @@ class Activation:
             active = min(active, self.caps[client.id % len(self.caps)])
         if client.depth is not None:
             active = min(active, client.depth)
+        return self.trained_in(model, active)
+
+    def trained_in(self, model: Model, active: int) -> frozenset[str]:
+        """What is trained with so many active blocks."""
         return trained_of(model, active, self.window, self.order)
 
     def held_by(

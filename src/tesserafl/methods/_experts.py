@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tesserafl.core.checks import MAX_ENTRY, check_entries
-from tesserafl.core.errors import ConfigError
+from tesserafl.core.errors import ConfigError, MessageError
 from tesserafl.core.fit import Fit, Fitted
 from tesserafl.core.messages import Memory, Task, Update
 from tesserafl.core.method import Predictor, Report, State
@@ -98,6 +98,9 @@ class Experts:
     def own_fit(self, model: Model, task: Task, memory: Memory, validate: bool) -> Fit:
         """Train the own expert and the gate; the global expert is looked up."""
         expert, own, gate = self._held(model, task, memory)
+        references = {GLOBAL: expert}
+        if gate:
+            references[BASE] = as_it_came(model, expert)
         trainable = frozenset(own) if task.trainable is None else task.trainable
         return Fit(
             params={**own, **gate},
@@ -105,7 +108,7 @@ class Experts:
             objective=MixtureLoss(self._gate, self.own, self.balance),
             trainable=trainable.union(gate),
             beside=frozenset(gate),
-            references={GLOBAL: expert, BASE: as_it_came(model, expert)},
+            references=references,
             reference_logits=frozenset({GLOBAL}),
             held_out=0.0 if self.gate == "half" else self.held_out,
             validate=validate,
@@ -152,6 +155,11 @@ class Experts:
     def _held(self, model: Model, task: Task, memory: Memory) -> tuple[Params, Params, Params]:
         """The global expert, the own one and the gate, before a round."""
         expert = part_of(memory, GLOBAL) or task.params
+        if not expert:
+            raise MessageError(
+                f"client {task.client.id} was sent the global expert in an earlier round and does "
+                f"not remember it; give it back its memory, or begin the run anew"
+            )
         own = part_of(memory, OWN)
         if not own:
             own = expert if self.own_start == "global" else as_it_came(model, expert)

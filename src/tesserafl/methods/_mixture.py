@@ -64,7 +64,7 @@ class Gate:
 
     def __call__(self, params: Mapping[str, Tensor], features: Tensor) -> Tensor:
         """Shares of the global expert and of the client's own."""
-        if not self.learned:
+        if not self.learned:  # of the features only their number is looked at
             return features.new_full((len(features), 2), 0.5)
         z = features - features.mean(dim=-1, keepdim=True)
         z = z / (z.square().mean(dim=-1, keepdim=True) + _EPSILON).sqrt()
@@ -93,6 +93,8 @@ class Mixture:
 
     def shares(self, forward: Forward, params: Params, inputs: Tensor) -> Tensor:
         """What the gate says, [batch, 2]."""
+        if not self.gate.learned:
+            return self.gate(params, inputs.to(next(iter(params.values())).dtype))
         features = forward(part_of(params, BASE), inputs).features
         assert features is not None, "a model without features was trained with a gate"
         return self.gate(params, features)
@@ -124,7 +126,7 @@ class MixtureLoss:
     ) -> Tensor:
         """The loss of a batch, a scalar."""
         own, other = forward(params, inputs).logits, extra[logits_of(GLOBAL)]
-        shares = self.gate(params, extra[BASE])
+        shares = self.gate(params, extra[BASE] if self.gate.learned else other)
         counts = (labels.reshape(len(labels), -1) != IGNORED).any(dim=1)
         if HELD_OUT not in extra:
             loss = mean_over(mixed(shares, other, own), labels, counts)

@@ -50,16 +50,20 @@ class CostTable:
 def with_depth(client: Client, costs: CostTable) -> Client:
     """The client, with the most blocks whose adapters it can train in its memory and its time.
 
+    Only for methods that choose how many: those with `trained_in(model, blocks)`, which names what
+    is trained with so many active blocks.
+
     Raises:
         CapacityError: not even those of one block.
     """
     experiment, model = costs.experiment, costs.model
+    trained_in = getattr(experiment.method, "trained_in", None)
     gflops, seconds = experiment.client_gflops, experiment.client_seconds
     most = max((d.blocks for d in model.depths.values() if d.last is not None), default=0)
-    if not most or (client.memory_bytes is None and seconds is None):
+    if trained_in is None or not most or (client.memory_bytes is None and seconds is None):
         return client
     for blocks in range(most, 0, -1):
-        cost = costs.of_part(model.whole(), model.adapted(blocks))
+        cost = costs.of_part(model.whole(), trained_in(model, blocks))
         work = cost.flops_per_example * client.num_examples * experiment.training.epochs
         if client.memory_bytes is not None and cost.peak_bytes > client.memory_bytes:
             continue

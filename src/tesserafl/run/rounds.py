@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from tesserafl.core.checks import check_delta, check_deltas
+from tesserafl.core.checks import MAX_ENTRY, check_delta, check_deltas, check_entries
 from tesserafl.core.errors import CapacityError, UpdateError
 from tesserafl.core.lowrank import Collected, aggregation_error
 from tesserafl.core.messages import Client, Task, Update
@@ -167,6 +167,7 @@ def _updates(
                 # Here, not where it is summed: one bad update must not cost the round.
                 if not good:
                     check_delta(outcome.update.submodel, outcome.update.delta, large)
+                check_entries(outcome.update.extra, MAX_ENTRY)
             except UpdateError as error:
                 notes.failures.append(_failure(task.client.id, "error", str(error)))
                 continue
@@ -212,7 +213,11 @@ def _note(task: Task, done: Done, costs: CostTable, notes: Notes) -> None:
     update, cost = done.update, costs.of(task)
     trained = cost.flops_per_example * update.num_examples * task.training.epochs
     looked_at = cost.forward_flops_per_example * update.metrics.get("reference_examples", 0.0)
-    notes.trained.append(update.submodel)
+    trained_part = update.submodel
+    if task.trainable is not None:  # the rest of what it holds is frozen there
+        views = {name: view for name, view in trained_part.views.items() if name in update.delta}
+        trained_part = SubModel(trained_part.sizes, views)
+    notes.trained.append(trained_part)
     notes.clients.append(
         {
             "client": update.client,

@@ -56,9 +56,8 @@ def prepare(experiment: Experiment) -> Setup:
     """Load the data, probe the model, describe the clients; the same in every process."""
     data = load(experiment.data, experiment.seed)
     model, clients = experiment.model.build_model(data.spec), clients_of(experiment, data)
-    if getattr(experiment.method, "adapts_depth", False):
-        costs = CostTable(experiment=experiment, model=model, data=data)
-        clients = tuple(with_depth(client, costs) for client in clients)
+    costs = CostTable(experiment=experiment, model=model, data=data)
+    clients = tuple(with_depth(client, costs) for client in clients)
     batching = choose(experiment, model, data, clients)
     return Setup(
         experiment=replace(experiment, engine=replace(experiment.engine, batching=batching)),

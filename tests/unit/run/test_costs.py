@@ -187,7 +187,9 @@ def test_frozen_numbers_are_the_frozen_model_and_no_more() -> None:
     assert frozen_entries(model) == sum(p.numel() for p in bare.parameters()) - head
 
 
-@pytest.mark.parametrize("kind", [{"name": "mlp", "hidden": [8]}, {"name": "resnet"}])
+@pytest.mark.parametrize(
+    "kind", [{"name": "mlp", "hidden": [8]}, {"name": "resnet", "norm": "batch"}]
+)
 def test_a_model_that_is_trained_whole_has_no_frozen_numbers(kind: dict) -> None:
     """Running statistics of normalisations are buffers, but no frozen weights."""
     found = prepare(experiment(model=kind, method={"name": "fedavg", "ratio": [1.0]}))
