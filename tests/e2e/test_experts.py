@@ -246,10 +246,8 @@ def test_memory_limits_who_adapts_how_much(tmp_path, texts, encoder, capsys):
 def test_time_limits_who_adapts_how_much(tmp_path, texts, encoder):
     setup = prepare(short(texts, encoder, ALL))
     costs, whole = setup.costs(), setup.model.whole()
-    work = [
-        costs.of_part(whole, setup.model.adapted(blocks)).flops_per_example * 16 * 1e-9
-        for blocks in (1, 2, 3)
-    ]
+    each = [costs.of_part(whole, setup.model.adapted(blocks)) for blocks in (1, 2, 3)]
+    work = [16e-9 * (cost.flops_per_example + 2 * cost.forward_flops_per_example) for cost in each]
     assert {client.num_examples for client in setup.clients} == {16}
     speeds = {"client_seconds": 2.0, "client_gflops": [work[0] / 2, work[1] / 1.99]}
     start(short(texts, encoder, ALL, **speeds, rounds=2, clients_per_round=4), tmp_path / "run")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tesserafl.core.errors import ConfigError, ModelError
+from tesserafl.core.errors import ConfigError, MessageError, ModelError, UpdateError
 from tesserafl.core.fit import HELD_OUT, IGNORED, Training, logits_of
 from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.method import Predictor, State
@@ -500,3 +500,66 @@ def test_the_foundation_model_as_it_came_has_adapters_that_change_nothing() -> N
     predictor = Predictor(model=vit(), params=came)
     start = Predictor(model=vit(), params=fresh | head)
     assert torch.equal(answers(predictor, some_inputs()), answers(start, some_inputs()))
+
+
+# What a review found
+
+
+def test_a_saved_adapter_is_applied_where_it_is_not_yet_active() -> None:
+    """Clients train the model that the server has, whatever is active."""
+    saved = dict(vit().init(0))
+    draw = torch.Generator().manual_seed(3)
+    for pair in vit().low_rank:
+        saved[pair.up] = torch.randn(saved[pair.up].shape, generator=draw)
+    model = replace(vit(), pretrained=lambda: saved)
+    method = FedFMSL(schedule="manual", depths=(1,), stage_one=1.0)
+    state = method.init(model, 0, 4)
+    (task,) = method.configure(model, state, CLIENTS[:1], TRAINING)
+    assert task.params.keys() == model.shapes.keys()
+    assert blocks(task.trainable) == {None, 3}
+
+
+def test_a_gate_does_not_look_at_what_is_to_be_predicted() -> None:
+    with pytest.raises(ConfigError, match="tokens that are to be predicted"):
+        FedFMSL().init(replace(vit(), per_place=True), 0, 4)
+    FedFMSL(gate="half").init(replace(vit(), per_place=True), 0, 4)
+
+
+def test_absent_classes_are_masked_in_stage_two() -> None:
+    """Class 2 has the largest logits and is not the client's: it must not count."""
+    params = {"own": torch.ones(()), "gate/choose": torch.zeros(2, 2)}
+    params["gate/offset"] = torch.zeros(2)
+    extra = {
+        "base": torch.tensor([[1.0, 0.0]]),
+        logits_of("global"): torch.tensor([[1.0, 0.0, 9.0]]),
+        "classes": torch.tensor([0, 1]),
+    }
+    objective = mixture.MixtureLoss(mixture.Gate(), own=0.0, balance=0.0)
+    forward = fixed(torch.tensor([[3.0, 0.0, 9.0]]))
+    loss = objective(forward, params, torch.zeros(1, 1), torch.tensor([0]), extra)
+    # Mixed and masked: (2, 0, 0).
+    assert float(loss) == pytest.approx(math.log(math.exp(2) + 2) - 2)
+
+
+def test_an_expert_that_diverged_is_not_remembered() -> None:
+    run = in_stage_two(gate="half")
+    task = run.tasks()[0]
+    fit = run.method.local(vit(), task, {})
+    spoilt = {name: torch.full_like(value, torch.nan) for name, value in fit.params.items()}
+    with pytest.raises(UpdateError, match="finite"):
+        run.method.own_report(vit(), task, worker_fitted(run, task, spoilt), {})
+
+
+def test_a_peer_that_did_not_train_has_not_been_served() -> None:
+    run = in_stage_two()
+    updates = run.updates(run.tasks())
+    idle = replace(updates[1], num_steps=0, extra={})
+    run.fold([updates[0], idle])
+    assert run.state.notes["served"] == [0]
+
+
+def test_a_client_that_lost_its_memory_is_told() -> None:
+    run = in_stage_two()
+    run.play()
+    with pytest.raises(MessageError, match="does not remember it"):
+        run.worker.work(run.tasks()[0], {})

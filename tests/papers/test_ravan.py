@@ -191,6 +191,7 @@ def test_training_begins_at_the_model_that_was_sent() -> None:
     logits = torch.func.functional_call(model.module(), state.params, (torch.tensor(WIDE),)).logits
     assert torch.equal(loss, torch.nn.functional.cross_entropy(logits, torch.tensor(Y)))
     assert fit.beside == {"core/0", "scale/0"}
+    assert fit.rebuilt == {model.low_rank[0].up}
     assert fit.trainable == {"core/0", "scale/0", "head.weight", "head.bias"}
 
 

@@ -102,6 +102,20 @@ class Objective(Protocol):
         ...
 
 
+def masked(logits: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
+    """The logits, those of classes that the client does not have at 0, where it is asked so.
+
+    Args:
+        logits: [batch, classes].
+        extra: what the objective reads; "classes" are the client's own, int64 [k].
+    """
+    if "classes" not in extra:
+        return logits
+    numbers = torch.arange(logits.shape[-1], device=logits.device)
+    owned = (numbers == extra["classes"][:, None]).any(dim=0)
+    return logits.masked_fill(~owned, 0.0)
+
+
 @dataclass(frozen=True)
 class CrossEntropy:
     """Mean cross-entropy over the labels that count.
@@ -119,11 +133,7 @@ class CrossEntropy:
         extra: Mapping[str, Tensor],
     ) -> Tensor:
         """The mean loss of a batch, a scalar."""
-        logits = forward(params, inputs).logits
-        if "classes" in extra:
-            numbers = torch.arange(logits.shape[-1], device=logits.device)
-            owned = (numbers == extra["classes"][:, None]).any(dim=0)
-            logits = logits.masked_fill(~owned, 0.0)
+        logits = masked(forward(params, inputs).logits, extra)
         return F.cross_entropy(
             logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED
         )
@@ -169,6 +179,9 @@ class Fit:
     beside: frozenset[str] = frozenset()
     """Names in `params` of what is no part of the model: the objective alone reads them. They are
     trained and come back like all others."""
+    rebuilt: frozenset[str] = frozenset()
+    """Names in `params` that the objective replaces before it runs the model: they count as trained
+    where it is asked what stays the same."""
     width_scaling: WidthScaling = "none"
     """How a cut layer makes up for the inputs that it does not sum."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
@@ -256,6 +269,7 @@ class Fitted:
     classes: Tensor
     """int64 [k], the classes that the client owns."""
     num_reference_examples: int = 0
-    """Forward passes with the references' parameters, counted in examples."""
+    """Forward passes with the references' parameters, counted in examples: what they are for this
+    client alone, with nothing kept from earlier rounds."""
     momentum: Params | None = None
     """SGD's buffers after the last step, by trainable name; None: not asked for."""

@@ -65,6 +65,8 @@ class Model:
     """Layout of `Output.features` along the one axis that moves them; None: no such axis."""
     feature_size: Callable[[], int] | None = field(default=None, repr=False)
     """Of an adapted model: counts the entries of `Output.features`, which no axis changes."""
+    per_place: bool = False
+    """Of an adapted model: whether it answers for every place of a text, from those before it."""
     frozen_blocks: tuple[str, ...] = ()
     """Of a frozen model under adapters: what the names of its blocks begin with, tower by tower, in
     front of their number. What enters a block is the same as long as nothing below is trained."""

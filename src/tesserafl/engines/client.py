@@ -14,7 +14,7 @@ from tesserafl.core.fit import Fitted, Forward
 from tesserafl.core.messages import Memory, Task, Update
 from tesserafl.core.method import Method
 from tesserafl.core.model import Model
-from tesserafl.core.params import Params, subtract
+from tesserafl.core.params import Params, num_entries, subtract
 from tesserafl.data.examples import Examples
 from tesserafl.engines.batches import held_out_of
 from tesserafl.engines.cohort import Cohorts
@@ -161,7 +161,10 @@ class ClientWorker:
             return {}
         module, shelf = self._module(part.task), self._shelf(part.task, key)
         metrics = measured(fit, forward, examples, self.device, module, shelf)
-        return {"validation_accuracy": metrics.accuracy}
+        return {
+            "validation_accuracy": metrics.accuracy,
+            "validation_examples": float(len(examples)),
+        }
 
     def _shelf(self, task: Task, key: Hashable) -> Shelf:
         prefixes = self.model.frozen_blocks
@@ -174,6 +177,8 @@ class ClientWorker:
             change = _scaled(subtract(fitted.params, part.member.fit.params), back)
             params = {name: part.unscaled[name] + change[name] for name in change}
             fitted = replace(fitted, params=params)
+        metrics = {**fitted.metrics, "trained_entries": float(num_entries(fitted.params))}
+        fitted = replace(fitted, metrics=metrics)
         return self.method.report(self.model, part.task, fitted, part.memory)
 
     def _module(self, task: Task) -> nn.Module:

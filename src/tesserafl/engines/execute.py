@@ -91,8 +91,7 @@ def execute(
     shares = torch.tensor(sizes, dtype=losses[0].dtype, device=device)
     metrics = {"loss": float((torch.stack(losses) * shares).sum()) / len(examples)}
     if references is not None:
-        # Not what was computed: that differs with what this process happens to have kept.
-        metrics["reference_examples"] = float(references.num_anew)
+        metrics["reference_examples"] = float(references.num_examples)
     momentum = None
     if fit.keep_momentum and optimiser.momenta is not None:
         momentum = {n: t.cpu() for n, t in zip(trainable, optimiser.momenta, strict=True)}

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from tesserafl.core.fit import Fit, Forward
 from tesserafl.core.model import Output
-from tesserafl.core.params import Params, sha256
+from tesserafl.core.params import Params
 from tesserafl.data.examples import Examples
 from tesserafl.engines.batches import augments
-from tesserafl.engines.kept import Shelf, rows_of
+from tesserafl.engines.kept import Shelf, digests_of, joined, rows_of
 from tesserafl.engines.optimisers import trained_names
 from tesserafl.models.split import Tower, cuts_of, hidden_of, replayed, towers_of
 
@@ -26,14 +26,21 @@ class Frozen:
     """The hidden states of a set of examples, and the forward pass that starts from them."""
 
     def __init__(
-        self, forward: Forward, module: nn.Module, hidden: Mapping[Tower, Tensor], below: str
+        self,
+        forward: Forward,
+        module: nn.Module,
+        hidden: Mapping[Tower, Tensor],
+        below: Mapping[str, str],
     ) -> None:
         self._forward, self._module, self._hidden, self._below = forward, module, hidden, below
-        self._names = sorted({name for tower in hidden for name in tower.names})
 
-    def serves(self, params: Params) -> bool:
-        """Whether these parameters (a whole set) are equal to those of the hidden states, below."""
-        return sha256({name: params[name] for name in self._names}) == self._below
+    def serves(self, digests: Mapping[str, str]) -> bool:
+        """Whether a whole set of parameters is equal to that of the hidden states, below.
+
+        Args:
+            digests: `digests_of` the set.
+        """
+        return all(digests[name] == own for name, own in self._below.items())
 
     def at(self, rows: Tensor, inputs: Tensor, params: Params) -> Forward:
         """The model as a function, for one batch.
@@ -50,10 +57,11 @@ class Frozen:
             tower: table if tower.constant else rows_of(table, rows)
             for tower, table in self._hidden.items()
         }
-        fixed = [(name, params[name]) for name in self._names]
+        fixed = [(name, params[name]) for name in self._below]
 
         def forward(asked: Params, given: Tensor) -> Output:
-            if given is not inputs or any(asked[name] is not value for name, value in fixed):
+            others = given is not inputs or any(asked[name] is not value for name, value in fixed)
+            if others or given.requires_grad:  # the slope in them is wanted
                 return self._forward(asked, given)
             with replayed(self._module, hidden):
                 return self._forward(asked, given)
@@ -86,7 +94,7 @@ def frozen_below(
     if augments(fit.training, examples):
         return None
     own = {name: tensor.detach() for name, tensor in params.items() if name not in fit.beside}
-    trained = set(trained_names(fit)) - fit.beside
+    trained = {*trained_names(fit), *fit.rebuilt} - fit.beside
     cuts = cuts_of(module, shelf.prefixes, trained)
     if not cuts:
         return None
@@ -104,11 +112,13 @@ def frozen_below(
     ]
     if not towers:
         return None
-    digests = {tower: sha256({name: fit.params[name] for name in tower.names}) for tower in towers}
+    names = {name for tower in towers for name in tower.names}
+    below = digests_of({name: fit.params[name] for name in names})
+    own_below = {tower: joined(below, tower.names) for tower in towers}
     keys = {
-        tower: shelf.key("constant", tower, digests[tower], of_client=False)
+        tower: shelf.key("constant", tower, own_below[tower], of_client=False)
         if tower.constant
-        else shelf.key("hidden", what, tower, digests[tower], size)
+        else shelf.key("hidden", what, tower, own_below[tower], size)
         for tower in towers
     }
     found = {tower: shelf.kept.get(keys[tower]) for tower in towers}
@@ -117,8 +127,6 @@ def frozen_below(
     for tower, table in _computed(module, forward, own, examples, size, missing).items():
         shelf.kept.put(keys[tower], {"hidden": table})
         tables[tower] = table
-    names = {name for tower in towers for name in tower.names}
-    below = sha256({name: fit.params[name] for name in names})
     return Frozen(forward, module, {tower: tables[tower] for tower in towers}, below)
 
 

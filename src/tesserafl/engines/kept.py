@@ -6,13 +6,14 @@ why what is kept, and what is left out because it is too large, never depends on
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from tesserafl.core.params import Params, num_bytes
+from tesserafl.core.params import Params, num_bytes, sha256
 from tesserafl.models.split import Cut, Tower
 
 
@@ -24,15 +25,30 @@ class Kept:
     """Of all entries together; 0: nothing is kept."""
     towers: dict[object, tuple[Tower, ...]] = field(default_factory=dict)
     """What was found of modules, by module and cuts."""
+    most_asked: int = 1 << 16
+    """Keys that are remembered as asked for once, without an entry."""
     num_bytes: int = field(default=0, init=False)
     """Of all entries."""
     _entries: OrderedDict[Hashable, Params] = field(default_factory=OrderedDict, init=False)
+    _asked: OrderedDict[Hashable, None] = field(default_factory=OrderedDict, init=False)
 
     def get(self, key: Hashable) -> Params | None:
         """The entry; None: it is not there, or no longer."""
         if key in self._entries:
             self._entries.move_to_end(key)
         return self._entries.get(key)
+
+    def again(self, key: Hashable) -> bool:
+        """Whether this was asked of the key before.
+
+        What is another in every round would fill the room, and nobody would ever ask for it.
+        """
+        before = key in self._asked
+        self._asked[key] = None
+        self._asked.move_to_end(key)
+        if len(self._asked) > self.most_asked:
+            self._asked.popitem(last=False)
+        return before
 
     def put(self, key: Hashable, entry: Params) -> None:
         """Keep an entry, unless it alone is too large; older ones make room."""
@@ -64,6 +80,17 @@ class Shelf:
     def cut_key(self, cuts: Iterable[Cut]) -> Hashable:
         """The key of what was found of a module."""
         return (self.forward, tuple(cuts))
+
+
+def digests_of(params: Params) -> dict[str, str]:
+    """A digest of each tensor, so that those of any of them are at hand without another look."""
+    return {name: sha256({name: tensor}) for name, tensor in params.items()}
+
+
+def joined(digests: Mapping[str, str], names: Iterable[str]) -> str:
+    """One digest of the tensors of these names."""
+    lines = "".join(f"{name}|{digests[name]}|" for name in sorted(names))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def rows_of(table: Tensor, rows: Tensor) -> Tensor:

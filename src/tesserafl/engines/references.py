@@ -1,7 +1,7 @@
 """What a client's frozen parameter sets give for its examples, for its objective: `Fit.references`.
 
-One client's are computed once for all its examples and kept for the rounds in which they do not
-change, or for every batch where an example has none of its own.
+One client's are computed once for all its examples, or for every batch where an example has none of
+its own. Those that come back in a later round are kept from then on.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from tesserafl.core.errors import ModelError
 from tesserafl.core.fit import Fit, Forward, logits_of
-from tesserafl.core.params import Params, aligned, sha256
+from tesserafl.core.params import Params, aligned
 from tesserafl.data.examples import Examples
 from tesserafl.engines.batches import augments
 from tesserafl.engines.frozen import Frozen
-from tesserafl.engines.kept import Shelf, rows_of
+from tesserafl.engines.kept import Shelf, digests_of, joined, rows_of
 from tesserafl.models.modes import batch_norms, predicting
 
 MOST_LOGITS = 256 << 20
@@ -44,9 +44,8 @@ class References:
         frozen: Frozen | None = None,
     ) -> None:
         self.num_examples = 0
-        """Examples of all forward passes so far, over all references."""
-        self.num_anew = 0
-        """The same if nothing were left from earlier rounds: equal in every process."""
+        """Examples of all forward passes so far, over all references: as if nothing were left from
+        earlier rounds, so that it is equal in every process."""
         self._forward, self._module, self._device = forward, module, device
         self._examples, self._size = examples, fit.training.batch_size
         self._tables: dict[str, Params] = {}
@@ -54,14 +53,16 @@ class References:
         alone = augments(fit.training, examples) or bool(batch_norms(module))
         keeping = None if shelf is None or not shelf.kept.most_bytes else shelf
         for name, params in fit.references.items():
-            shared = frozen if frozen is not None and frozen.serves(params) else None
+            kept_or_asked = frozen is not None or (keeping is not None and not alone)
+            digests = digests_of(params) if kept_or_asked else {}
+            shared = frozen if frozen is not None and frozen.serves(digests) else None
             with_logits, key = name in fit.reference_logits, None
             if keeping is not None and not alone:
-                kind = (sha256(params), shared is not None, with_logits)
+                kind = (joined(digests, digests), shared is not None, with_logits)
                 key = keeping.key("reference", *kind, self._size)
                 if (entry := keeping.kept.get(key)) is not None:
                     self._tables[name] = entry
-                    self.num_anew += len(examples)
+                    self.num_examples += len(examples)
                     continue
             reference = _Reference(
                 name=name,
@@ -74,7 +75,8 @@ class References:
                 self._late.append(reference)
                 continue
             self._tables[name] = table
-            if keeping is not None:
+            self.num_examples += len(examples)
+            if keeping is not None and keeping.kept.again(key):
                 keeping.kept.put(key, table)
 
     def read(self, rows: Tensor, inputs: Tensor) -> Params:
@@ -88,6 +90,7 @@ class References:
         for name, table in self._tables.items():
             found |= {_named(name, kind): rows_of(each, rows) for kind, each in table.items()}
         for reference in self._late:
+            self.num_examples += len(inputs)
             outputs = self._compute(reference, rows, inputs)
             found |= {_named(reference.name, kind): each for kind, each in outputs.items()}
         return found
@@ -104,8 +107,6 @@ class References:
 
     @torch.no_grad()
     def _compute(self, reference: _Reference, rows: Tensor, inputs: Tensor) -> Params:
-        self.num_examples += len(inputs)
-        self.num_anew += len(inputs)
         forward = self._forward
         if reference.frozen is not None:
             forward = reference.frozen.at(rows, inputs, reference.params)

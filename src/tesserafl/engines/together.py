@@ -54,7 +54,8 @@ class Reads:
         self._pool, self._device = pool, device
         self._late: list[tuple[Params, Outputs]] = []
         self.num_passes = [0] * len(counts)
-        """Forward passes with references, of each client, counted in examples."""
+        """Forward passes with references, of each client, counted in examples: those that it makes
+        where it trains alone, so that the number does not depend on who trains with it."""
         tables: list[Tensor] = []
         names, late_names = [], []
         if held_out is not None:
@@ -66,16 +67,16 @@ class Reads:
             given = {key: tensor for key, (tensor, _) in params.items()}
             outputs = vmap(partial(outputs_of, forward, with_logits), in_dims=(dims, 0))
             size = fit.training.batch_size
-            found = _tables(outputs, given, dims, pool, counts, size, device)
+            found, alone = _tables(outputs, given, dims, pool, counts, size, device)
             if found is None:
                 late_names += own
                 self._late.append((given, outputs))
             else:
                 names += own
                 tables += found.values()
-            passes = 1 if found is not None else fit.training.epochs
             self.num_passes = [
-                n + passes * count for n, count in zip(self.num_passes, counts, strict=True)
+                n + count * (1 if once else fit.training.epochs)
+                for n, count, once in zip(self.num_passes, counts, alone, strict=True)
             ]
         self._tables = tables
         self.names = [*names, *late_names]
@@ -115,10 +116,11 @@ def _tables(
     counts: Sequence[int],
     size: int,
     device: str,
-) -> Params | None:
+) -> tuple[Params | None, list[bool]]:
     """One reference's outputs for the pool, each [len(pool), ...]; None: they are too large.
 
-    The modules of cohorts have neither dropout nor BatchNorm, so their mode does not matter.
+    Beside it, of each client, whether its own alone are not. The modules of cohorts have neither
+    dropout nor BatchNorm, so their mode does not matter.
     """
     total, most = sum(counts), max(counts)
     firsts = [0, *accumulate(counts)]
@@ -132,8 +134,10 @@ def _tables(
         given = {name: t if dims[name] is None else t[:lasting] for name, t in params.items()}
         found = outputs(given, pool.batch(rows)[0].to(device))
         flat = {kind: values.flatten(0, 1) for kind, values in found.items()}
-        if start == 0 and too_large(flat, rows.numel(), total + 1):
-            return None
+        if start == 0:
+            alone = [not too_large(flat, rows.numel(), count) for count in counts]
+            if too_large(flat, rows.numel(), total + 1):
+                return None, alone
         for kind, values in flat.items():
             if kind not in tables:
                 tables[kind] = values.new_empty(total + 1, *values.shape[1:])
@@ -141,4 +145,4 @@ def _tables(
     assert tables, "a client has no examples"
     for kind, table in tables.items():
         table[total] = _FILL[kind]  # where the rows that fill up were written to
-    return tables
+    return tables, alone

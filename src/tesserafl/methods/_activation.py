@@ -149,7 +149,8 @@ class Heard:
     def listening(self, updates: Iterable[Update]) -> Iterator[Update]:
         """Pass updates on as they are."""
         for update in updates:
-            self.answered.add(update.client)
+            if update.num_steps:  # peers hear of those too that did not train
+                self.answered.add(update.client)
             if "validation_accuracy" in update.metrics:
                 self.found[update.client] = update.metrics["validation_accuracy"]
             yield update
@@ -162,8 +163,8 @@ class Heard:
         return sum(self.found[i] * weights[i] for i in heard) / total if total else None
 
 
-def counts_of(model: Model, task: Task, entries: int) -> dict[str, float]:
-    """What a client's answer says of its part: blocks and numbers that it trained."""
+def counts_of(model: Model, task: Task) -> dict[str, float]:
+    """What a client's answer says of its part: how many blocks it trained."""
     assert task.trainable is not None
     blocks = {
         place[:2]
@@ -171,7 +172,7 @@ def counts_of(model: Model, task: Task, entries: int) -> dict[str, float]:
         for name in task.trainable
         if (place := depth.locate(name))
     }
-    return {"active_blocks": float(len(blocks)), "trained_entries": float(entries)}
+    return {"active_blocks": float(len(blocks))}
 
 
 def most_blocks(model: Model) -> int:

@@ -119,12 +119,14 @@ def fit_of(model: Model, task: Task, rest: Params, seed: int, heads: list[list[i
             f"start/{number}": between[own],
             f"place/{number}": torch.eye(len(between), dtype=between.dtype)[:, own],
         }
+    ups = tuple(pair.up for pair in model.low_rank)
     return Fit(
         params={**rest, **factors_of_cores(model, task.extra, seed), **trained},
         training=task.training,
-        objective=OfCores(tuple(pair.up for pair in model.low_rank)),
+        objective=OfCores(ups),
         trainable=frozenset([*rest, *trained]),
         beside=frozenset(trained),
+        rebuilt=frozenset(ups),
         extra=extra,
     )
 

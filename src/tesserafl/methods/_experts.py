@@ -16,6 +16,7 @@ from tesserafl.core.messages import Memory, Task, Update
 from tesserafl.core.method import Predictor, Report, State
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params
+from tesserafl.core.submodel import SubModel
 from tesserafl.methods._mixture import (
     BASE,
     CHOOSE,
@@ -34,6 +35,8 @@ from tesserafl.methods._mixture import (
 )
 from tesserafl.methods._own import part_like, resized_to
 
+MAX_PARAMETER = 1e6
+"""Beyond that an expert has diverged."""
 FEATURES = "features"
 """Option of a task: entries of the features that the gate reads."""
 
@@ -90,6 +93,12 @@ class Experts:
             raise ConfigError(
                 "the method's gate reads features of a frozen model; choose --model lora"
             )
+        if model.per_place and self.gate != "half":
+            raise ConfigError(
+                f"method.gate {self.gate!r} would look at the tokens that are to be predicted: it "
+                f"reads features of the whole text; for a causal language model set method.gate "
+                f"half"
+            )
         size = model.feature_size()
         if self.gate in ("linear", "half"):
             return {}, size
@@ -122,11 +131,13 @@ class Experts:
         shared = self._shared(gate)
         kept |= {name: after[name] for name in gate if name not in shared}
         changes = {name: after[name] - gate[name] for name in shared}
-        check_entries(changes, MAX_ENTRY)  # here, where it costs this client's work alone
+        # Here, where it costs this client's work alone; nor is nonsense to be remembered.
+        check_entries(changes, MAX_ENTRY)
+        check_entries(fitted.params, MAX_PARAMETER)
         update = Update(
             round=task.round,
             client=task.client.id,
-            submodel=task.submodel,
+            submodel=SubModel(task.submodel.sizes, {}),
             delta={},
             num_examples=fitted.num_examples,
             num_steps=fitted.num_steps,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tesserafl.core import seeds
-from tesserafl.core.fit import HELD_OUT, IGNORED, Forward, logits_of, mean_over
+from tesserafl.core.fit import HELD_OUT, IGNORED, Forward, logits_of, masked, mean_over
 from tesserafl.core.model import Output
 from tesserafl.core.params import Params
 
@@ -125,7 +125,8 @@ class MixtureLoss:
         extra: Mapping[str, Tensor],
     ) -> Tensor:
         """The loss of a batch, a scalar."""
-        own, other = forward(params, inputs).logits, extra[logits_of(GLOBAL)]
+        own = masked(forward(params, inputs).logits, extra)
+        other = masked(extra[logits_of(GLOBAL)], extra)
         shares = self.gate(params, extra[BASE] if self.gate.learned else other)
         counts = (labels.reshape(len(labels), -1) != IGNORED).any(dim=1)
         if HELD_OUT not in extra:

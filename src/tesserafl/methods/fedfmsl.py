@@ -31,7 +31,6 @@ from tesserafl.core.method import (
     report_deltas,
 )
 from tesserafl.core.model import Model
-from tesserafl.core.params import num_entries
 from tesserafl.core.submodel import cut
 from tesserafl.methods._activation import Activation, Heard, counts_of, most_blocks
 from tesserafl.methods._adapters import init_adapters
@@ -62,7 +61,10 @@ class FedFMSL(Activation, Experts):
             raise ConfigError(f"method.stage_one must be in [0, 1]; got {self.stage_one}")
         state = init_adapters(self, model, seed, rounds)
         gate, size = self.new_gate(model, seed)
-        notes = {**self.begin(most_blocks(model)), FEATURES: size, "served": []}
+        most = most_blocks(model)
+        notes = {**self.begin(most), FEATURES: size, "served": []}
+        if any(bool(state.params[pair.up].any()) for pair in model.low_rank):
+            notes["reached"] = most  # a saved adapter: what is not active is applied as well
         return replace(state, extra=gate, notes=notes)
 
     def configure(
@@ -98,8 +100,7 @@ class FedFMSL(Activation, Experts):
 
     def report(self, model: Model, task: Task, fitted: Fitted, memory: Memory) -> Report:
         """Stage one: what the adapters changed by. Stage two: the gate's adapter alone."""
-        counts = counts_of(model, task, num_entries(fitted.params))
-        fitted = replace(fitted, metrics={**fitted.metrics, **counts})
+        fitted = replace(fitted, metrics={**fitted.metrics, **counts_of(model, task)})
         if task.options["second"]:
             return self.own_report(model, task, fitted, memory)
         return report_deltas(self, model, task, fitted, memory)

@@ -96,7 +96,8 @@ class PFLMoE(Experts):
 
         def noted() -> Iterator[Update]:
             for update in updates:
-                answered.add(update.client)
+                if update.num_steps:  # peers hear of those too that did not train
+                    answered.add(update.client)
                 yield update
 
         after = average_trained(self, model, state, clients, noted())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tesserafl.core import seeds
 from tesserafl.core.errors import ConfigError, ModelError
-from tesserafl.models.configs import Config, knobs_of
+from tesserafl.models.configs import Config, knobs_of, places_of
 from tesserafl.models.wrapped import embedding_of
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def class_texts(
     Raises:
         ConfigError: the prompt has no place for the class.
         ModelError: the folder has no tokenizer, the classes have no or equal names, a sentence is
-            too long, or the model does not tell sentences apart.
+            empty or too long, or the model does not tell sentences apart.
     """
     if prompt.count("{}") != 1:
         raise ConfigError(
@@ -91,11 +91,18 @@ def class_texts(
     text = config.get_text_config()
     tokenizer = _tokenizer(text, source, has_weights)
     sentences = [prompt.replace("{}", name) for name in spec.class_names]
+    if empty := [i for i, sentence in enumerate(sentences) if not sentence.strip()]:
+        raise ModelError(
+            f"class {empty[0]} is called {spec.class_names[empty[0]]!r}, so its sentence with "
+            f"model.prompt {prompt!r} is empty; name the class in the data, or write words around "
+            f"{{}}"
+        )
     ids: Ids = tokenizer(sentences)["input_ids"]
     start = int(all(row[0] in tokenizer.all_special_ids for row in ids))
     ids = [[*row[:start], *row[start : start + 1] * context, *row[start:]] for row in ids]
-    _check(sentences, ids, text, context)
-    filled, mask = _padded(config, ids, tokenizer)
+    tower = _shallow(config)
+    _check(sentences, ids, text, places_of(config, tower), context)
+    filled, mask = _padded(config, tower, ids, tokenizer)
     return ClassTexts(ids=filled, mask=mask, start=start, tokenizer=tokenizer)
 
 
@@ -139,13 +146,14 @@ def _tokenizer(text: Config, source: Path | None, has_weights: bool) -> Any:
     return byte_tokenizer()
 
 
-def _check(sentences: Sequence[str], ids: Ids, text: Config, context: int) -> None:
+def _check(
+    sentences: Sequence[str], ids: Ids, text: Config, limit: int | None, context: int
+) -> None:
     if twice := [s for i, s in enumerate(sentences) if ids[i] in ids[:i]]:
         raise ModelError(
             f"two classes have the sentence {twice[0]!r}; give the classes names that differ"
         )
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
-    limit = getattr(text, "max_position_embeddings", None)
     if limit is not None and len(ids[longest]) > limit:
         also = f", {context} of them learned" if context else ""
         raise ModelError(
@@ -161,17 +169,16 @@ def _check(sentences: Sequence[str], ids: Ids, text: Config, context: int) -> No
         )
 
 
-def _padded(config: Config, ids: Ids, tokenizer: Any) -> tuple[Ids, Ids | None]:
+def _padded(config: Config, tower: nn.Module, ids: Ids, tokenizer: Any) -> tuple[Ids, Ids | None]:
     """Padded as the text tower needs it: as short as its embeddings do not depend on padding.
 
     A tower that looks back only needs no more than the end of a text; one that looks at everything
     needs a mask; one that reads the last place of all, as SigLIP does, gets all its places filled,
     as it was trained. One layer with any weights shows which it is.
     """
-    tower = _shallow(config)
     text = config.get_text_config()
     width = max(map(len, ids))
-    places = getattr(text, "max_position_embeddings", None) or width + 1
+    places = places_of(config, tower) or width + 1
     two = [min(ids, key=len), max(reversed(ids), key=len)][: len(ids)]
     embedded = torch.cat([_embedded(tower, [row], None) for row in two])
     for masked in (False, True):

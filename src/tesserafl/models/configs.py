@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from tesserafl.core.errors import ConfigError, ModelError, did_you_mean
 
@@ -52,7 +53,7 @@ class Knob:
 def knobs_of(config: Config) -> list[Knob]:
     """Every size that the config's fields name, in the order from input to output."""
     knobs = list(_own_knobs(config))
-    parts = {p: getattr(config, f) for p, f in _SUB_CONFIGS.items() if hasattr(config, f)}
+    parts = _parts_of(config)
     for prefix, part in parts.items():
         for knob in _own_knobs(part):
             knobs.append(
@@ -76,7 +77,8 @@ def config_of(name: str, source: Path | None, options: Mapping[str, Any]) -> Con
     """The config of a model type, or of the folder `source`, with these fields set.
 
     Raises:
-        ConfigError: transformers is missing, or the type or a field is unknown.
+        ConfigError: transformers is missing, the type or a field is unknown, or blocks are to be
+            computed twice.
     """
     try:
         from transformers import CONFIG_MAPPING, AutoConfig
@@ -111,14 +113,34 @@ def config_of(name: str, source: Path | None, options: Mapping[str, Any]) -> Con
     # Made anew, since families derive fields from others when a config is made.
     config = made(**nested)
     config.dtype = torch.float32
+    _check_checkpointing(config)
     return config
+
+
+def _check_checkpointing(config: Config) -> None:
+    """Raise ConfigError if blocks are to be computed a second time in the backward pass."""
+    # Parameters are put in for a call alone, so the second time the blocks would find others and
+    # train nothing, without a word. Refused and not switched off: who asks for it counts on the
+    # memory that it saves.
+    for prefix, part in {"": config, **_parts_of(config)}.items():
+        if getattr(part, "gradient_checkpointing", False):
+            name = f"{prefix and _SUB_CONFIGS[prefix] + '.'}gradient_checkpointing"
+            raise ConfigError(
+                f"the model's config has {name} true, with which no block would be trained here; "
+                f"set it to false in model.options, and for less memory take a smaller batch_size"
+            )
+
+
+def _parts_of(config: Config) -> dict[str, Config]:
+    """Its sub-configs, by the prefix of their sizes."""
+    return {p: getattr(config, f) for p, f in _SUB_CONFIGS.items() if hasattr(config, f)}
 
 
 def fit_to_data(config: Config, spec: Spec, source: Path | None) -> None:
     """Set on the config what the data decide.
 
     Raises:
-        ModelError: texts are too long, or a saved model reads other images or tokens.
+        ModelError: a saved model reads other images or tokens.
     """
     if spec.task != "causal-lm":
         config.num_labels = spec.num_classes
@@ -138,12 +160,6 @@ def fit_to_data(config: Config, spec: Spec, source: Path | None) -> None:
             part.is_decoder = True  # BERT and its kin look ahead unless told
         part.pad_token_id = config.pad_token_id = spec.pad_id
         wanted = {"vocab_size": spec.vocab_size}
-        longest = getattr(part, "max_position_embeddings", None)
-        if longest is not None and spec.shape[0] > longest:
-            raise ModelError(
-                f"texts are {spec.shape[0]} tokens long, the model reads {longest}; shorten the "
-                f"data's sequences or set max_position_embeddings in model.options"
-            )
     for name, value in wanted.items():
         given = getattr(part, name, None)
         if given is None or given == value:
@@ -155,6 +171,32 @@ def fit_to_data(config: Config, spec: Spec, source: Path | None) -> None:
                 f"{source}: the saved model has {name} {given}, the data have {value}; prepare "
                 f"the data as the model was trained (its size of images, its tokenizer)"
             )
+
+
+def places_of(config: Config, module: nn.Module) -> int | None:
+    """Tokens of one text that a model has places for; None: any number.
+
+    Args:
+        config: of the model.
+        module: built from it, on `meta` or not.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # RoBERTa and its kin give a text the places after padding's own.
+    later = [
+        len(part.weight) - part.padding_idx - 1
+        for path, part in module.named_modules()
+        if "position" in path.rpartition(".")[2] and getattr(part, "padding_idx", None) is not None
+    ]
+    return min((n for n in (longest, *later) if n is not None), default=None)
+
+
+def check_length(length: int, places: int | None) -> None:
+    """Raise ModelError if texts of so many tokens have no room."""
+    if places is not None and length > places:
+        raise ModelError(
+            f"texts are {length} tokens long, the model reads {places}; shorten the data's "
+            f"sequences or set max_position_embeddings in model.options"
+        )
 
 
 def _own_knobs(config: Config) -> Iterator[Knob]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from tesserafl.core import seeds
 from tesserafl.core.fit import CrossEntropy, Training
 from tesserafl.core.model import Model
 from tesserafl.core.submodel import SubModel
+from tesserafl.models.compact import CompactEmbedding, CompactLinear
 from tesserafl.models.scaling import forward_of
 
 
@@ -32,7 +34,8 @@ class Costs:
     peak_bytes: int
     """Predicted peak of training: received and trained parameters, gradients (once more each where
     they are clipped and where weights decay), the optimiser's buffers, activations, and what the
-    model has beside its parameters: the frozen weights under adapters."""
+    model has beside its parameters: the frozen weights under adapters, and once in float32
+    the largest matrix of those that are kept in fewer bytes."""
     forward_flops_per_example: float = 0.0
     """Of the forward pass alone, which is all that reference parameters are used for."""
 
@@ -70,11 +73,25 @@ def frozen_entries(model: Model) -> int:
     module = model.module(device="meta")
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     statistics = {id(buffer) for norm in norms for buffer in norm.buffers()}
-    return sum(
-        buffer.numel()
-        for buffer in module.buffers()
-        if buffer.is_floating_point() and id(buffer) not in statistics
-    )
+    compact = _compact(module)
+    entries = {_place(part.values): math.prod(part.layout.shape) for part in compact}
+    others = {_place(part.scales) for part in compact if part.scales is not None}
+    for buffer in module.buffers():
+        counts = buffer.is_floating_point() and id(buffer) not in statistics
+        if counts and _place(buffer) not in others:
+            entries.setdefault(_place(buffer), buffer.numel())
+    return sum(entries.values())
+
+
+def _compact(module: nn.Module) -> list[CompactLinear | CompactEmbedding]:
+    kinds = CompactLinear | CompactEmbedding
+    return [part for part in module.modules() if isinstance(part, kinds)]
+
+
+def _place(tensor: Tensor) -> int:
+    """The same for tensors that share memory."""
+    place: int = tensor.untyped_storage()._cdata
+    return place
 
 
 def _count(
@@ -106,8 +123,8 @@ def _counted(
     trained = [t for name, t in params.items() if trainable is None or name in trainable]
     for tensor in trained:
         tensor.requires_grad_()
-    frozen = {buffer.untyped_storage()._cdata: buffer for buffer in module.buffers()}
-    own = {tensor.untyped_storage()._cdata for tensor in params.values()} | frozen.keys()
+    frozen = {_place(buffer): buffer for buffer in module.buffers()}
+    own = {_place(tensor) for tensor in params.values()} | frozen.keys()
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # a storage that died would hand its id to the next one
 
@@ -128,6 +145,11 @@ def _counted(
     parameter_bytes = sum(tensor.numel() * tensor.element_size() for tensor in params.values())
     trained_bytes = sum(tensor.numel() * tensor.element_size() for tensor in trained)
     frozen_bytes = sum(buffer.numel() * buffer.element_size() for buffer in frozen.values())
+    restored = [
+        torch.float32.itemsize * math.prod(part.layout.shape)
+        for part in _compact(module)
+        if isinstance(part, CompactLinear)  # of an embedding only the rows that are asked for
+    ]
     activations = sum(kept.values())
     buffers = {"adamw": 2, "sgd": 1 if training.momentum else 0}[training.optimiser]
     copies = (training.clip_norm is not None) + (
@@ -143,5 +165,6 @@ def _counted(
         peak_bytes=parameter_bytes
         + trained_bytes * (2 + buffers + copies)
         + activations
-        + frozen_bytes,
+        + frozen_bytes
+        + max(restored, default=0),
     )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tesserafl.core.errors import ConfigError
 from tesserafl.core.model import CLASSES, Model, Output
 from tesserafl.core.modules import parameters_of
+from tesserafl.models.compact import Base
 from tesserafl.models.frozen import Frozen, whole_model, write_trained
 from tesserafl.models.huggingface import Option, family_of
 from tesserafl.models.wrapped import Wrapped
@@ -43,6 +44,8 @@ class FeatureAdapter:
     head on the adapted features, which is trained too"""
     adapter: Path | None = None
     """folder with the adapter of an earlier run (its model/adapter) to start from"""
+    base: Base = "float32"
+    """how the frozen weights are kept: float32, bfloat16, int8 or nf4; see model 'lora'"""
 
     def build_model(self, spec: Spec) -> Model:
         """The adapter as a model, for a data set's inputs and classes.
@@ -58,7 +61,7 @@ class FeatureAdapter:
                 "'prompts' or 'lora'"
             )
         family = family_of(self.config, self.options, spec, self.prompt)
-        frozen = Frozen(family=family, train_head=False)
+        frozen = Frozen(family=family, train_head=False, base=self.base)
         size = frozen.feature_size()
         classes = family.rows.get(CLASSES)
 
@@ -69,8 +72,8 @@ class FeatureAdapter:
 
         def save(module: nn.Module, folder: str) -> None:
             # Without a head, which would be one that nobody trained.
-            model = frozen.module.model
-            base = Wrapped(model.base_model, family.pad_id) if classes else frozen.module
+            whole = frozen.whole()
+            base = Wrapped(whole.model.base_model, family.pad_id) if classes else whole
             family.save(base, folder)
             write_trained(parameters_of(module), Path(folder) / "adapter")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from tesserafl.core.errors import ModelError
 from tesserafl.core.model import CLASSES, Model, Sizes
 from tesserafl.core.modules import parameters_of
 from tesserafl.core.params import Params
+from tesserafl.models.compact import Base, Stored, compact, put, restore, scratch_for
 from tesserafl.models.configs import knobs_of
 from tesserafl.models.huggingface import Family
 
@@ -41,10 +42,15 @@ class Frozen:
     family: Family
     train_head: bool
     """Whether a classifier's outputs are trained."""
+    base: Base = "float32"
+    """How the weights are kept."""
 
     @property
     def module(self) -> Any:
-        """The one copy of the frozen weights in this process; never to be written to."""
+        """The one copy of the frozen weights in this process; never to be written to.
+
+        Weights that are kept in fewer bytes lie beside it (`value_of`).
+        """
         return self._loaded[0]
 
     @property
@@ -53,7 +59,7 @@ class Frozen:
         return self._loaded[1]
 
     @cached_property
-    def _loaded(self) -> tuple[nn.Module, frozenset[str]]:
+    def _loaded(self) -> tuple[nn.Module, frozenset[str], dict[int, Stored]]:
         # Both draw what is in no file; that must be the same in every process.
         with torch.device("cpu"), seeds.seeded(0, "frozen"):
             module = self.family.build({})
@@ -67,7 +73,29 @@ class Frozen:
             for name, value in module.named_parameters():
                 if name in loaded:
                     value.copy_(loaded[name])
-        return module.requires_grad_(False), frozenset(new)
+        stored = compact(module.requires_grad_(False), self.base, self.outputs | new)
+        return module, frozenset(new), stored
+
+    @cached_property
+    def _stored_on_meta(self) -> dict[int, Stored]:
+        if self.base == "float32":
+            return {}  # without a look at the files
+        return compact(self.on_meta, self.base, self.outputs | self.drawn)
+
+    @cached_property
+    def _scratch(self) -> Tensor:
+        with torch.device("cpu"):
+            return scratch_for(self.module, self._loaded[2])
+
+    def value_of(self, parameter: Tensor) -> Tensor:
+        """What a parameter of a copy holds, in float32."""
+        stored = self._loaded[2].get(id(parameter))
+        return parameter if stored is None else restore(*stored)
+
+    def whole(self) -> Any:
+        """A copy of the frozen module to write to, in float32."""
+        values = {key: nn.Parameter(restore(*kept), False) for key, kept in self._loaded[2].items()}
+        return copy.deepcopy(self.module, values)
 
     @cached_property
     def on_meta(self) -> nn.Module:
@@ -123,24 +151,27 @@ class Frozen:
     def freeze(self, module: nn.Module, own: Callable[[str], bool]) -> nn.Module:
         """Make buffers of a copy's parameters, in place, but for its `own` and the head."""
         on_meta = any(value.is_meta for value in module.parameters())
+        stored = self._stored_on_meta if on_meta else self._loaded[2]
         redrawn = frozenset() if on_meta else self.head & self.drawn
         for path, part in module.named_modules():
             for key, value in list(part._parameters.items()):
                 name = f"{path}.{key}" if path else key
                 if value is None or own(name):
                     continue
-                if name in self.head:
+                if id(value) in stored:
+                    put(part, stored[id(value)], None if on_meta else self._scratch)
+                elif name in self.head:
                     part._parameters[key] = nn.Parameter(value.detach().clone())
                 else:
                     del part._parameters[key]
                     part.register_buffer(key, value.detach())
-            if any(name.rpartition(".")[0] == path for name in redrawn):
-                part.reset_parameters()  # drawn by the run's seed
+            if keys := [k for k in part._parameters if (f"{path}.{k}" if path else k) in redrawn]:
+                _redraw(part, keys)  # by the run's seed
         return module.requires_grad_(True)
 
     def save(self, trained: Params, folder: str) -> None:
         """Write the frozen model with these values in place of its own, in the library's format."""
-        whole = copy.deepcopy(self.module) if trained else self.module
+        whole = self.whole()
         with torch.no_grad():
             for name, value in trained.items():
                 whole.get_parameter(name).copy_(value)
@@ -159,6 +190,22 @@ class Frozen:
             axis: Width(units=size, quantum=1, size=axis, cuttable=False)
             for axis, size in self.family.rows.items()
         }
+
+
+def _redraw(part: Any, keys: Sequence[str]) -> None:
+    """Draw these parameters of a part anew, as it does itself, and nothing else of it.
+
+    Where it does not say how, as of one parameter among other modules, they stay as they are: drawn
+    like all of the frozen module.
+    """
+    if not hasattr(part, "reset_parameters"):
+        return
+    # Elsewhere: it draws all that it holds, and what was in the file is shared.
+    drawn = copy.deepcopy(part)
+    drawn.reset_parameters()
+    with torch.no_grad():
+        for key in keys:
+            part._parameters[key].copy_(drawn._parameters[key])
 
 
 def whole_model(

@@ -26,8 +26,17 @@ from tesserafl.models.class_texts import (
     class_texts,
     two_tower_class,
 )
-from tesserafl.models.configs import Config, Knob, config_of, fit_to_data, knobs_of, resized
-from tesserafl.models.wrapped import Scaling, TwoTower, Wrapped, scaling_of
+from tesserafl.models.configs import (
+    Config,
+    Knob,
+    check_length,
+    config_of,
+    fit_to_data,
+    knobs_of,
+    places_of,
+    resized,
+)
+from tesserafl.models.wrapped import PROCESSOR_FILES, Scaling, TwoTower, Wrapped, scaling_of
 
 if TYPE_CHECKING:
     from tesserafl.data.examples import Spec
@@ -42,12 +51,7 @@ _AUTO_CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
 }
-_COMPANIONS = (
-    *TOKENIZER_FILES,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "preprocessor_config.json",
-)
+_COMPANIONS = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", *PROCESSOR_FILES)
 """Files that make a saved model usable without its source."""
 
 
@@ -130,6 +134,8 @@ def family_of(
     fit_to_data(found, spec, source)
     scaling = scaling_of(source) if spec.kind == "image" and source is not None else None
     family = Family(config=found, spec=spec, auto_class=auto_class, source=source, scaling=scaling)
+    if spec.kind != "image":
+        check_length(spec.shape[0], family.places)
     if prompt:
         texts = class_texts(found, source, family.has_weights, spec, prompt, context)
         family = replace(family, texts=texts)
@@ -190,6 +196,12 @@ class Family:
     def pad_id(self) -> int | None:
         """Token id of padding; None: the inputs are images."""
         return None if self.spec.kind == "image" else self.spec.pad_id
+
+    @property
+    def places(self) -> int | None:
+        """Tokens of one text that there are places for; None: any number."""
+        with torch.device("meta"):
+            return places_of(self.config, self.build({}))
 
     def example(self) -> Tensor:
         """A batch of two."""

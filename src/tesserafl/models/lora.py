@@ -11,7 +11,6 @@ themselves are the peft library's.
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections import Counter
@@ -28,6 +27,7 @@ from tesserafl.core.errors import ConfigError, ModelError
 from tesserafl.core.model import Model, Sizes
 from tesserafl.core.modules import parameters_of
 from tesserafl.core.params import Params
+from tesserafl.models.compact import Base
 from tesserafl.models.frozen import Frozen
 from tesserafl.models.huggingface import Family, Option, family_of, refuse_foresight
 from tesserafl.models.peft_files import DOWN, UP, need_peft, peft_name, read_adapter
@@ -64,13 +64,16 @@ class LoRA:
     merge: bool = False
     """whether the adapted weights are parameters too, frozen on clients, so that a server can merge
     adapters into them (flora)"""
+    base: Base = "float32"
+    """how the frozen weights are kept: float32; bfloat16, half the bytes; int8 or nf4 (8 or 4 bits,
+    by bitsandbytes) for linear layers and bfloat16 for embeddings. Computation is in float32"""
 
     def build_model(self, spec: Spec) -> Model:
         """The adapters as a model, for a data set's inputs and classes.
 
         Raises:
-            ConfigError: a library is missing, the config, an option or the rank is wrong, or no
-                module is a target.
+            ConfigError: a library is missing, the config, an option or the rank is wrong, no module
+                is a target, or weights are to be merged and kept in fewer bytes.
             ModelError: the data do not fit the model, or a saved adapter does not.
         """
         if self.rank < 1 or not self.alpha > 0:
@@ -78,9 +81,14 @@ class LoRA:
                 f"model.rank must be at least 1 and model.alpha positive; got {self.rank} and "
                 f"{self.alpha}"
             )
+        if self.merge and self.base != "float32":
+            raise ConfigError(
+                f"model.merge makes float32 parameters of the adapted weights, model.base "
+                f"{self.base!r} keeps them in fewer bytes; choose one of the two"
+            )
         need_peft()
         family = family_of(self.config, self.options, spec, self.prompt)
-        frozen = Frozen(family=family, train_head=self.train_head)
+        frozen = Frozen(family=family, train_head=self.train_head, base=self.base)
         model = _Adapted(settings=self, family=family, frozen=frozen).model()
         if spec.task == "causal-lm":
             refuse_foresight(family, model)
@@ -115,6 +123,7 @@ class _Adapted:
             shapes=shapes,
             low_rank=pairs,
             feature_size=self.frozen.feature_size,
+            per_place=self.family.spec.task == "causal-lm",
             frozen_blocks=self.frozen.blocks_in(module),
             pretrained=None if self.settings.adapter is None else self.load,
             save=self.save,
@@ -156,7 +165,7 @@ class _Adapted:
         import peft
 
         trained = parameters_of(module)
-        whole = copy.deepcopy(self.frozen.module)  # merging writes into it
+        whole = self.frozen.whole()
         heads = sorted(
             {name.removeprefix("model.").rpartition(".")[0] for name in self.frozen.head}
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -18,6 +19,8 @@ DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"
 
 def need_peft() -> None:
     """Raise ConfigError unless the library is installed."""
+    # It imports bitsandbytes where that is installed, which then warns of kernels nobody asks for.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import peft  # noqa: F401
     except ImportError as error:

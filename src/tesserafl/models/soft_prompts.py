@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tesserafl.core.errors import ConfigError, ModelError
 from tesserafl.core.model import Model, Output
 from tesserafl.core.modules import parameters_of
+from tesserafl.models.compact import Base
 from tesserafl.models.frozen import Frozen, whole_model, write_trained
 from tesserafl.models.huggingface import Family, Option, family_of, refuse_foresight
 from tesserafl.models.wrapped import answer
@@ -45,6 +46,8 @@ class Prompts:
     """folder with the vectors of an earlier run (its model/adapter) to start from"""
     train_head: bool = True
     """whether a text classifier's output layer is trained and sent as well"""
+    base: Base = "float32"
+    """how the frozen weights are kept: float32, bfloat16, int8 or nf4; see model 'lora'"""
 
     def build_model(self, spec: Spec) -> Model:
         """The vectors as a model, for a data set's inputs and classes.
@@ -61,7 +64,7 @@ class Prompts:
         else:
             family = family_of(self.config, self.options, spec)
             self._check_places(family)
-        frozen = Frozen(family=family, train_head=self.train_head)
+        frozen = Frozen(family=family, train_head=self.train_head, base=self.base)
 
         def save(module: nn.Module, folder: str) -> None:
             trained = parameters_of(module)
@@ -81,7 +84,7 @@ class Prompts:
 
     def _check_places(self, family: Family) -> None:
         length = family.spec.shape[0]
-        places = getattr(family.config.get_text_config(), "max_position_embeddings", None)
+        places = family.places
         if places is not None and length + self.context > places:
             raise ModelError(
                 f"texts of {length} tokens and model.context {self.context} need "
@@ -100,7 +103,7 @@ class Prompts:
         if texts is not None:
             nn.init.normal_(vectors, std=0.02)
         elif not vectors.is_meta:
-            table = embedding.weight
+            table = frozen.value_of(embedding.weight)
             tokens = torch.randint(len(table), (self.context,), device=table.device)
             vectors.copy_(table[tokens])
         embedding.context = nn.Parameter(vectors)

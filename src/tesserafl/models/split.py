@@ -84,18 +84,27 @@ def towers_of(
         cuts: `cuts_of` the module.
         inputs: two examples [2, ...], best unlike.
     """
+    try:
+        return _found(module, forward, params, cuts, inputs)
+    except Exception:
+        # A batch of one, a second call or an answer of another kind may be more than a module
+        # takes. Then nothing is left out; what is wrong without all this fails in training too.
+        return ()
+
+
+def _found(
+    module: nn.Module, forward: Forward, params: Params, cuts: Sequence[Cut], inputs: Tensor
+) -> tuple[Tower, ...]:
+    """`towers_of`, with what the module raises."""
     run = partial(_run, module, cuts=cuts)
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
     with torch.enable_grad(), seeds.seeded(0, "split"):
         graph = run(lambda: forward(leaves, inputs))
         names = {cut: _names_below(graph[cut].hidden, leaves, cut) for cut in graph}
     found = []
-    try:
-        for number, batch in enumerate((inputs, inputs, inputs[:1], inputs[1:])):
-            with torch.no_grad(), seeds.seeded(0, "split", number):  # each from another state
-                found.append(run(partial(forward, params, batch)))
-    except ValueError:
-        return ()  # it takes no batch of one: examples depend on each other
+    for number, batch in enumerate((inputs, inputs, inputs[:1], inputs[1:])):
+        with torch.no_grad(), seeds.seeded(0, "split", number):  # each from another state
+            found.append(run(partial(forward, params, batch)))
     towers = []
     for cut in cuts:
         answers = [each.get(cut) for each in found]

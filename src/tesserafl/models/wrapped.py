@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from tesserafl.models.class_texts import ClassTexts
 
 
+PROCESSOR_FILES = {"processor_config.json": "image_processor", "preprocessor_config.json": ""}
+"""What a saved model says of its images -> under which key; empty: that is all of the file."""
+
+
 class Scaling(NamedTuple):
     """How a saved model takes images: (p - mean) / deviation of pixels p in [0, 1], by channel."""
 
@@ -28,19 +32,52 @@ def scaling_of(folder: Path) -> Scaling | None:
     """A saved model's own; None: it takes images in [-1, 1], as data sets give them.
 
     Raises:
-        ModelError: preprocessor_config.json cannot be read.
+        ModelError: the file that says so cannot be read, or asks for more than a mean and a
+            deviation.
     """
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    path, found = _processor_of(folder)
+    _check_processor(path, found)
+    if not found.get("do_normalize", True):
+        return Scaling((0.0,), (1.0,))  # of every channel
     mean, deviation = found.get("image_mean"), found.get("image_std")
-    if not (mean and deviation and found.get("do_normalize", True)):
+    if not (mean and deviation):
         return None
     return Scaling(tuple(mean), tuple(deviation)) if {*mean, *deviation} != {0.5} else None
+
+
+def _processor_of(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """What a saved model says of its images, and the file that does; empty if none does."""
+    # In transformers' own order: models with a tokenizer too are saved with the first one alone.
+    for name, key in PROCESSOR_FILES.items():
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"{path} is not valid JSON: {error}") from error
+        found = found.get(key) if key else found
+        if found:
+            return path, found
+    return folder, {}
+
+
+def _check_processor(path: Path, found: dict[str, Any]) -> None:
+    """Raise ModelError if images are prepared in a way that is not done here."""
+    factor = found.get("rescale_factor")
+    wrong = {
+        "do_flip_channel_order": bool(found.get("do_flip_channel_order")),
+        "do_rescale": found.get("do_rescale", True) is False,
+        "rescale_factor": factor is not None and abs(factor * 255 - 1) > 1e-6,
+        "rescale_offset": bool(found.get("rescale_offset")),
+    }
+    if names := [name for name, refused in wrong.items() if refused]:
+        raise ModelError(
+            f"{path} has {names[0]} {found[names[0]]!r}; images are given to a model as red, green "
+            f"and blue, from 0 to 1 (do_flip_channel_order false, do_rescale true, rescale_factor "
+            f"1/255, rescale_offset false) and then scaled by image_mean and image_std: choose a "
+            f"model that was trained so"
+        )
 
 
 class Wrapped(nn.Module):

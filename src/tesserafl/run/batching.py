@@ -132,9 +132,10 @@ def _difference(experiment: Experiment, model: Model, task: Task, train: Example
     for answer in answers:
         if isinstance(answer, TesseraError):
             return str(answer)
-        for name, delta in expected.delta.items():
+        found = {**answer[0].extra, **answer[0].delta}
+        for name, delta in {**expected.extra, **expected.delta}.items():
             scale = float(delta.abs().max())
-            if not float((answer[0].delta[name] - delta).abs().max()) <= 0.01 * scale + 1e-6:
+            if not float((found[name] - delta).abs().max()) <= 0.01 * scale + 1e-6:
                 return f"{name!r} is trained otherwise: examples of a batch influence each other"
     return None
 

@@ -51,7 +51,7 @@ def with_depth(client: Client, costs: CostTable) -> Client:
     """The client, with the most blocks whose adapters it can train in its memory and its time.
 
     Only for methods that choose how many: those with `trained_in(model, blocks)`, which names what
-    is trained with so many active blocks.
+    is trained with so many active blocks; their `caps` count too.
 
     Raises:
         CapacityError: not even those of one block.
@@ -60,11 +60,17 @@ def with_depth(client: Client, costs: CostTable) -> Client:
     trained_in = getattr(experiment.method, "trained_in", None)
     gflops, seconds = experiment.client_gflops, experiment.client_seconds
     most = max((d.blocks for d in model.depths.values() if d.last is not None), default=0)
-    if trained_in is None or not most or (client.memory_bytes is None and seconds is None):
-        return client
-    for blocks in range(most, 0, -1):
+    if trained_in is None or not most:
+        return replace(client, depth=None)
+    caps = getattr(experiment.method, "caps", ())
+    least = min(most, caps[client.id % len(caps)]) if caps else most
+    if client.memory_bytes is None and seconds is None:
+        return replace(client, depth=least if caps else None)
+    looked_at = getattr(experiment.method, "num_references", 0)
+    for blocks in range(least, 0, -1):
         cost = costs.of_part(model.whole(), trained_in(model, blocks))
-        work = cost.flops_per_example * client.num_examples * experiment.training.epochs
+        each = cost.flops_per_example * experiment.training.epochs
+        work = client.num_examples * (each + looked_at * cost.forward_flops_per_example)
         if client.memory_bytes is not None and cost.peak_bytes > client.memory_bytes:
             continue
         if seconds is None or work <= seconds * 1e9 * gflops[client.id % len(gflops)]:

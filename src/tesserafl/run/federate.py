@@ -74,6 +74,12 @@ def federate(setup: Setup, state: State) -> Federation:
             f"peers that gossip all take part in every round; set clients_per_round to "
             f"{network.peers} (it is {experiment.clients_per_round})"
         )
+    if state.extra and (exchange == "gossip" or not network.reliable):
+        raise ConfigError(
+            f"method {name_of('method', method)!r} averages tensors beside the model's, which must "
+            f"be the same everywhere: peers need every message of every round (network.exchange "
+            f"'all_gather', and loss, delay and failure 0)"
+        )
     if exchange != "lean":
         gossip = exchange == "gossip"
         return replicas(setup.model, method, network, gossip, state)

@@ -87,6 +87,8 @@ def _finetuned(
                 view = outcome.update.submodel.views[name]
                 params[view.name] = params[view.name].clone()
                 view.add(params[view.name], delta)
+            if hasattr(experiment.method, "factors"):  # what it reports stands for factors
+                params |= experiment.method.factors(setup.model, state, outcome.update)
             model = whole.model.resized(task.submodel)
             yield task.client, Predictor(model=model, params=cut(params, task.submodel))
         else:

@@ -23,6 +23,8 @@ from tesserafl.run.costs import CostTable
 from tesserafl.run.setup import Setup
 
 _MIB = 1 << 20
+_LOOKED_AT = ("reference", "validation")
+"""Of these a client counts the examples of forward passes without a backward pass."""
 
 
 @dataclass(kw_only=True)
@@ -212,7 +214,8 @@ def _all_good(updates: Sequence[Update], large: Params) -> bool:
 def _note(task: Task, done: Done, costs: CostTable, notes: Notes) -> None:
     update, cost = done.update, costs.of(task)
     trained = cost.flops_per_example * update.num_examples * task.training.epochs
-    looked_at = cost.forward_flops_per_example * update.metrics.get("reference_examples", 0.0)
+    forward = sum(update.metrics.get(f"{kind}_examples", 0.0) for kind in _LOOKED_AT)
+    looked_at = cost.forward_flops_per_example * forward
     trained_part = update.submodel
     if task.trainable is not None:  # the rest of what it holds is frozen there
         views = {name: view for name, view in trained_part.views.items() if name in update.delta}
@@ -223,8 +226,8 @@ def _note(task: Task, done: Done, costs: CostTable, notes: Notes) -> None:
             "client": update.client,
             "examples": update.num_examples,
             "steps": update.num_steps,
-            "trained_entries": cost.num_trained,
             **update.metrics,
+            "trained_entries": int(update.metrics.get("trained_entries", cost.num_trained)),
             "entries": cost.num_entries,
             "flops": trained + looked_at,
             "seconds": done.seconds,

@@ -56,15 +56,25 @@ def prepare(experiment: Experiment) -> Setup:
     """Load the data, probe the model, describe the clients; the same in every process."""
     data = load(experiment.data, experiment.seed)
     model, clients = experiment.model.build_model(data.spec), clients_of(experiment, data)
-    costs = CostTable(experiment=experiment, model=model, data=data)
-    clients = tuple(with_depth(client, costs) for client in clients)
     batching = choose(experiment, model, data, clients)
-    return Setup(
-        experiment=replace(experiment, engine=replace(experiment.engine, batching=batching)),
-        data=data,
-        model=model,
-        clients=clients,
+    return with_depths(
+        Setup(
+            experiment=replace(experiment, engine=replace(experiment.engine, batching=batching)),
+            data=data,
+            model=model,
+            clients=clients,
+        )
     )
+
+
+def with_depths(setup: Setup) -> Setup:
+    """The setup, whose clients know how many blocks they can train by the experiment's method.
+
+    Raises:
+        CapacityError: a client cannot train one.
+    """
+    costs = setup.costs()
+    return replace(setup, clients=tuple(with_depth(client, costs) for client in setup.clients))
 
 
 def clients_of(experiment: Experiment, data: FederatedData) -> tuple[Client, ...]:

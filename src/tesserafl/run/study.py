@@ -17,7 +17,7 @@ from tesserafl.run.compare import compare
 from tesserafl.run.experiment import Experiment, from_json, to_json, with_absolute_paths
 from tesserafl.run.files import read_json, write_atomic, write_json
 from tesserafl.run.runner import Listener, first_federation, resume, start
-from tesserafl.run.setup import Setup, prepare
+from tesserafl.run.setup import Setup, prepare, with_depths
 
 Rows = Mapping[str, Experiment]
 Announce = Callable[[str, int, int], None]
@@ -74,7 +74,7 @@ def _check(rows: Rows) -> None:
         if key not in setups:
             setups.clear()  # rows of one data set follow each other; more would fill the memory
             setups[key] = prepare(row)
-        first_federation(replace(setups[key], experiment=row))
+        first_federation(with_depths(replace(setups[key], experiment=row)))
 
 
 def _play(

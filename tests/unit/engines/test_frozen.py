@@ -13,6 +13,7 @@ from tesserafl.core.fit import CrossEntropy, Fit, Fitted, Training, logits_of
 from tesserafl.core.messages import Client, Task
 from tesserafl.core.model import Model
 from tesserafl.data.examples import Examples, Spec
+from tesserafl.engines import kept as kept_module
 from tesserafl.engines.client import ClientWorker
 from tesserafl.engines.execute import execute, measured
 from tesserafl.engines.kept import Kept, Shelf
@@ -298,6 +299,64 @@ def test_an_objective_may_call_the_model_as_it_likes() -> None:
 
 
 @dataclass(frozen=True)
+class Smooth:
+    """The loss of inputs that were moved to where it is larger."""
+
+    def __call__(self, forward, params, inputs, labels, extra) -> Tensor:
+        inputs.requires_grad_()
+        loss = F.cross_entropy(forward(params, inputs).logits, labels)
+        (slope,) = torch.autograd.grad(loss, inputs)
+        moved = (inputs + 0.1 * slope.sign()).detach()
+        return F.cross_entropy(forward(params, moved).logits, labels)
+
+
+def test_an_objective_may_ask_for_the_slope_in_the_inputs() -> None:
+    worker, plain = site("vit"), site("vit", 0)
+    fit = fit_of(worker.model, objective=Smooth())
+    assert_close(worker.train(fit).params, plain.train(fit).params)
+    assert worker.kept.num_bytes > 0
+
+
+@dataclass(frozen=True)
+class Rebuilding:
+    """Puts other adapters in for some of those that it is given."""
+
+    names: frozenset
+
+    def __call__(self, forward, params, inputs, labels, extra) -> Tensor:
+        built = {n: 1.5 * t if n in self.names else t for n, t in params.items()}
+        return F.cross_entropy(forward(built, inputs).logits, labels)
+
+
+def test_nothing_is_kept_below_what_the_objective_replaces() -> None:
+    worker, plain = site("bert"), site("bert", 0)
+    names = frozenset(n for n in worker.model.shapes if block_of(n) == 1)
+    fit = fit_of(worker.model, objective=Rebuilding(names), rebuilt=names)
+    assert_close(worker.train(fit).params, plain.train(fit).params)
+    worker.train(fit, round=1)
+    assert worker.calls == [1, 2] * 6  # block 0 alone may be left out
+    names = frozenset(n for n in worker.model.shapes if block_of(n) == 0)
+    fit = fit_of(worker.model, objective=Rebuilding(names), rebuilt=names)
+    before = worker.kept.num_bytes
+    worker.train(fit)
+    assert worker.calls == [0, 1, 2] * 6
+    assert worker.kept.num_bytes == before
+
+
+def test_lower_parameters_are_hashed_once(monkeypatch) -> None:
+    looked: list[str] = []
+    plain = kept_module.sha256
+    monkeypatch.setattr(kept_module, "sha256", lambda given: looked.extend(given) or plain(given))
+    worker = site("bert")
+    fit = fit_of(worker.model)
+    worker.train(fit)
+    assert sorted(looked) == sorted(n for n in fit.params if block_of(n) in (0, 1))
+    looked.clear()
+    worker.train(replace(fit, references={"before": fit.params}))
+    assert len(looked) == len(fit.params) + sum(block_of(n) in (0, 1) for n in fit.params)
+
+
+@dataclass(frozen=True)
 class Imitating:
     """The loss and how far logits and features are from the reference's."""
 
@@ -327,10 +386,11 @@ def test_references_start_from_the_kept_states_if_they_may(same: bool) -> None:
     assert worker.calls == [0, 1] * 3 + own + [2] * 6 * 2  # Imitating calls the model twice
     assert_close(found.params, expected.params)
     assert found.num_reference_examples == expected.num_reference_examples == 10
-    again = worker.train(fit, round=1)
+    worker.train(fit, round=1)
+    assert worker.calls == own + [2] * 6 * 2  # it came back, and is kept from now on
+    again = worker.train(fit, round=2)
     assert worker.calls == [2] * 6 * 2
-    assert again.num_reference_examples == 0
-    assert again.metrics["reference_examples"] == 10.0
+    assert again.num_reference_examples == again.metrics["reference_examples"] == 10
 
 
 @FAMILY

@@ -114,8 +114,18 @@ def test_a_cohort_reads_what_each_client_reads_alone(most: int, monkeypatch) -> 
         assert other.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=1e-4)
         gate = one.params["gate"]
         assert bool(gate.any()) == (size > 1)  # of one example none is held out
-        if most:
-            assert one.num_reference_examples == other.num_reference_examples == size
+        passes = size if most else size * TRAINING.epochs
+        assert one.num_reference_examples == other.num_reference_examples == passes
+
+
+def test_a_client_counts_the_passes_that_it_makes_alone(monkeypatch) -> None:
+    """Of 9 examples a table has room, of all clients' not."""
+    monkeypatch.setattr(references_module, "MOST_LOGITS", 9 * 3 * 4)
+    alone, together = both_ways([fit_of(client) for client in range(len(SIZES))])
+    passes = [7, 1, 2 * 12, 5, 9]
+    for fitted in (alone, together):
+        assert [each.num_reference_examples for each in fitted] == passes
+        assert [each.metrics["reference_examples"] for each in fitted] == passes
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in itself
@@ -178,7 +188,7 @@ def test_large_logits_are_computed_for_every_batch(monkeypatch) -> None:
     assert kept.num_reference_examples == 12
     monkeypatch.setattr(references_module, "MOST_LOGITS", size - 1)
     late = execute(fit, FORWARD, examples, draw_of(), "cpu", MODULE)
-    assert late.num_reference_examples == 4 + 2 * 12  # the first part told their size
+    assert late.num_reference_examples == 2 * 12  # not the part that told their size
     assert_close(late.params, expected.params)
 
 
@@ -240,16 +250,45 @@ def test_references_that_did_not_change_are_not_computed_again() -> None:
         shelf = shelf_of(kept, client)
         return execute(fit, counting, examples, draw_of(), "cpu", MODULE, shelf=shelf)
 
+    def num_calls(fit: Fit, client: int = 0) -> int:
+        run(fit, client)
+        return len(calls)
+
     first, steps = run(fit_of()), 2 * 2
-    assert (first.num_reference_examples, len(calls)) == (9, 3 + steps)
-    again = run(fit_of())
-    assert (again.num_reference_examples, len(calls)) == (0, steps)
-    assert all(torch.equal(again.params[n], t) for n, t in first.params.items())
-    assert again.metrics == first.metrics  # whatever this process remembers
-    assert run(fit_of(), client=1).num_reference_examples == 9
-    assert run(fit_of(client=1)).num_reference_examples == 9  # another teacher
+    assert len(calls) == 3 + steps
+    assert kept.num_bytes == 0  # nobody knows yet whether it comes back
+    for number in (3 + steps, steps, steps):
+        again = run(fit_of())
+        assert len(calls) == number
+        assert all(torch.equal(again.params[n], t) for n, t in first.params.items())
+        assert again == replace(first, params=again.params, classes=again.classes)
+    assert kept.num_bytes == 9 * (8 + 3) * 4  # features and logits
+    assert num_calls(fit_of(), client=1) == 3 + steps
+    assert num_calls(fit_of(client=1)) == 3 + steps  # another teacher
     # Features alone, or in parts of another size, are other numbers.
-    assert run(fit_of(training=replace(TRAINING, batch_size=3))).num_reference_examples == 9
+    assert num_calls(fit_of(training=replace(TRAINING, batch_size=3))) == 3 + 2 * 3
+
+
+def test_references_that_change_in_every_round_are_not_kept() -> None:
+    kept, examples = Kept(most_bytes=1 << 20, most_asked=3), examples_of(9)
+
+    def run(teacher: int) -> Fitted:
+        shelf = shelf_of(kept)
+        return execute(fit_of(teacher), FORWARD, examples, draw_of(), "cpu", MODULE, shelf=shelf)
+
+    for teacher in range(5):
+        assert run(teacher).num_reference_examples == 9
+    run(0)  # so long ago that it is a new one
+    assert kept.num_bytes == 0
+    run(4)
+    assert kept.num_bytes > 0
+
+
+def test_what_was_asked_for_is_remembered_to_a_bound() -> None:
+    kept = Kept(most_bytes=0, most_asked=2)
+    assert [kept.again(key) for key in "aabacab"] == [
+        *(False, True, False, True, False, True, False)
+    ]
 
 
 def test_the_one_used_longest_ago_goes_first() -> None:

@@ -13,7 +13,8 @@ from tesserafl.core.model import Model, Output
 from tesserafl.core.modules import parameters_of
 from tesserafl.core.submodel import SubModel, cut
 from tesserafl.data.examples import Spec
-from tesserafl.models.huggingface import HuggingFace
+from tesserafl.models.configs import config_of
+from tesserafl.models.huggingface import HuggingFace, family_of
 from tesserafl.models.scaling import fan_in_scales, forward_of
 
 transformers = pytest.importorskip("transformers")
@@ -369,6 +370,36 @@ def test_a_saved_model_that_does_not_fit_is_refused(options, spec, error, messag
     saved_bert(tmp_path)
     with pytest.raises(error, match=message):
         HuggingFace(config=str(tmp_path), options=options).build_model(spec)
+
+
+@pytest.mark.parametrize(("config", "pad"), [("roberta", 0), ("roberta", 3), ("mpnet", 1)])
+def test_places_of_padding_are_none_of_a_text(config, pad):
+    options = {**HEADS, "intermediate_size": 48, "max_position_embeddings": 16}
+    settings = HuggingFace(config=config, options=options)
+    room = 16 - pad - 1
+    with pytest.raises(ModelError, match=f"{room + 1} tokens long, the model reads {room}"):
+        settings.build_model(texts(pad_id=pad, length=room + 1))
+    family = family_of(config, options, texts(pad_id=pad, length=room))
+    assert family.places == room
+    tokens = torch.full((1, room), 7)
+    assert family.build({}).eval()(tokens).logits.shape == (1, 3)
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        family.build({}).eval()(torch.full((1, room + 1), 7))
+
+
+def test_blocks_that_are_computed_twice_are_refused(tmp_path):
+    """Under a call with other parameters the second time would find the module's own."""
+    saved_bert(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "gradient_checkpointing": True}))
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing true.*in model\.options"):
+        HuggingFace(config=str(tmp_path)).build_model(texts())
+    switched_off = {"gradient_checkpointing": False}
+    assert HuggingFace(config=str(tmp_path), options=switched_off).build_model(texts()).shapes
+    part = {"text_config": {"gradient_checkpointing": True}}
+    transformers.CLIPConfig(**part).save_pretrained(tmp_path / "clip")
+    with pytest.raises(ConfigError, match=r"text_config\.gradient_checkpointing true"):
+        config_of("clip", tmp_path / "clip", {})
 
 
 def test_a_saved_model_of_other_sizes_is_refused(tmp_path):

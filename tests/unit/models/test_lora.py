@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tesserafl.core import seeds
@@ -427,6 +428,47 @@ def test_what_no_file_holds_is_frozen_alike_in_every_process_without_a_head(tmp_
         found.append(dict(settings.build_model(TEXTS).module().named_buffers()))
     assert DENSE in found[0]
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def drop(folder, *names: str) -> None:
+    """Take weights out of a folder's file."""
+    path = folder / "model.safetensors"
+    values = load_file(path)
+    for name in names:
+        del values[name]
+    save_file(values, path, metadata={"format": "pt"})
+
+
+def test_what_a_file_holds_of_a_part_stays_where_another_weight_of_it_is_missing(tmp_path):
+    base = save_base("bert", tmp_path)
+    name = "bert.embeddings.LayerNorm"
+    with torch.no_grad():
+        base.get_parameter(f"{name}.weight").fill_(3.0)
+        base.save_pretrained(tmp_path)
+    drop(tmp_path, f"{name}.bias", "bert.pooler.dense.bias")
+    model = lora("bert", config=str(tmp_path), options={}).build_model(TEXTS)
+    assert {f"model.{name}.bias", "model.bert.pooler.dense.bias"} <= set(model.shapes)
+    first = model.module()
+    held = {n: value.clone() for n, value in first.named_buffers()}
+    assert bool((held[f"model.{name}.weight"] == 3.0).all())
+    dense = base.get_parameter("bert.pooler.dense.weight")
+    assert torch.equal(held["model.bert.pooler.dense.weight"], dense)
+    for seed in (1, 2):
+        model.init(seed)
+        assert all(torch.equal(value, held[n]) for n, value in first.named_buffers())
+
+
+def test_a_missing_parameter_without_a_module_of_its_own_is_trained(tmp_path):
+    save_base("vit", tmp_path)
+    name = "vit.embeddings.cls_token"
+    drop(tmp_path, name)
+    settings = lora("vit", config=str(tmp_path), options={})
+    model = settings.build_model(SPECS["vit"])
+    first = model.init(0)[f"model.{name}"]
+    assert torch.equal(settings.build_model(SPECS["vit"]).init(0)[f"model.{name}"], first)
+    module = put(model.module(), moved(model))
+    module(batch(SPECS["vit"])[0]).logits.sum().backward()
+    assert module.get_parameter(f"model.{name}").grad.any()
 
 
 def test_a_folder_without_some_blocks_is_refused(tmp_path):

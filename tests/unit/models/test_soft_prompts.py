@@ -190,6 +190,12 @@ def test_what_does_not_fit_is_refused():
     ):
         built("bert", context=9)
     with pytest.raises(
+        ModelError, match="context 10 need 22 places, the model has 21; take at most 9"
+    ):
+        built("roberta", context=10)  # of 22 places the first is padding's
+    model = built("roberta", context=9)
+    assert logits(model, model.init(0), inputs("roberta")).shape == (4, 3)
+    with pytest.raises(
         ModelError, match="has 80 tokens, 73 of them learned; the text tower reads 77"
     ):
         built("clip", context=73)

@@ -33,6 +33,8 @@ class Blocks(nn.Module):
             early = hidden if number == 0 else early
             if self.kind == "twice":
                 hidden, *_ = block(hidden)
+        if self.kind == "looks below" and "forward" in vars(self.left[0]):
+            raise RuntimeError("not without its blocks")
         for block in self.right:
             words, *_ = block(words)
         if self.kind == "bypass":
@@ -51,6 +53,8 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.kind == "strict batch norm":
             hidden = self.norm(hidden)
+        if self.kind == "needs two" and len(hidden) < 2:
+            raise RuntimeError("a batch of one")
         if self.kind == "batch norm":
             hidden = self.norm(torch.cat([hidden, hidden + 1.0]))[: len(hidden)]
         if self.kind == "layer drop" and self.training and float(torch.rand(())) < 1e-6:
@@ -82,7 +86,17 @@ def test_a_tower_that_does_not_follow_the_batch_is_constant() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["twice", "batch norm", "strict batch norm", "layer drop", "noise", "more", "no list"],
+    [
+        "twice",
+        "batch norm",
+        "strict batch norm",
+        "layer drop",
+        "noise",
+        "more",
+        "no list",
+        "needs two",
+        "looks below",
+    ],
 )
 def test_a_tower_that_is_not_what_it_should_be_is_left_whole(kind: str) -> None:
     assert "left" not in towers(kind, ["left.2.linear.weight"])

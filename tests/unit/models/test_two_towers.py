@@ -15,6 +15,7 @@ from tesserafl.models.costs import costs_of
 from tesserafl.models.huggingface import HuggingFace, family_of
 from tesserafl.models.lora import LoRA
 from tesserafl.models.soft_prompts import Prompts
+from tesserafl.models.wrapped import Scaling, scaling_of
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -143,6 +144,65 @@ def test_pixels_are_scaled_as_the_saved_model_was_trained(tmp_path):
         assert not torch.allclose(other(images()).logits, module(images()).logits, atol=1e-2)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5], "image_std": [0.5]}')
     assert family_of(str(tmp_path), {}, PETS, PROMPT).scaling is None
+
+
+def test_a_saved_processor_says_how_pixels_are_scaled(tmp_path):
+    """As transformers saves it: no preprocessor_config.json beside it."""
+    save_clip(tmp_path / "base")
+    images_as = transformers.CLIPImageProcessorPil()
+    tokenizer = byte_tokenizer()
+    processor = transformers.CLIPProcessor(image_processor=images_as, tokenizer=tokenizer)
+    processor.save_pretrained(tmp_path / "base")
+    assert not (tmp_path / "base" / "preprocessor_config.json").exists()
+    expected = Scaling(tuple(images_as.image_mean), tuple(images_as.image_std))
+    family = family_of(str(tmp_path / "base"), {}, PETS, PROMPT)
+    assert family.scaling == expected
+    family.save(family.build({}), str(tmp_path / "out"))
+    assert family_of(str(tmp_path / "out"), {}, PETS, PROMPT).scaling == expected
+    # Older ones say nothing of images there.
+    (tmp_path / "base" / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    assert scaling_of(tmp_path / "base") is None
+    other = {"image_mean": [0.1] * 3, "image_std": [0.2] * 3}
+    (tmp_path / "base" / "preprocessor_config.json").write_text(json.dumps(other))
+    assert scaling_of(tmp_path / "base") == Scaling((0.1,) * 3, (0.2,) * 3)
+
+
+def test_pixels_that_are_not_normalised_are_from_0_to_1(tmp_path):
+    save_clip(tmp_path)
+    given = {"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(given))
+    family = family_of(str(tmp_path), {}, PETS, PROMPT)
+    assert torch.equal(family.build({}).pixels(images()), images() * 0.5 + 0.5)
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("do_flip_channel_order", True),
+        ("rescale_factor", 1 / 127.5),
+        ("rescale_offset", True),
+        ("do_rescale", False),
+    ],
+)
+def test_images_that_are_prepared_otherwise_are_refused(name, value, file, tmp_path):
+    plain = {
+        "do_flip_channel_order": False,
+        "rescale_factor": 0.00392156862745098,
+        "rescale_offset": False,
+        "do_rescale": True,
+        "do_normalize": False,
+    }
+
+    def write(given) -> None:
+        held = given if file.startswith("pre") else {"image_processor": given}
+        (tmp_path / file).write_text(json.dumps(held))
+
+    write(plain)
+    assert scaling_of(tmp_path) == Scaling((0.0,), (1.0,))
+    write({**plain, name: value})
+    with pytest.raises(ModelError, match=f"{file} has {name} {value}"):
+        scaling_of(tmp_path)
 
 
 def test_its_axes_are_found():
@@ -291,6 +351,21 @@ TEXTS = Spec(
         ({"config": "bert", "options": {}}, TEXTS, ConfigError, "for text-classification"),
         ({}, replace(PETS, class_names=()), ModelError, "do not name their classes"),
         ({}, replace(PETS, class_names=("cat", "dog", "cat")), ModelError, "'a photo of a cat'"),
+        (
+            {"prompt": "{}"},
+            replace(PETS, class_names=("cat", " ", "horse")),
+            ModelError,
+            "class 1 is called ' ', so its sentence with model.prompt '{}' is empty",
+        ),
+        (
+            {
+                "config": "altclip",  # the first places of its texts are padding's: 257 + 1 of them
+                "options": {**CLIP, "text_config.max_position_embeddings": 258 + 19},
+            },
+            PETS,
+            ModelError,
+            "'a photo of a horse' has 20 tokens; the text tower reads 19",
+        ),
         (
             {"options": {**CLIP, "text_config.max_position_embeddings": 19}},
             PETS,
