@@ -118,7 +118,7 @@ def test_without_limits_or_blocks_a_client_is_as_it_was() -> None:
         )
     )
     assert all(client.depth is None for client in flat.clients)
-    assert with_depth(flat.clients[0], flat.costs()) is flat.clients[0]
+    assert with_depth(flat.clients[0], flat.costs()) == flat.clients[0]
 
 
 def test_depths_are_for_methods_that_go_by_them() -> None:
