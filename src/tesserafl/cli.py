@@ -257,6 +257,11 @@ def _show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
         highlight=False,
         markup=False,
     )
+    for key, what in {"personal": "their own models", "finetuned": "fine-tuned models"}.items():
+        if own := summary.get(f"accuracy_{key}"):
+            mean = sum(own) / len(own)
+            text = f"On the tests of {len(own)} clients {what} reach {mean:.4f} on average"
+            console.print(text, soft_wrap=True, highlight=False, markup=False)
     console.print(
         f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False, markup=False
     )

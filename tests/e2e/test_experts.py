@@ -327,3 +327,13 @@ def test_the_papers_rows_run_on_images(tmp_path):
     assert len(rows) == 9 + 12
     chosen = ("fedfmsl", "promptfl", "fedclip", "pfl_moe", "ablation-from-input")
     started({label: rows[label] for label in chosen}, tmp_path)
+
+
+def test_the_command_says_what_own_models_reach(tmp_path, texts, encoder, capsys):
+    experiment = short(texts, encoder, ALL, clients_per_round=4, rounds=2)
+    (tmp_path / "mine.json").write_text(json.dumps(to_json(experiment)))
+    main(["run", str(tmp_path / "mine.json"), "--out", str(tmp_path / "run")])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    own = summary["accuracy_personal"]
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"their own models reach {sum(own) / len(own):.4f} on average" in text
