@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from pyarrow import parquet
+from bytes_encoder import WORDS, write_encoder, write_texts
 
 from tesserafl.core.errors import ModelError
 from tesserafl.run.experiment import Experiment, from_json
@@ -25,28 +24,17 @@ BERT = {
     "num_hidden_layers": 1,
     "intermediate_size": 48,
 }
-WORDS = ("dreadful", "wonderful")
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    rows = [f"{WORDS[i % 2]} {i % 7}" for i in range(80)]
-    table = pa.table({"text": rows, "label": [i % 2 for i in range(80)]})
-    parquet.write_table(table, folder / "train.parquet")
-    return folder
+    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved encoder of bytes, without a head."""
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        **BERT, vocab_size=258, max_position_embeddings=16, pad_token_id=256, initializer_range=0.3
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
+    return write_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 def short(folder: Path, model: dict, **changes: object) -> Experiment:

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import torch
-from pyarrow import parquet
+from bytes_encoder import WORDS, write_encoder, write_texts
 
 from tesserafl.engines import frozen
 from tesserafl.run.experiment import from_json
@@ -18,30 +17,13 @@ pytest.importorskip("bitsandbytes")
 # peft reads an attribute that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-BERT = {
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "intermediate_size": 48,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-WORDS = ("dreadful", "wonderful")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Texts, and a saved encoder of bytes beside them."""
     folder = tmp_path_factory.mktemp("texts")
-    rows = [f"{WORDS[i % 2]} {i % 7}" for i in range(80)]
-    table = pa.table({"text": rows, "label": [i % 2 for i in range(80)]})
-    (folder / "data").mkdir()
-    parquet.write_table(table, folder / "data" / "train.parquet")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        **BERT, vocab_size=258, max_position_embeddings=16, pad_token_id=256, initializer_range=0.3
-    )
-    transformers.BertModel(config).save_pretrained(folder / "encoder")
+    write_texts(folder / "data")
+    write_encoder(folder / "encoder", 2, dropout=0.0)
     return folder
 
 

@@ -4,10 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import torch
-from pyarrow import parquet
+from bytes_encoder import write_encoder, write_texts
 
 from tesserafl.cli import main
 from tesserafl.core.errors import CapacityError, ConfigError
@@ -23,13 +22,6 @@ pytest.importorskip("peft")
 # peft reads an attribute that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-WORDS = ("dreadful", "wonderful")
-BERT = {
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 3,
-    "intermediate_size": 48,
-}
 BLOCK = 2 * (2 * 32 + 32 * 2)
 """Entries of a block's adapters: of the queries and of the values, rank 2."""
 HEAD = 2 * 32 + 2
@@ -40,23 +32,13 @@ GATE = 2 * 4 * 32
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    rows = [f"{WORDS[i % 2]} {i % 7}" for i in range(120)]
-    table = pa.table({"text": rows, "label": [i % 2 for i in range(120)]})
-    parquet.write_table(table, folder / "train.parquet")
-    return folder
+    return write_texts(tmp_path_factory.mktemp("texts"), 120)
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved encoder of bytes, without a head."""
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        **BERT, vocab_size=258, max_position_embeddings=16, pad_token_id=256, initializer_range=0.3
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
+    return write_encoder(tmp_path_factory.mktemp("encoder"), 3)
 
 
 def short(folder: Path, encoder: Path, method: dict, **changes: object) -> Experiment:

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
-from pyarrow import parquet
+from bytes_encoder import write_texts
 
 from tesserafl.engines import frozen
 from tesserafl.run.experiment import Experiment, from_json
@@ -25,16 +24,11 @@ BERT = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-WORDS = ("dreadful", "wonderful")
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    rows = [f"{WORDS[i % 2]} {i % 7}" for i in range(120)]
-    table = pa.table({"text": rows, "label": [i % 2 for i in range(120)]})
-    parquet.write_table(table, folder / "train.parquet")
-    return folder
+    return write_texts(tmp_path_factory.mktemp("texts"), 120)
 
 
 def short(folder: Path, engine: dict) -> Experiment:

@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import torch
-from pyarrow import parquet
+from bytes_encoder import WORDS, write_encoder, write_texts
 
 from tesserafl.run.experiment import Experiment, from_json
 from tesserafl.run.runner import resume, start
@@ -17,7 +16,6 @@ peft = pytest.importorskip("peft")
 # peft reads an attribute that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-WORDS = ("dreadful", "wonderful")
 HEAD = 4 * (2 * 32 + 2)
 """Bytes of the classifier's output layer."""
 CORES = 4 * 2 * 4 * (2 * 2)
@@ -26,30 +24,13 @@ CORES = 4 * 2 * 4 * (2 * 2)
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    rows = [f"{WORDS[i % 2]} {i % 7}" for i in range(80)]
-    table = pa.table({"text": rows, "label": [i % 2 for i in range(80)]})
-    parquet.write_table(table, folder / "train.parquet")
-    return folder
+    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved encoder of bytes, without a head."""
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        hidden_size=32,
-        num_attention_heads=4,
-        num_hidden_layers=1,
-        intermediate_size=48,
-        vocab_size=258,
-        max_position_embeddings=16,
-        pad_token_id=256,
-        initializer_range=0.3,
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
+    return write_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 def short(folder: Path, encoder: Path, *, ratio: list[float], **changes: object) -> Experiment:
