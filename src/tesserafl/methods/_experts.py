@@ -45,6 +45,8 @@ FEATURES = "features"
 class Experts:
     """The settings of a mixture, and the client's side of it; a method that has one inherits it."""
 
+    stage_one: float = 0.5
+    """share of the rounds that train the global expert; 0: it is the foundation model as it came"""
     gate: Literal["shared", "private", "linear", "half"] = "shared"
     """the gate's adapter is averaged in every round, or stays; or the gate has no adapter; or there
     is no gate, only halves"""
@@ -70,6 +72,8 @@ class Experts:
         Raises:
             ConfigError: one is outside of what it may be.
         """
+        if not 0.0 <= self.stage_one <= 1.0:
+            raise ConfigError(f"method.stage_one must be in [0, 1]; got {self.stage_one}")
         if not 0.0 <= self.held_out < 1.0:
             raise ConfigError(f"method.held_out must be in [0, 1); got {self.held_out}")
         if self.own < 0 or self.balance < 0:
@@ -82,6 +86,10 @@ class Experts:
                 f"method.temperature must be positive and method.gate_width at least 1; got "
                 f"{self.temperature} and {self.gate_width}"
             )
+
+    def is_second(self, round: int, rounds: int) -> bool:
+        """Whether a round, counted from 0, is of the second stage."""
+        return round >= rounds * self.stage_one - 1e-9
 
     def new_gate(self, model: Model, seed: int) -> tuple[Params, int]:
         """The gate's adapter, and how many features it reads.

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from tesserafl.core.errors import ConfigError
 from tesserafl.core.fit import Fit, Fitted, Training
 from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.method import (
@@ -47,8 +46,6 @@ class FedFMSL(Activation, Experts):
     """share of the rank that each client class trains, dealt to the clients in turn"""
     weighting: Weighting = "examples"
     """weight of a client in the mean: its number of examples, or one each"""
-    stage_one: float = 0.5
-    """share of the rounds that train the global expert; 0: it is the foundation model as it came"""
 
     topology: ClassVar[Topology] = "star"
     entrywise: ClassVar[bool] = False
@@ -57,8 +54,6 @@ class FedFMSL(Activation, Experts):
         """Adapters that change nothing, and the gate's adapter, likewise."""
         self.check_schedule()
         self.check_experts()
-        if not 0.0 <= self.stage_one <= 1.0:
-            raise ConfigError(f"method.stage_one must be in [0, 1]; got {self.stage_one}")
         state = init_adapters(self, model, seed, rounds)
         gate, size = self.new_gate(model, seed)
         most = most_blocks(model)
@@ -71,7 +66,7 @@ class FedFMSL(Activation, Experts):
         self, model: Model, state: State, clients: Sequence[Client], training: Training
     ) -> Iterator[Task]:
         """Stage one: the active adapters. Stage two: the global expert, once, and the gate."""
-        second = self._is_second(state.round, state.rounds)
+        second = self.is_second(state.round, state.rounds)
         for client in clients:
             part = self.held_by(model, state.notes, ratio_of(self.ratio, client), second)
             served = client.id in state.notes["served"]
@@ -111,9 +106,9 @@ class FedFMSL(Activation, Experts):
         """Stage one: mean of an adapter over those that trained it. Stage two: of the gate's."""
         heard, gate = Heard(), ExtraSum(state.extra, clients, self.weighting)
         after = average_trained(self, model, state, clients, gate.adding(heard.listening(updates)))
-        second, most = self._is_second(state.round, state.rounds), most_blocks(model)
+        second, most = self.is_second(state.round, state.rounds), most_blocks(model)
         notes = {**state.notes, **self.after(state.notes, most, heard.mean(clients))}
-        if not second and self._is_second(after.round, state.rounds):
+        if not second and self.is_second(after.round, state.rounds):
             notes |= self.begin(most)
         if second:
             notes["served"] = sorted(heard.answered.union(notes["served"]))
@@ -124,6 +119,3 @@ class FedFMSL(Activation, Experts):
     def personal(self, model: Model, state: State, memory: Memory) -> Predictor:
         """Both experts under the client's gate; for unknown clients the global expert."""
         return self.mixture_of(model, state, memory)
-
-    def _is_second(self, round: int, rounds: int) -> bool:
-        return round >= rounds * self.stage_one - 1e-9

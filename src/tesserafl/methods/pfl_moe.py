@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from tesserafl.core.errors import ConfigError
 from tesserafl.core.fit import Fit, Fitted, Training
 from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.method import (
@@ -42,8 +41,6 @@ class PFLMoE(Experts):
     """share of the rank that each client class trains, dealt to the clients in turn"""
     weighting: Weighting = "examples"
     """weight of a client in the mean: its number of examples, or one each"""
-    stage_one: float = 0.5
-    """share of the rounds that train the global expert"""
     gate: Literal["linear", "half"] = "linear"
     """a linear gate, or only halves"""
     own: float = 1.0
@@ -60,8 +57,6 @@ class PFLMoE(Experts):
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """Adapters that change nothing."""
         self.check_experts()
-        if not 0.0 <= self.stage_one <= 1.0:
-            raise ConfigError(f"method.stage_one must be in [0, 1]; got {self.stage_one}")
         state = init_adapters(self, model, seed, rounds)
         return replace(state, notes={FEATURES: self.new_gate(model, seed)[1], "served": []})
 
@@ -69,7 +64,7 @@ class PFLMoE(Experts):
         self, model: Model, state: State, clients: Sequence[Client], training: Training
     ) -> Iterator[Task]:
         """The adapters; in stage two once."""
-        second = state.round >= state.rounds * self.stage_one - 1e-9
+        second = self.is_second(state.round, state.rounds)
         options = {"second": second, FEATURES: state.notes[FEATURES]}
         for task in first_ranks(self, model, state, clients, training):
             served = task.client.id in state.notes["served"]
@@ -92,7 +87,7 @@ class PFLMoE(Experts):
     ) -> State:
         """Mean of the adapters, in stage one."""
         answered = set(state.notes["served"])
-        second = state.round >= state.rounds * self.stage_one - 1e-9
+        second = self.is_second(state.round, state.rounds)
 
         def noted() -> Iterator[Update]:
             for update in updates:
