@@ -6,6 +6,7 @@
 2. A dimension may hold several entries of one unit (whole heads, fused query-key-value, flattened
    maps). Its layout, and how many entries make a unit at all, are settled by the permutation test.
 3. One size may count several axes that are independent of each other: they are told apart.
+4. Of blocks it finds out what they add to their input, and what that is proportional to.
 
 A size that cannot be explained this way is refused: better no training than training nonsense.
 """
@@ -25,6 +26,7 @@ from tesserafl.core.groups import feature_layout, independent_groups
 from tesserafl.core.model import Build, Model, Sizes
 from tesserafl.core.params import Params
 from tesserafl.core.permute import Layout, PermutationTest, Place
+from tesserafl.core.residual import with_outputs
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -88,7 +90,7 @@ def probe(
         build=build,
         sizes=dict(sizes),
         widths=widths,
-        depths=depths,
+        depths=with_outputs(test, depths),
         ties={name: tuple(dims) for name, dims in ties.items()},
         shapes=shapes,
         features=feature_layout(test, widths, ties),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,6 +61,10 @@ class Depth:
     """Of adapters: the number of the block next to the output, whose adapters are unit 0; those of
     the block before are unit 1, and so on. The blocks themselves are frozen and stay, so only the
     adapters furthest from the output can be left out. None: the blocks are the units."""
+    outputs: tuple[str, ...] = ()
+    """Of blocks that add to what enters them: the parameters (`rest` of their names) that what a
+    block adds is proportional to, branch by branch. At zero the block is the identity. Empty: the
+    blocks do not add, as where the sum is normalised."""
 
     def locate(self, name: str) -> tuple[str, int, str] | None:
         """(prefix, unit, rest) of a parameter of these blocks, None for any other."""
@@ -70,6 +75,22 @@ class Depth:
                     unit = int(number) if self.last is None else self.last - int(number)
                     return prefix, unit, rest
         return None
+
+
+def structures_of(
+    depth: Depth,
+    ties: Mapping[str, tuple[Tie | None, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[int, object]:
+    """How each block of a depth axis is built: equal for those that are built alike."""
+    structures: dict[int, dict[tuple[str, str], object]] = {}
+    for name, tied in ties.items():
+        if place := depth.locate(name):
+            structures.setdefault(place[1], {})[place[0], place[2]] = (
+                tied,
+                [size for tie, size in zip(tied, shapes[name], strict=True) if not tie],
+            )
+    return dict(structures)
 
 
 class LowRank(NamedTuple):

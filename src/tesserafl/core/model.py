@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tesserafl.core import seeds
-from tesserafl.core.axis import Depth, LowRank, Tie, Width
+from tesserafl.core.axis import Depth, LowRank, Tie, Width, structures_of
 from tesserafl.core.errors import ModelError, did_you_mean
 from tesserafl.core.modules import parameters_of
 from tesserafl.core.params import Params
@@ -47,6 +47,9 @@ class Output(NamedTuple):
     """[batch, classes], or [batch, time, vocabulary] for language models."""
     features: Tensor | None
     """[batch, features]: the representation in front of the head, pooled over time or space."""
+    exits: Tensor | None = None
+    """[exits, batch, classes]: what classifiers inside the model answer, from input to output, the
+    last one's answer included; None: it has none."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -243,7 +246,7 @@ class Model:
             if depth.last is not None:
                 names = _first_adapters(axis, depth, blocks, names)
                 continue
-            self._check_interchangeable(axis, depth, blocks)
+            self._check_interchangeable(axis, blocks)
             renamed = {}
             for small, large in names.items():
                 place = depth.locate(small)
@@ -254,16 +257,19 @@ class Model:
             names = renamed
         return names
 
-    def _check_interchangeable(self, axis: str, depth: Depth, blocks: list[int]) -> None:
-        structure: dict[int, dict[tuple[str, str], object]] = {}
-        for name, ties in self.ties.items():
-            if place := depth.locate(name):
-                structure.setdefault(place[1], {})[place[0], place[2]] = (
-                    ties,
-                    [size for tie, size in zip(ties, self.shapes[name], strict=True) if not tie],
-                )
+    def movable(self, axis: str) -> tuple[int, ...]:
+        """Blocks of a depth axis that may stand in each other's place, ascending.
+
+        The others, like the first one of a stage that halves the resolution, stay where they are.
+        """
+        structures = structures_of(self.depths[axis], self.ties, self.shapes)
+        last = structures[max(structures)]
+        return tuple(sorted(block for block in structures if structures[block] == last))
+
+    def _check_interchangeable(self, axis: str, blocks: list[int]) -> None:
+        structures = structures_of(self.depths[axis], self.ties, self.shapes)
         for position, block in enumerate(blocks):
-            if structure[block] != structure[position]:
+            if structures[block] != structures[position]:
                 raise ModelError(
                     f"axis {axis!r}: block {block} is built differently from block {position} and "
                     f"cannot stand in its place; keep block {position} there"

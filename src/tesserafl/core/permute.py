@@ -105,6 +105,12 @@ class PermutationTest:
             f"quanta={{{axis!r}: entries}}, or leave the axis out of the sizes"
         )
 
+    def smallest(self) -> Instance:
+        """The instance that is tiny in every axis; the constructor has built it before."""
+        instance = self._instance(self.tiny)
+        assert not isinstance(instance, Exception), instance
+        return instance
+
     def tiny_instance(self, axis: str, quantum: int) -> Instance:
         """An instance with few units of this axis; `settle` has built it before."""
         return self.instance(axis, quantum, TINY_UNITS)

@@ -7,15 +7,17 @@ from tesserafl.models.feature_adapter import FeatureAdapter
 from tesserafl.models.huggingface import HuggingFace
 from tesserafl.models.lora import LoRA
 from tesserafl.models.mlp import MLP
+from tesserafl.models.residual import Residual
 from tesserafl.models.resnet import ResNet
 from tesserafl.models.soft_prompts import Prompts
 
-ModelSettings = MLP | CNN | ResNet | HuggingFace | LoRA | Prompts | FeatureAdapter
+ModelSettings = MLP | CNN | ResNet | Residual | HuggingFace | LoRA | Prompts | FeatureAdapter
 
 MODELS: dict[str, type[ModelSettings]] = {
     "mlp": MLP,
     "cnn": CNN,
     "resnet": ResNet,
+    "residual": Residual,
     "huggingface": HuggingFace,
     "lora": LoRA,
     "prompts": Prompts,
@@ -32,4 +34,5 @@ __all__ = [
     "ModelSettings",
     "Prompts",
     "ResNet",
+    "Residual",
 ]

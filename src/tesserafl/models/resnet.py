@@ -1,7 +1,8 @@
 """A pre-activation ResNet-18 for small images (He et al., ECCV 2016), as HeteroFL trains it.
 
-Each stage has two axes: `stage`, the residual stream that its blocks add to, and `inner`, the
-channels inside its blocks. They are cut independently; only additions force equal channels.
+Each stage has three axes: `stage`, the residual stream that its blocks add to, `inner`, the
+channels inside its blocks, and `blocks`, its depth. They are cut independently; only additions
+force equal channels.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ class ResNet:
             )
         sizes: dict[str, int] = {}
         for i, size in enumerate(self.channels, 1):
-            sizes |= {f"stage{i}": size, f"inner{i}": size}
+            sizes |= {f"stage{i}": size, f"inner{i}": size, f"blocks{i}": self.blocks[i - 1]}
         in_channels, height, width = spec.shape
         return probe(
-            lambda s: _Net(in_channels, s, self.blocks, self.norm, self.group_size),
+            lambda s: _Net(in_channels, s, len(self.channels), self.norm, self.group_size),
             {**sizes, "classes": spec.num_classes},
             lambda: torch.randn(2, in_channels, height, width),
             outputs=("classes",),
@@ -79,13 +80,13 @@ class _Block(nn.Module):
 
 class _Net(nn.Module):
     def __init__(
-        self, in_channels: int, sizes: Sizes, blocks: tuple[int, ...], norm: Norm, group_size: int
+        self, in_channels: int, sizes: Sizes, stages: int, norm: Norm, group_size: int
     ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(in_channels, sizes["stage1"], 3, padding=1, bias=False)
         self.stages = nn.ModuleList()
         inputs = sizes["stage1"]
-        for stage, count in enumerate(blocks, 1):
+        for stage in range(1, stages + 1):
             outputs, inner = sizes[f"stage{stage}"], sizes[f"inner{stage}"]
             self.stages.append(
                 nn.Sequential(
@@ -98,7 +99,7 @@ class _Net(nn.Module):
                             norm,
                             group_size,
                         )
-                        for position in range(count)
+                        for position in range(sizes[f"blocks{stage}"])
                     )
                 )
             )

@@ -1,0 +1,77 @@
+"""Which blocks of a model a client holds: the choices that methods on depth share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from tesserafl.core.errors import ConfigError
+from tesserafl.core.messages import Client
+from tesserafl.core.model import Model
+
+
+def depth_axes(model: Model) -> tuple[str, ...]:
+    """The axes whose units are blocks.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    axes = tuple(axis for axis, depth in model.depths.items() if depth.last is None)
+    if not axes:
+        raise ConfigError(
+            "the method leaves out blocks, and the model has none that it counts; choose --model "
+            "residual, resnet or huggingface"
+        )
+    return axes
+
+
+def depth_of(depths: tuple[int, ...], client: Client) -> int:
+    """Blocks that the client trains: classes are dealt to the clients in turn.
+
+    Raises:
+        ConfigError: there is no class, or one of less than a block.
+    """
+    if not depths or min(depths) < 1:
+        raise ConfigError(
+            f"method.depth holds how many blocks each client class trains, at least 1; got "
+            f"{list(depths)}"
+        )
+    return depths[client.id % len(depths)]
+
+
+def first_blocks(model: Model, depth: int) -> dict[str, range]:
+    """The first blocks of every depth axis, at most `depth` of each."""
+    return {axis: range(min(depth, model.units(axis))) for axis in depth_axes(model)}
+
+
+def drawn_blocks(
+    model: Model,
+    orders: Mapping[str, Sequence[int]],
+    depth: int,
+    draw: torch.Generator,
+    scores: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, list[int]]:
+    """`depth` blocks of every axis, drawn without replacement, in the order that is given.
+
+    Blocks that cannot stand elsewhere are always among them.
+
+    Args:
+        model: the global model.
+        orders: axis -> its blocks from input to output.
+        depth: blocks to draw on every axis; fewer where it has fewer.
+        draw: where the randomness comes from.
+        scores: axis -> logarithm of every block's weight, in the same order; None: equal ones
+            (Gumbel top-k, Kool et al., ICML 2019).
+    """
+    drawn: dict[str, list[int]] = {}
+    for axis, order in orders.items():
+        noise = torch.rand(len(order), generator=draw, dtype=torch.float64)
+        keys = -(-noise.clamp(min=1e-300).log()).log()
+        if scores is not None:
+            keys = keys + torch.tensor(scores[axis], dtype=torch.float64)
+        movable = set(model.movable(axis))
+        keys[[place for place, block in enumerate(order) if block not in movable]] = torch.inf
+        kept = keys.topk(min(depth, len(order))).indices.tolist()
+        drawn[axis] = [order[place] for place in sorted(kept)]
+    return drawn
