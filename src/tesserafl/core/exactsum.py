@@ -80,7 +80,9 @@ class ExactSum:
         self._add_waiting()
         return self._sums
 
-    def fold(self, submodel: SubModel, delta: Params, weight: int, params: Params) -> None:
+    def fold(
+        self, submodel: SubModel, delta: Params, weight: int, params: Params, *, rest: bool = False
+    ) -> None:
         """Add one client's delta.
 
         Args:
@@ -88,12 +90,13 @@ class ExactSum:
             delta: what the client changed, any floating type.
             weight: a positive integer (examples, or 1).
             params: the large model's parameters, read for shape and device only.
+            rest: whether the client's weight was counted before, with another part of its delta.
 
         Raises:
             UpdateError: a name, shape or weight does not fit, an entry is not finite or beyond
                 `max_entry`. Nothing is added then.
         """
-        self._check_weight(weight)
+        self._check_weight(weight, rest)
         if kernels.compiled_for(params):
             self._add_compiled(submodel, delta, weight, params)
         elif (flat := kernels.together(list(delta.values()))) is not None:
@@ -108,7 +111,7 @@ class ExactSum:
         for name in delta:
             view = submodel.views[name]
             self._views[view.key] = (view, self._views.get(view.key, (view, 0))[1] + weight)
-        self.weight += weight
+        self.weight += 0 if rest else weight
 
     def merge(self, other: ExactSum) -> None:
         """Add another machine's sub-sum; both must have been made with the same bounds."""
@@ -244,10 +247,10 @@ class ExactSum:
             self._sums[view.name] = kernels.zeros(large.shape, large, torch.int64)
         return self._sums[view.name]
 
-    def _check_weight(self, weight: int) -> None:
+    def _check_weight(self, weight: int, rest: bool) -> None:
         if not isinstance(weight, int) or weight < 1:
             raise UpdateError(f"a weight is a positive integer; got {weight!r}")
-        if self.weight + weight > self.max_weight:
+        if self.weight + (0 if rest else weight) > self.max_weight:
             raise UpdateError(
                 f"the weights folded so far ({self.weight}) and this one ({weight}) exceed the "
                 f"declared {self.max_weight}; an update was folded twice or the bound is wrong"

@@ -25,6 +25,8 @@ from tesserafl.core.model import CLASSES, Model, Output
 from tesserafl.core.params import Params, subtract
 from tesserafl.core.submodel import Index, SubModel, index_tensor, merge
 
+PUBLIC_INPUTS, PUBLIC_LABELS = "public/inputs", "public/labels"
+"""In `State.extra` of a method that `reads_public`: examples that the server holds, as stored."""
 Topology = Literal["star", "tree", "peers"]
 Weighting = Literal["uniform", "examples"]
 
@@ -61,6 +63,8 @@ class Predictor:
 
     model: Model
     params: Params
+    part: SubModel | None = None
+    """The part of the state's parameters that it is; None: all of them."""
     rule: Rule | None = None
     """How the answer comes from more than one call of the model; None: it is the model's own."""
 

@@ -100,3 +100,5 @@ class FederatedData:
     """client 0, 1, ..."""
     test: Examples
     """the global test set"""
+    public: Examples | None = None
+    """what the server holds itself; None: nothing"""

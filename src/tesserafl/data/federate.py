@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tesserafl.core import seeds
 from tesserafl.core.errors import DataError
 from tesserafl.data.columns import KINDS, Columns, choose, read_labels, read_vectors
 from tesserafl.data.examples import ClientData, Examples, FederatedData, Kind, Spec
@@ -37,7 +38,8 @@ def load(settings: DataSettings, seed: int) -> FederatedData:
     whole_train, whole_test = read(settings, seed)
     columns = choose(settings, whole_train)
     train, test, class_names = _parts(settings, seed, columns, whole_train, whole_test)
-    members = _members(settings, seed, train)
+    public = _public(settings, seed, len(train.table))
+    members = _members(settings, seed, train, public)
     is_text = KINDS[columns.task] == "tokens"
     tokenizer = load_tokenizer(settings.tokenizer) if is_text else None
     take_train = _reader(settings, columns, train, tokenizer)
@@ -69,7 +71,12 @@ def load(settings: DataSettings, seed: int) -> FederatedData:
         vocab_size=vocab_size,
         pad_id=tokenizer.pad_id if tokenizer else 0,
     )
-    return FederatedData(spec=spec, clients=clients, test=test_examples)
+    return FederatedData(
+        spec=spec,
+        clients=clients,
+        test=test_examples,
+        public=take_train(public) if settings.public else None,
+    )
 
 
 def kind_of(settings: DataSettings) -> Kind:
@@ -98,8 +105,24 @@ def _parts(
     )
 
 
-def _members(settings: DataSettings, seed: int, train: Part) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Training, validation and test rows of each client."""
+def _public(settings: DataSettings, seed: int, num_rows: int) -> Tensor:
+    """Rows that the server holds, ascending; int64 [data.public]."""
+    if not 0 <= settings.public < num_rows:
+        raise DataError(
+            f"data.public={settings.public} must be at least 0 and less than the {num_rows} "
+            f"training rows, of which the clients need the rest"
+        )
+    draw = seeds.generator(seed, "public")
+    return torch.randperm(num_rows, generator=draw)[: settings.public].sort().values
+
+
+def _members(
+    settings: DataSettings, seed: int, train: Part, public: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Training, validation and test rows of each client; none of the public ones."""
+    free = torch.ones(len(train.table), dtype=torch.bool)
+    free[public] = False
+    own = free.nonzero().flatten()
     ids = None
     if settings.partition == "column":
         if not settings.partition_column:
@@ -113,9 +136,13 @@ def _members(settings: DataSettings, seed: int, train: Part) -> list[tuple[Tenso
                 f"{train.table.where(ids.index(None))}: {settings.partition_column!r} is empty; "
                 f"fill it or remove the row"
             )
-    held = partition(settings, seed, num_rows=len(train.table), labels=train.labels, client_ids=ids)
+        ids = [ids[row] for row in own.tolist()]
+    labels = None if train.labels is None else train.labels[own]
+    held = partition(settings, seed, num_rows=len(own), labels=labels, client_ids=ids)
     return [
-        split(rows, validation=settings.validation, test=settings.test, seed=seed, client=client)
+        split(
+            own[rows], validation=settings.validation, test=settings.test, seed=seed, client=client
+        )
         for client, rows in enumerate(held)
     ]
 

@@ -46,6 +46,9 @@ class DataSettings:
     """fraction of each client's rows that it keeps for validation"""
     test: float = 0.0
     """fraction of each client's rows that it keeps for its own test"""
+    public: int = 0
+    """training rows, drawn at random, that no client gets: public examples that the server holds,
+    for methods that look at models there (flm)"""
     max_train: int | None = None
     """use only so many training rows, drawn at random; None: all"""
     max_test: int | None = None

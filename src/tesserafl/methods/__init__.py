@@ -13,6 +13,7 @@ from tesserafl.methods.fedrolex import FedRolex
 from tesserafl.methods.fedsa_lora import FedSALoRA
 from tesserafl.methods.ffa_lora import FFALoRA
 from tesserafl.methods.flexlora import FlexLoRA
+from tesserafl.methods.flm import FLM
 from tesserafl.methods.flora import FLoRA
 from tesserafl.methods.heterofl import HeteroFL
 from tesserafl.methods.hetlora import HetLoRA
@@ -39,6 +40,7 @@ MethodSettings = (
     | Ravan
     | FedFMSL
     | PFLMoE
+    | FLM
     | Local
 )
 
@@ -60,11 +62,13 @@ METHODS: dict[str, type[MethodSettings]] = {
     "ravan": Ravan,
     "fedfmsl": FedFMSL,
     "pfl_moe": PFLMoE,
+    "flm": FLM,
     "local": Local,
 }
 
 __all__ = [
     "DPSGD",
+    "FLM",
     "METHODS",
     "FFALoRA",
     "FLoRA",

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from tesserafl.core.errors import ConfigError
-from tesserafl.core.messages import Client
+from tesserafl.core.messages import Client, Update
+from tesserafl.core.method import State
 from tesserafl.core.model import Model
+from tesserafl.core.params import Params
+from tesserafl.core.submodel import View
 
 
 def depth_axes(model: Model) -> tuple[str, ...]:
@@ -75,3 +78,33 @@ def drawn_blocks(
         kept = keys.topk(min(depth, len(order))).indices.tolist()
         drawn[axis] = [order[place] for place in sorted(kept)]
     return drawn
+
+
+def block_names(model: Model, axis: str) -> list[dict[str, str]]:
+    """For every block of a depth axis: the parameter's name within the block -> its whole name."""
+    found: list[dict[str, str]] = [{} for _ in range(model.units(axis))]
+    for name in model.shapes:
+        if place := model.depths[axis].locate(name):
+            found[place[1]][place[0] + place[2]] = name
+    return found
+
+
+def blocks_in_order(model: Model, axis: str, params: Params, slots: Sequence[int]) -> list[Params]:
+    """The blocks in these slots, by names within the block."""
+    names = block_names(model, axis)
+    return [{rest: params[name] for rest, name in names[slot].items()} for slot in slots]
+
+
+def client_blocks(model: Model, state: State, axis: str, update: Update) -> list[Params]:
+    """The client's blocks as it trained them, by names within the block."""
+    blocks: dict[int, Params] = {}
+    for name, change in update.delta.items():
+        if place := model.depths[axis].locate(name):
+            value = state.params[update.submodel.views[name].name] + change
+            blocks.setdefault(place[1], {})[place[0] + place[2]] = value
+    return [blocks[number] for number in sorted(blocks)]
+
+
+def whole_view(name: str, params: Params) -> View:
+    """All of a parameter."""
+    return View(name, tuple(slice(0, size) for size in params[name].shape))

@@ -24,6 +24,7 @@ from tesserafl.engines.graphs import trace
 from tesserafl.models.costs import costs_of
 from tesserafl.run.classes import classes_of
 from tesserafl.run.experiment import Batching, Experiment
+from tesserafl.run.first import first_state
 
 MOST_FLOPS = 1e7
 """Of one client's step. Above, a step is arithmetic, not dispatch, and batching gains nothing."""
@@ -107,7 +108,7 @@ def _obstacle(
         return "a step is long"
     if worth and training.mask_absent_classes:
         return "every number of own classes would take a program of its own"
-    state = experiment.method.init(model, experiment.seed, experiment.rounds)
+    state = first_state(experiment, model, data)
     tasks = [kind.task for kind in classes_of(experiment, model, clients, state)]
     largest = max(tasks, key=lambda task: task.submodel.num_entries)
     train = data.clients[largest.client.id].train

@@ -24,6 +24,7 @@ from tesserafl.core.submodel import Coverage
 from tesserafl.engines.process import threads
 from tesserafl.run.experiment import Batching, Experiment, from_json, to_json
 from tesserafl.run.federate import federate
+from tesserafl.run.first import first_state
 from tesserafl.run.rounds import play_round
 from tesserafl.run.setup import make_engine, prepare
 
@@ -121,8 +122,8 @@ def _measure(experiment: Experiment, rounds: int, begun: float) -> dict[str, flo
     with threads(experiment.engine.threads):
         setup = prepare(experiment)
         costs = setup.costs()
-        state = experiment.method.init(setup.model, experiment.seed, rounds + WARM_ROUNDS)
-        coverage = Coverage(experiment.method.predictor(setup.model, state).model.shapes)
+        state = first_state(experiment, setup.model, setup.data, rounds + WARM_ROUNDS)
+        coverage = Coverage({name: tuple(value.shape) for name, value in state.params.items()})
         federation = federate(setup, state)
         seconds: list[float] = []
         steps = 0

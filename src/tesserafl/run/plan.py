@@ -13,6 +13,7 @@ from tesserafl.models.costs import frozen_entries
 from tesserafl.run.classes import classes_of
 from tesserafl.run.costs import CostTable
 from tesserafl.run.federate import topology_of
+from tesserafl.run.first import first_state
 from tesserafl.run.peering import Peering, peering_of
 from tesserafl.run.peering import described as peering_described
 from tesserafl.run.setup import Setup
@@ -64,7 +65,7 @@ class Plan:
 def make_plan(setup: Setup, coverage_rounds: Sequence[int] = (1, 2, 5, 10, 20, 50, 100)) -> Plan:
     """Plan an experiment; `coverage_rounds` beyond its rounds are left out."""
     experiment, model = setup.experiment, setup.model
-    state = experiment.method.init(model, experiment.seed, experiment.rounds)
+    state = first_state(experiment, model, setup.data)
     whole = experiment.method.predictor(model, state).model
     costs = setup.costs()
     peering = None

@@ -31,6 +31,7 @@ from tesserafl.run.experiment import (
 from tesserafl.run.export import export_model
 from tesserafl.run.federate import federate, links_of
 from tesserafl.run.files import alone_in, read_json, write_json
+from tesserafl.run.first import first_state
 from tesserafl.run.personal import check_personal, personal_accuracies
 from tesserafl.run.report import write_partition, write_report
 from tesserafl.run.rounds import check_memory, play_round
@@ -76,7 +77,7 @@ def first_federation(setup: Setup) -> Federation:
     device_of(experiment)
     check_personal(setup)
     with threads(experiment.engine.threads):
-        state: State = experiment.method.init(setup.model, experiment.seed, experiment.rounds)
+        state = first_state(experiment, setup.model, setup.data)
     check_memory(setup, state, setup.costs())
     return federate(setup, state)
 

@@ -1,0 +1,318 @@
+"""One round of layer matching: updates are matched, summed, and set aside where they are unlike.
+
+Every update is dealt with by itself, from what was known before the round; what is set aside is
+looked at in the order of the clients. So no order of arrival changes anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tesserafl.core.exactsum import ExactSum
+from tesserafl.core.messages import Client, Update
+from tesserafl.core.method import State, Weighting, weights_of
+from tesserafl.core.model import Model
+from tesserafl.core.params import Params
+from tesserafl.core.submodel import SubModel, merge
+from tesserafl.methods._depth import block_names, blocks_in_order, client_blocks, whole_view
+from tesserafl.methods._match import (
+    Place,
+    aligned_order,
+    clusters,
+    flat,
+    halves,
+    parameter_distances,
+    relative,
+    spread_of,
+    threshold,
+)
+from tesserafl.methods._stack import Stack
+
+Measure = Literal["parameters", "updates", "functions"]
+Distances = Callable[[str, Update, Sequence[int]], list[list[float]]]
+"""(axis, update, its slots) -> distances [server's blocks in order][client's blocks]."""
+_LATELY = 0.7
+"""How much of what was measured lasts to the next round."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Unlike:
+    """A client's block that was set aside."""
+
+    client: int
+    weight: int
+    axis: str
+    origin: int
+    """The slot that the client got it from."""
+    after: int
+    """The slot that it would follow; -1: it would be the first."""
+    delta: Params
+    """What the client changed, by the parameters' names within the block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grown:
+    """A block that was put in."""
+
+    axis: str
+    slot: int
+    origin: int
+    after: int
+    members: tuple[int, ...]
+    part: float
+    """The members' part of the weight that held the origin."""
+
+
+@dataclass(kw_only=True)
+class Ledger:
+    """What a round's updates add up to."""
+
+    model: Model
+    state: State
+    stacks: Mapping[str, Stack]
+    clients: Sequence[Client]
+    weighting: Weighting
+    measure: Measure
+    distances: Distances
+    """For all measures but `updates`."""
+    delta: Mapping[str, float]
+    """Axis -> the distance beyond which a block is matched to none; infinity: it is not looked."""
+    split: tuple[str, int] | None = None
+    """Of measure `updates`: the block whose updates are set aside, to be told apart."""
+    paths: dict[int, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    """Client -> axis -> the slots that its blocks were matched to, else those that it got."""
+    aside: list[Unlike] = field(default_factory=list)
+    apart: dict[str, dict[int, list[float]]] = field(default_factory=dict)
+    """Axis -> client -> distances of its blocks from where they came from."""
+    moved: dict[tuple[str, int], dict[int, float]] = field(default_factory=dict)
+    """(axis, slot) -> client -> weight times the norm of its update."""
+
+    def __post_init__(self) -> None:
+        self.weights = weights_of(self.clients, self.weighting)
+        self.total = ExactSum(max_weight=max(1, sum(self.weights.values())))
+
+    def sums(self, updates: Iterable[Update]) -> None:
+        """Take in all updates."""
+        for update in updates:
+            self._take(update)
+            del update  # its memory serves the next client
+
+    @property
+    def heard(self) -> int:
+        """Weight of those that answered."""
+        return sum(self.weights[client] for client in self.paths)
+
+    def held(self, axis: str) -> dict[int, int]:
+        """Slot -> weight of the clients whose blocks were summed there, or set aside from it."""
+        held: dict[int, int] = {}
+        for client, paths in self.paths.items():
+            for slot in paths[axis]:
+                held[slot] = held.get(slot, 0) + self.weights[client]
+        return held
+
+    def grow(
+        self, free: Mapping[str, int | None], support: float
+    ) -> tuple[Grown | None, Params, list[Unlike]]:
+        """What is put in, its parameters (names within the block), and what is not in it.
+
+        The heaviest group of alike blocks that were set aside becomes a new block if at least two
+        clients and `support` of all weight stand behind it, and not more than half of the weight
+        that held their origin: what most clients do is no dissimilarity.
+
+        Args:
+            free: axis -> a slot that is not in use; None: there is none.
+            support: 0 to 1.
+        """
+        groups = [
+            group
+            for (axis, _, _), unlike in sorted(self._groups().items())
+            if free[axis] is not None
+            for group in self._alike(axis, unlike)
+        ]
+
+        def weight(group: Sequence[Unlike]) -> int:
+            return sum(unlike.weight for unlike in group)
+
+        for group in sorted(groups, key=weight, reverse=True):
+            first = group[0]
+            whole = self.held(first.axis).get(first.origin, 0)
+            if len(group) < 2 or weight(group) < support * self.heard or 2 * weight(group) > whole:
+                continue
+            slot = free[first.axis]
+            assert slot is not None
+            grown = Grown(
+                axis=first.axis,
+                slot=slot,
+                origin=first.origin,
+                after=first.after,
+                members=tuple(unlike.client for unlike in group),
+                part=weight(group) / whole,
+            )
+            return grown, self._mean(group), [u for u in self.aside if u not in group]
+        return None, {}, list(self.aside)
+
+    def fold_back(self, unlike: Iterable[Unlike]) -> None:
+        """Sum what was set aside where it came from: no update is thrown away."""
+        for each in unlike:
+            names = self._names(each.axis, each.origin)
+            views = {rest: whole_view(names[rest], self.state.params) for rest in each.delta}
+            part = SubModel({}, views)
+            self.total.fold(part, each.delta, each.weight, self.state.params, rest=True)
+
+    def merged(self) -> Params:
+        """The parameters after the round."""
+        return merge(self.state.params, self.total)
+
+    def noted(self, axis: str, after: Params) -> Stack:
+        """The axis's stack, which knows of this round."""
+        stack = self.stacks[axis].hearing(self.held(axis), self.heard)
+        found = [d for client in sorted(self.apart.get(axis, {})) for d in self.apart[axis][client]]
+        if found:
+            stack = replace(stack, spread=spread_of(found))
+        if self.measure != "updates":
+            return stack
+        unrest = dict(stack.unrest)
+        for (where, slot), norms in self.moved.items():
+            if where == axis and (axis, slot) != self.split and len(norms) > 1:
+                apart = 1.0 - self._moved_together(axis, slot, after, norms)
+                old = unrest.get(slot, apart)
+                unrest[slot] = _LATELY * old + (1.0 - _LATELY) * apart
+        return replace(stack, unrest=unrest)
+
+    def _moved_together(
+        self, axis: str, slot: int, after: Params, norms: Mapping[int, float]
+    ) -> float:
+        """|sum of updates| / sum of |updates|: 1 where all agree (M2 is one minus this)."""
+        names, before = self._names(axis, slot), self.state.params
+        change = flat({rest: after[n].double() - before[n] for rest, n in names.items()})
+        weight = sum(self.weights[client] for client in norms)
+        whole = math.fsum(norms.values())
+        return min(1.0, float(change.norm()) * weight / whole) if whole else 1.0
+
+    def _take(self, update: Update) -> None:
+        weight, client = self.weights[update.client], update.client
+        views, delta = dict(update.submodel.views), dict(update.delta)
+        self.paths[client] = {}
+        for axis, stack in self.stacks.items():
+            blocks = self._blocks(axis, update)
+            slots = [slot for slot, _ in blocks]
+            places = self._places(axis, update, slots)
+            path = []
+            for (slot, names), place in zip(blocks, places, strict=True):
+                order = stack.order
+                to = slot if place.matched is None else order[place.matched]
+                aside = place.matched is None or (axis, slot) == self.split
+                path.append(to)
+                if self.measure == "updates":
+                    norm = float(flat({n: delta[n] for n in names.values()}).norm())
+                    self.moved.setdefault((axis, slot), {})[client] = weight * norm
+                if aside:
+                    after = order[place.after] if place.after >= 0 else -1
+                    self.aside.append(
+                        Unlike(
+                            client=client,
+                            weight=weight,
+                            axis=axis,
+                            origin=slot,
+                            after=slot if self.measure == "updates" else after,
+                            delta={rest: delta.pop(n).clone() for rest, n in names.items()},
+                        )
+                    )
+                elif to != slot:
+                    there = self._names(axis, to)
+                    for rest, name in names.items():
+                        value = self.state.params[views[name].name] + delta[name]
+                        delta[name] = value - self.state.params[there[rest]]
+                        views[name] = whole_view(there[rest], self.state.params)
+            self.paths[client][axis] = tuple(path)
+        kept = SubModel(update.submodel.sizes, {name: views[name] for name in delta})
+        self.total.fold(kept, delta, weight, self.state.params)
+
+    def _places(self, axis: str, update: Update, slots: Sequence[int]) -> list[Place]:
+        order = self.stacks[axis].order
+        own = [order.index(slot) for slot in slots]
+        if self.measure == "updates":
+            return [Place(place, place) for place in own]
+        table = self.distances(axis, update, slots)
+        apart = [table[i][j] for j, i in enumerate(own)]
+        self.apart.setdefault(axis, {})[update.client] = apart
+        movable = set(self.model.movable(axis))
+        for i, slot in enumerate(order):  # what is built otherwise stays where it is
+            for j, source in enumerate(slots):
+                if (slot not in movable or source not in movable) and slot != source:
+                    table[i][j] = math.inf
+        return aligned_order(table, self.delta[axis])[0]
+
+    def _blocks(self, axis: str, update: Update) -> list[tuple[int, dict[str, str]]]:
+        """Per block of the client: its slot, and rest -> the client's name."""
+        depth, blocks = self.model.depths[axis], dict[int, tuple[int, dict[str, str]]]()
+        for name in update.delta:
+            if here := depth.locate(name):
+                there = depth.locate(update.submodel.views[name].name)
+                assert there is not None
+                rest = here[0] + here[2]
+                blocks.setdefault(here[1], (there[1], {}))[1][rest] = name
+        return [blocks[number] for number in sorted(blocks)]
+
+    def _names(self, axis: str, slot: int) -> dict[str, str]:
+        return block_names(self.model, axis)[slot]
+
+    def _groups(self) -> dict[tuple[str, int, int], list[Unlike]]:
+        groups: dict[tuple[str, int, int], list[Unlike]] = {}
+        for unlike in sorted(self.aside, key=lambda u: (u.client, u.axis, u.origin)):
+            groups.setdefault((unlike.axis, unlike.after, unlike.origin), []).append(unlike)
+        return groups
+
+    def _alike(self, axis: str, group: Sequence[Unlike]) -> Iterator[list[Unlike]]:
+        """Groups of blocks that are alike among themselves, of those that belong in one place."""
+        if self.measure == "updates":
+            vectors = torch.stack([flat(unlike.delta) for unlike in group])
+            for half in halves(vectors):
+                yield [group[n] for n in half]
+            return
+        base = self._names(axis, group[0].origin)
+        theta = flat({rest: self.state.params[name] for rest, name in base.items()})
+        vectors = torch.stack([theta + flat(unlike.delta) for unlike in group])
+        for cluster in clusters(vectors, self._near(axis, vectors)):
+            yield [group[n] for n in cluster]
+
+    def _near(self, axis: str, vectors: Tensor) -> float:
+        """Below this distance two blocks that were set aside are alike.
+
+        Distances of functions are of another scale: there the middle one of the group's own.
+        """
+        if self.measure == "parameters":
+            return self.delta[axis]
+        table = relative(vectors, vectors)
+        return float(table[table > 0].median()) if bool((table > 0).any()) else math.inf
+
+    def _mean(self, group: Sequence[Unlike]) -> Params:
+        first = group[0]
+        names = self._names(first.axis, first.origin)
+        base = {rest: self.state.params[name] for rest, name in names.items()}
+        part = SubModel({}, {rest: whole_view(rest, base) for rest in base})
+        total = ExactSum(max_weight=max(1, sum(unlike.weight for unlike in group)))
+        for unlike in group:
+            total.fold(part, unlike.delta, unlike.weight, base)
+        return merge(base, total)
+
+
+def parameters_apart(model: Model, state: State, stacks: Mapping[str, Stack]) -> Distances:
+    """M1, by the parameters."""
+
+    def distances(axis: str, update: Update, slots: Sequence[int]) -> list[list[float]]:
+        server = blocks_in_order(model, axis, state.params, stacks[axis].order)
+        return parameter_distances(server, client_blocks(model, state, axis, update))
+
+    return distances
+
+
+def new_delta(stacks: Mapping[str, Stack], cutoff: float, deviations: float) -> dict[str, float]:
+    """Axis -> the distance beyond which a block is like none; fixed, or by what was seen lately."""
+    return {axis: cutoff or threshold(stack.spread, deviations) for axis, stack in stacks.items()}
