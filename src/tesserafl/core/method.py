@@ -63,6 +63,8 @@ class Predictor:
     params: Params
     rule: Rule | None = None
     """How the answer comes from more than one call of the model; None: it is the model's own."""
+    part: SubModel | None = None
+    """The part of the state's parameters that these are, by their own names; None: all of them."""
 
 
 class Method(Protocol):

@@ -122,7 +122,7 @@ def _measure(experiment: Experiment, rounds: int, begun: float) -> dict[str, flo
         setup = prepare(experiment)
         costs = setup.costs()
         state = experiment.method.init(setup.model, experiment.seed, rounds + WARM_ROUNDS)
-        coverage = Coverage(experiment.method.predictor(setup.model, state).model.shapes)
+        coverage = Coverage({name: tuple(t.shape) for name, t in state.params.items()})
         federation = federate(setup, state)
         seconds: list[float] = []
         steps = 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from rich.table import Table
 
 from tesserafl.core.method import State
+from tesserafl.core.params import num_entries
 from tesserafl.core.submodel import Coverage
 from tesserafl.models.costs import frozen_entries
 from tesserafl.run.classes import classes_of
@@ -65,7 +66,8 @@ def make_plan(setup: Setup, coverage_rounds: Sequence[int] = (1, 2, 5, 10, 20, 5
     """Plan an experiment; `coverage_rounds` beyond its rounds are left out."""
     experiment, model = setup.experiment, setup.model
     state = experiment.method.init(model, experiment.seed, experiment.rounds)
-    whole = experiment.method.predictor(model, state).model
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.params.items()}
+    entries = num_entries(state.params)
     costs = setup.costs()
     peering = None
     if topology_of(experiment) == "peers":
@@ -74,11 +76,11 @@ def make_plan(setup: Setup, coverage_rounds: Sequence[int] = (1, 2, 5, 10, 20, 5
     state = replace(state, params={n: t.to("meta") for n, t in state.params.items()})
     wanted = sorted({r for r in coverage_rounds if r < experiment.rounds} | {experiment.rounds})
     return Plan(
-        num_entries=whole.num_entries,
+        num_entries=entries,
         frozen=frozen_entries(model),
         axes={axis: model.units(axis) for axis in (*model.widths, *model.depths)},
-        classes=tuple(_classes(setup, state, whole.num_entries, costs)),
-        coverage=_coverage(setup, state, Coverage(whole.shapes), wanted),
+        classes=tuple(_classes(setup, state, entries, costs)),
+        coverage=_coverage(setup, state, Coverage(shapes), wanted),
         peering=peering,
     )
 
