@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from rich.table import Table
 
+from tesserafl.core.messages import Task
 from tesserafl.core.method import State
 from tesserafl.core.params import num_entries
-from tesserafl.core.submodel import Coverage
+from tesserafl.core.submodel import Coverage, SubModel
 from tesserafl.models.costs import frozen_entries
 from tesserafl.run.classes import classes_of
 from tesserafl.run.costs import CostTable
@@ -113,7 +114,7 @@ def _coverage(
     for number in range(1, wanted[-1] + 1):
         cohort = setup.cohort(state.round)
         tasks = experiment.method.configure(setup.model, state, cohort, experiment.training)
-        coverage.add([task.submodel for task in tasks if setup.answers(state.round, task.client)])
+        coverage.add([_trained(t) for t in tasks if setup.answers(state.round, t.client)])
         state = experiment.method.aggregate(setup.model, state, cohort, iter(()))
         if number in wanted:
             shares[number] = coverage.share
@@ -121,6 +122,14 @@ def _coverage(
             shares |= {r: 1.0 for r in wanted if r >= number}
             break
     return shares
+
+
+def _trained(task: Task) -> SubModel:
+    """The part of what a client holds that it trains."""
+    part = task.submodel
+    if task.trainable is None:
+        return part
+    return SubModel(part.sizes, {n: v for n, v in part.views.items() if n in task.trainable})
 
 
 def described(plan: Plan) -> Iterator[str | Table]:
