@@ -65,6 +65,8 @@ class Depth:
     """Of blocks that add to what enters them: the parameters (`rest` of their names) that what a
     block adds is proportional to, branch by branch. At zero the block is the identity. Empty: the
     blocks do not add, as where the sum is normalised."""
+    below: tuple[str, ...] = ()
+    """Parameters in no block that what enters the blocks depends on: a stem, embeddings."""
 
     def locate(self, name: str) -> tuple[str, int, str] | None:
         """(prefix, unit, rest) of a parameter of these blocks, None for any other."""

@@ -63,10 +63,10 @@ class Predictor:
 
     model: Model
     params: Params
-    part: SubModel | None = None
-    """The part of the state's parameters that it is; None: all of them."""
     rule: Rule | None = None
     """How the answer comes from more than one call of the model; None: it is the model's own."""
+    part: SubModel | None = None
+    """The part of the state's parameters that these are, by their own names; None: all of them."""
 
 
 class Method(Protocol):

@@ -6,11 +6,13 @@ No family is named: a block is run alone on what enters it. If it gives its inpu
 parameters are zero, it adds; then parameters get their values back one after another, gains of
 normalisations first, as long as it still gives its input back. What has to stay zero are the last
 ones of every branch, its output projections. That what is added is proportional to them is tried.
+
+Which parameters lie below the blocks is read off autograd's graph of what enters them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -32,10 +34,35 @@ def with_outputs(test: PermutationTest, depths: Mapping[str, Depth]) -> dict[str
     if not depths:
         return {}
     instance = test.smallest()
+    outside = [n for n in instance.params if not any(d.locate(n) for d in depths.values())]
     return {
-        axis: replace(depth, outputs=_outputs(instance, depth, test.tiny[axis] - 1))
+        axis: replace(
+            depth,
+            outputs=_outputs(instance, depth, test.tiny[axis] - 1),
+            below=_below(instance, depth, test.tiny[axis] - 1, outside),
+        )
         for axis, depth in depths.items()
     }
+
+
+def _below(
+    instance: Instance, depth: Depth, number: int, outside: Sequence[str]
+) -> tuple[str, ...]:
+    """`Depth.below`, from what enters the block of this number."""
+    found: set[str] = set()
+    for prefix in depth.prefixes:
+        try:
+            block = instance.module.get_submodule(f"{prefix}{number}")
+        except AttributeError:
+            continue
+        watched = {name: instance.params[name].detach().requires_grad_() for name in outside}
+        calls = _calls(instance._replace(params={**instance.params, **watched}), block)
+        given = calls[0].given if calls else None
+        if given is None or not given.requires_grad:
+            continue
+        slopes = torch.autograd.grad(given.sum(), list(watched.values()), allow_unused=True)
+        found |= {name for name, slope in zip(outside, slopes, strict=True) if slope is not None}
+    return tuple(name for name in outside if name in found)
 
 
 def _outputs(instance: Instance, depth: Depth, number: int) -> tuple[str, ...]:
@@ -95,6 +122,13 @@ class _Call(NamedTuple):
 
 def _call(instance: Instance, block: nn.Module) -> _Call | None:
     """How the block is called, once, when the instance answers; None: another number of times."""
+    with torch.no_grad():
+        calls = _calls(instance, block)
+    return calls[0] if len(calls) == 1 and calls[0].given is not None else None
+
+
+def _calls(instance: Instance, block: nn.Module) -> list[_Call]:
+    """How the block is called when the instance answers."""
     calls: list[_Call] = []
 
     def note(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -102,11 +136,10 @@ def _call(instance: Instance, block: nn.Module) -> _Call | None:
 
     hook: Callable[[], None] = block.register_forward_pre_hook(note, with_kwargs=True).remove
     try:
-        with torch.no_grad():
-            functional_call(instance.module, instance.params, (instance.inputs,))
+        functional_call(instance.module, instance.params, (instance.inputs,))
     finally:
         hook()
-    return calls[0] if len(calls) == 1 and calls[0].given is not None else None
+    return calls
 
 
 def _zeroed(own: Params, names: Mapping[str, object]) -> Params:

@@ -277,9 +277,15 @@ class Coverage:
         trained = sum(int((count > 0).sum()) for count in self.counts.values())
         return trained / sum(count.numel() for count in self.counts.values())
 
-    def zero_untrained(self, params: Params) -> Params:
-        """`params` with every entry that nobody trained set to zero."""
-        return {n: tensor * (self.counts[n] > 0).to(tensor) for n, tensor in params.items()}
+    def zero_untrained(self, params: Params, part: SubModel | None = None) -> Params:
+        """`params` with every entry that nobody trained set to zero.
+
+        Args:
+            params: of the large model, or of a part of it.
+            part: the part; None: the whole.
+        """
+        counts = self.counts if part is None else cut(self.counts, part)
+        return {n: tensor * (counts[n] > 0).to(tensor) for n, tensor in params.items()}
 
 
 def whole(sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> SubModel:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 
+from tesserafl.core.errors import ConfigError
 from tesserafl.data import DataSettings
 from tesserafl.experiments import comparison
 from tesserafl.experiments._sizes import base_for
 from tesserafl.methods import FedBRB
-from tesserafl.run.experiment import Experiment
+from tesserafl.run.experiment import Experiment, name_of
 
 RATIOS = {"4th": (0.25,), "8th": (0.125,)}
 
@@ -24,13 +25,18 @@ def rows(base: Experiment, asked: frozenset[str]) -> Mapping[str, Experiment]:
 
     A width or partition that the command line gives is the only one.
     """
+    if not any(setting.name == "ratio" for setting in fields(base.method)):
+        raise ConfigError(
+            f"width_grid varies method.ratio, which {name_of('method', base.method)!r} does not "
+            f"have; leave --method away, or run comparison"
+        )
     experiments: dict[str, Experiment] = {}
     partitions = [base.data] if "data.partition" in asked else _partitions(base)
     widths = {"given": base.method.ratio} if "method.ratio" in asked else RATIOS
     for data in partitions:
         partition, shared = data.partition, replace(base, data=data)
         for width, ratio in widths.items():
-            cell = replace(shared, method=replace(base.method, ratio=ratio))
+            cell = replace(shared, method=replace(base.method, **{"ratio": ratio}))
             for label, row in comparison.rows(cell).items():
                 ceiling = label == "fedavg-full"
                 experiments[f"{partition}-{label if ceiling else f'{width}-{label}'}"] = row

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 from rich.table import Table
 
+from tesserafl.core.messages import Task
 from tesserafl.core.method import State
-from tesserafl.core.submodel import Coverage
+from tesserafl.core.params import num_entries
+from tesserafl.core.submodel import Coverage, SubModel
 from tesserafl.models.costs import frozen_entries
 from tesserafl.run.classes import classes_of
 from tesserafl.run.costs import CostTable
@@ -66,7 +68,8 @@ def make_plan(setup: Setup, coverage_rounds: Sequence[int] = (1, 2, 5, 10, 20, 5
     """Plan an experiment; `coverage_rounds` beyond its rounds are left out."""
     experiment, model = setup.experiment, setup.model
     state = first_state(experiment, model, setup.data)
-    whole = experiment.method.predictor(model, state).model
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.params.items()}
+    entries = num_entries(state.params)
     costs = setup.costs()
     peering = None
     if topology_of(experiment) == "peers":
@@ -75,11 +78,11 @@ def make_plan(setup: Setup, coverage_rounds: Sequence[int] = (1, 2, 5, 10, 20, 5
     state = replace(state, params={n: t.to("meta") for n, t in state.params.items()})
     wanted = sorted({r for r in coverage_rounds if r < experiment.rounds} | {experiment.rounds})
     return Plan(
-        num_entries=whole.num_entries,
+        num_entries=entries,
         frozen=frozen_entries(model),
         axes={axis: model.units(axis) for axis in (*model.widths, *model.depths)},
-        classes=tuple(_classes(setup, state, whole.num_entries, costs)),
-        coverage=_coverage(setup, state, Coverage(whole.shapes), wanted),
+        classes=tuple(_classes(setup, state, entries, costs)),
+        coverage=_coverage(setup, state, Coverage(shapes), wanted),
         peering=peering,
     )
 
@@ -112,7 +115,7 @@ def _coverage(
     for number in range(1, wanted[-1] + 1):
         cohort = setup.cohort(state.round)
         tasks = experiment.method.configure(setup.model, state, cohort, experiment.training)
-        coverage.add([task.submodel for task in tasks if setup.answers(state.round, task.client)])
+        coverage.add([_trained(t) for t in tasks if setup.answers(state.round, t.client)])
         state = experiment.method.aggregate(setup.model, state, cohort, iter(()))
         if number in wanted:
             shares[number] = coverage.share
@@ -120,6 +123,14 @@ def _coverage(
             shares |= {r: 1.0 for r in wanted if r >= number}
             break
     return shares
+
+
+def _trained(task: Task) -> SubModel:
+    """The part of what a client holds that it trains."""
+    part = task.submodel
+    if task.trainable is None:
+        return part
+    return SubModel(part.sizes, {n: v for n, v in part.views.items() if n in task.trainable})
 
 
 def described(plan: Plan) -> Iterator[str | Table]:

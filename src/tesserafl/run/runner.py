@@ -238,7 +238,7 @@ class _Run:
         export_model(predictor, self.folder / "model", data)
         metrics = zeroed = evaluator.evaluate(predictor, data.test)
         if coverage.share < 1.0:
-            kept = coverage.zero_untrained(predictor.params)
+            kept = coverage.zero_untrained(predictor.params, predictor.part)
             zeroed = evaluator.evaluate(predictor, data.test, kept)
         local = [
             evaluator.evaluate(predictor, c.test).accuracy for c in data.clients if len(c.test)
@@ -250,7 +250,7 @@ class _Run:
             "accuracy": metrics.accuracy,
             "accuracy_untrained_zeroed": zeroed.accuracy,
             "loss": metrics.loss,
-            "params_full": predictor.model.num_entries,
+            "params_full": num_entries(state.params),
             "params_largest_client": int(self.totals["params_largest_client"]),
             "params_trained": int(self.totals["params_trained"]),
             "coverage": coverage.share,
@@ -260,6 +260,8 @@ class _Run:
             "seconds": self.totals["seconds"],
             "state_sha256": sha256(state.params),
         }
+        if predictor.part is not None:
+            summary["params_served"] = predictor.model.num_entries
         if frozen := frozen_entries(self.setup.model):
             summary["params_frozen"] = frozen
             summary["trainable_share"] = summary["params_trained"] / frozen

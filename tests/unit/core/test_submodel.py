@@ -240,6 +240,15 @@ def test_untrained_entries_are_zeroed_and_the_others_kept(place: Place) -> None:
     assert np.array_equal(coverage.zero_untrained(params)["w"].numpy(), expected)
 
 
+def test_untrained_entries_of_a_part_are_those_of_the_large_model() -> None:
+    """The part's block 0 is the large model's block 1, of which rows 1 and 2 were trained."""
+    coverage = Coverage({"0.w": (3, 2), "1.w": (3, 2)})
+    coverage.add([SubModel({}, {"0.w": View("1.w", (slice(1, 3), slice(0, 2)))})])
+    part = SubModel({}, {"0.w": View("1.w", (slice(0, 3), slice(0, 2)))})
+    kept = coverage.zero_untrained({"0.w": torch.full((3, 2), 5.0)}, part)
+    assert kept["0.w"].tolist() == [[0.0, 0.0], [5.0, 5.0], [5.0, 5.0]]
+
+
 def test_restrict_keeps_rows_of_the_small_tensor_and_their_place_in_the_large() -> None:
     # Small rows 0, 1, 2 are large rows 5, 1, 3; small rows 2 and 0 are reported.
     view = View("head", (torch.tensor([5, 1, 3]), slice(2, 6)))
