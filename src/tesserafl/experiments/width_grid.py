@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from typing import Any
 
 from tesserafl.core.errors import ConfigError
 from tesserafl.data import DataSettings
@@ -36,7 +37,8 @@ def rows(base: Experiment, asked: frozenset[str]) -> Mapping[str, Experiment]:
     for data in partitions:
         partition, shared = data.partition, replace(base, data=data)
         for width, ratio in widths.items():
-            cell = replace(shared, method=replace(base.method, **{"ratio": ratio}))
+            changed: dict[str, Any] = {"ratio": ratio}
+            cell = replace(shared, method=replace(base.method, **changed))
             for label, row in comparison.rows(cell).items():
                 ceiling = label == "fedavg-full"
                 experiments[f"{partition}-{label if ceiling else f'{width}-{label}'}"] = row

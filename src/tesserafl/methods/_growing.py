@@ -8,29 +8,22 @@ from typing import Any, Literal
 
 from tesserafl.core.errors import ConfigError
 from tesserafl.core.messages import Client
-from tesserafl.core.method import PUBLIC_LABELS, State
+from tesserafl.core.method import State
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params
-from tesserafl.methods._blockscale import Scales, scaled_blocks
-from tesserafl.methods._depth import block_names, blocks_in_order, depth_axes, depth_of
-from tesserafl.methods._growth import Distances, Grown, Ledger, Measure, new_delta, parameters_apart
+from tesserafl.methods._blockscale import Scales
+from tesserafl.methods._depth import block_names, depth_axes, depth_of
+from tesserafl.methods._growth import Distances, Ledger, new_delta, parameters_apart
 from tesserafl.methods._handback import Policy, scales_of
-from tesserafl.methods._match import parameter_distances
 from tesserafl.methods._public import (
-    accuracy_of,
-    calibrated,
     functions_apart,
     public_of,
-    weak_blocks,
 )
-from tesserafl.methods._stack import Stack
+from tesserafl.methods._stack import Stack, Stacks, free_slots, noted, stacks_of
+from tesserafl.methods._unlike import Grown, Measure
 
-Stacks = dict[str, Stack]
-_TRIALS: tuple[Policy, ...] = ("persistent", "importance")
-_DAMPED = 0.1
-"""What a new block adds at first, of what its members' mean adds, where paths are drawn."""
-_LOOKS = 3
-"""Looks in a row at which two blocks must be alike before they become one."""
+TRIALS: tuple[Policy, ...] = ("persistent", "importance")
+"""What the pilot tries, in this order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +106,7 @@ class Growing:
             axis: Stack(order=tuple(range(min(max(self.depth), model.units(axis)))))
             for axis in depth_axes(model)
         }
-        policy = _TRIALS[0] if self.policy == "pilot" else self.policy
+        policy = TRIALS[0] if self.policy == "pilot" else self.policy
         notes = {"policy": policy, "grown": None, "served": None, "calibrated": None}
         return {**notes, "pilot": None, "log": [], "paths": {}, **noted(stacks)}
 
@@ -161,7 +154,7 @@ class Growing:
         block: Params,
         ledger: Ledger,
     ) -> State:
-        """The state with a new block; under the pilot, with two copies of what was before it."""
+        """The state with a new block."""
         members = {client: ledger.paths[client][grown.axis] for client in grown.members}
         stack = stacks[grown.axis].with_block(
             grown.slot, grown.origin, grown.after, members, grown.part, state.round
@@ -171,41 +164,7 @@ class Growing:
         entry = [state.round, "insert", grown.axis, grown.slot, grown.after, list(grown.members)]
         notes = {**state.notes, **noted({**stacks, grown.axis: stack})}
         notes |= {"grown": state.round, "log": [*state.notes["log"], entry], "calibrated": None}
-        state = replace(state, params=params, notes=notes)
-        if self.policy == "pilot" and notes["pilot"] is None:
-            return self._trial(model, state, state.params, notes["stacks"], 0, [])
-        return _damped(model, state, grown.axis, grown.slot)
-
-    def look(self, model: Model, state: State) -> State:
-        """Every `cooldown` rounds: tidy up, calibrate, guard; and the pilot's decisions."""
-        state = self._pilot(model, state)
-        if state.round % self.cooldown and state.round != state.rounds:
-            return state
-        state = self._tidied(model, state)
-        if not len(state.extra.get(PUBLIC_LABELS, ())):
-            return state
-        public, stacks = public_of(state, "method.guard"), stacks_of(state)
-        state = replace(state, notes={**state.notes, "calibrated": None, "served": None})
-        orders = {axis: list(stack.order) for axis, stack in stacks.items()}
-        scales = self.scales(model, state, stacks)
-        notes: dict[str, Any] = {}
-        if self.calibrate and state.notes["grown"] is not None:
-            scales = calibrated(model, state.params, orders, scales, public, self.calibrate)
-            notes["calibrated"] = {
-                axis: {str(slot): value for slot, value in own.items()}
-                for axis, own in scales.items()
-            }
-        if self.guard and state.notes["grown"] is not None:
-            deep = accuracy_of(model, state.params, orders, scales, public)
-            plain = {axis: dict.fromkeys(order, 1.0) for axis, order in orders.items()}
-            paths = self._paths(stacks)
-            best = max(
-                (accuracy_of(model, state.params, path, plain, public), -number)
-                for number, path in enumerate(paths)
-            )
-            if deep < best[0] - self.guard:
-                notes["served"] = paths[-int(best[1])]
-        return replace(state, notes={**state.notes, **notes})
+        return replace(state, params=params, notes=notes)
 
     def _is_open(self, model: Model, state: State) -> bool:
         """Whether a block may be put in after this round."""
@@ -221,137 +180,6 @@ class Growing:
             and not trying
         )
 
-    def _paths(self, stacks: Mapping[str, Stack]) -> list[dict[str, list[int]]]:
-        """Models of a client's size: the first one of all, and what is held most."""
-        depth = max(self.depth)
-        first = {axis: list(stack.path(-1, depth)) for axis, stack in stacks.items()}
-        most = {}
-        for axis, stack in stacks.items():
-            shares = stack.shares(depth)
-            top = sorted(stack.order, key=lambda slot: -shares[slot])[:depth]
-            most[axis] = sorted(top, key=stack.order.index)
-        return [first, most]
-
-    def _tidied(self, model: Model, state: State) -> State:
-        stacks, params, log = stacks_of(state), dict(state.params), list(state.notes["log"])
-        if self.prune and state.notes["grown"] is not None:
-            public = public_of(state, "method.prune")
-            scales = self.scales(model, state, stacks)
-            for added, axis, slot in weak_blocks(model, params, stacks, scales, public)[:1]:
-                if added < self.prune and len(stacks[axis].order) > max(self.depth):
-                    stacks[axis] = stacks[axis].without(slot)
-                    log.append([state.round, "prune", axis, slot, -1, []])
-        if self.merge:
-            for axis in stacks:
-                stacks[axis] = self._merged(model, state, axis, stacks[axis], params, log)
-        notes = {**state.notes, **noted(stacks), "log": log}
-        return replace(state, params=params, notes=notes)
-
-    def _merged(
-        self, model: Model, state: State, axis: str, stack: Stack, params: Params, log: list[Any]
-    ) -> Stack:
-        """Neighbours that were alike at several looks in a row become one; changes `params`."""
-        blocks = blocks_in_order(model, axis, params, stack.order)
-        close = {}
-        for j, (slot, other) in enumerate(zip(stack.order, stack.order[1:], strict=False)):
-            distance = parameter_distances([blocks[j]], [blocks[j + 1]])[0][0]
-            if distance < self.merge and {slot, other} <= set(model.movable(axis)):
-                close[slot] = stack.close.get(slot, 0) + 1
-        stack = replace(stack, close=close)
-        ready = [slot for slot, looks in close.items() if looks >= _LOOKS]
-        if not ready or len(stack.order) <= max(self.depth):
-            return stack
-        kept = ready[0]
-        gone = stack.order[stack.order.index(kept) + 1]
-        names = block_names(model, axis)
-        for rest, name in names[kept].items():
-            params[name] = (params[name] + params[names[gone][rest]]) / 2
-        log.append([state.round, "merge", axis, gone, kept, []])
-        return stack.without(gone, into=kept)
-
-    def _trial(
-        self,
-        model: Model,
-        state: State,
-        params: Params,
-        stacks: Mapping[str, Any],
-        number: int,
-        found: list[float],
-    ) -> State:
-        """Begin a trial of the pilot from where it was forked."""
-        fork = {f"{_FORK}{name}": tensor for name, tensor in params.items()}
-        policy = _TRIALS[number]
-        pilot = {
-            "begun": state.round,
-            "number": number,
-            "found": found,
-            "stacks": stacks,
-            "done": False,
-        }
-        notes = {**state.notes, "stacks": stacks, "policy": policy, "pilot": pilot}
-        state = replace(state, params=params, notes=notes, extra={**state.extra, **fork})
-        last = state.notes["log"][-1]
-        return _damped(model, state, last[2], last[3])
-
-    def _pilot(self, model: Model, state: State) -> State:
-        """End a trial after its rounds: begin the next, or keep what the best one reached."""
-        pilot = state.notes["pilot"]
-        if pilot is None or pilot["done"]:
-            return state
-        if state.round - pilot["begun"] < self.pilot_rounds and state.round != state.rounds:
-            return state
-        stacks = stacks_of(state)
-        orders = {axis: list(stack.order) for axis, stack in stacks.items()}
-        scales = self.scales(model, state, stacks)
-        public = public_of(state, "method.policy pilot")
-        found = [*pilot["found"], accuracy_of(model, state.params, orders, scales, public)]
-        if pilot["number"] + 1 < len(_TRIALS) and state.round != state.rounds:
-            kept = {f"{_KEPT}{name}": tensor for name, tensor in state.params.items()}
-            forked = _named(state, _FORK)
-            state = replace(state, extra={**state.extra, **kept})
-            state = self._trial(model, state, forked, pilot["stacks"], pilot["number"] + 1, found)
-            pilot = {**state.notes["pilot"], "first": state_stacks(stacks)}
-            return replace(state, notes={**state.notes, "pilot": pilot})
-        best = max(range(len(found)), key=lambda number: (found[number], -number))
-        notes = {**state.notes, "policy": _TRIALS[best], "grown": state.round}
-        params = state.params
-        if best < pilot["number"]:
-            params, notes["stacks"] = _named(state, _KEPT), pilot["first"]
-        entry = [state.round, _TRIALS[best], "", -1, -1, found]
-        notes |= {"pilot": {"done": True, "found": found}, "log": [*notes["log"], entry]}
-        extra = {n: t for n, t in state.extra.items() if not n.startswith((_FORK, _KEPT))}
-        return replace(state, params=params, notes=notes, extra=extra)
-
-
-_FORK, _KEPT = "fork/", "kept/"
-
-
-def noted(stacks: Mapping[str, Stack]) -> dict[str, Any]:
-    """The stacks as a part of a state's notes."""
-    return {"stacks": state_stacks(stacks)}
-
-
-def state_stacks(stacks: Mapping[str, Stack]) -> dict[str, Any]:
-    """The stacks as plain JSON values."""
-    return {axis: stack.to_notes() for axis, stack in stacks.items()}
-
-
-def stacks_of(state: State) -> Stacks:
-    """The stacks that a state notes."""
-    return {axis: Stack.from_notes(notes) for axis, notes in state.notes["stacks"].items()}
-
-
-def free_slots(model: Model, stacks: Mapping[str, Stack]) -> dict[str, int | None]:
-    """Axis -> the first slot that is not in use; None: all are."""
-    return {
-        axis: next((s for s in model.movable(axis) if s not in stack.order), None)
-        for axis, stack in stacks.items()
-    }
-
-
-def _named(state: State, start: str) -> Params:
-    return {n.removeprefix(start): t for n, t in state.extra.items() if n.startswith(start)}
-
 
 def _most_at_odds(model: Model, stacks: Mapping[str, Stack]) -> tuple[str, int] | None:
     """The block whose updates cancel most, of axes with a free slot; None: none was measured."""
@@ -366,11 +194,3 @@ def _most_at_odds(model: Model, stacks: Mapping[str, Stack]) -> tuple[str, int] 
         return None
     most = max(unrest for unrest, _, _ in found)
     return min((axis, slot) for unrest, axis, slot in found if unrest == most)
-
-
-def _damped(model: Model, state: State, axis: str, slot: int) -> State:
-    """A new block adds little at first where clients' paths are drawn anew in every round."""
-    if state.notes["policy"] not in ("resampled", "importance"):
-        return state
-    params = scaled_blocks(model, state.params, {axis: {slot: _DAMPED}})
-    return replace(state, params=params)

@@ -7,12 +7,8 @@ looked at in the order of the clients. So no order of arrival changes anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
-
-import torch
-from torch import Tensor
 
 from tesserafl.core.exactsum import ExactSum
 from tesserafl.core.messages import Client, Update
@@ -24,49 +20,18 @@ from tesserafl.methods._depth import block_names, blocks_in_order, client_blocks
 from tesserafl.methods._match import (
     Place,
     aligned_order,
-    clusters,
     flat,
-    halves,
     parameter_distances,
-    relative,
     spread_of,
     threshold,
 )
 from tesserafl.methods._stack import Stack
+from tesserafl.methods._unlike import Grown, Measure, Unlike, alike, mean_block
 
-Measure = Literal["parameters", "updates", "functions"]
 Distances = Callable[[str, Update, Sequence[int]], list[list[float]]]
 """(axis, update, its slots) -> distances [server's blocks in order][client's blocks]."""
 _LATELY = 0.7
 """How much of what was measured lasts to the next round."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Unlike:
-    """A client's block that was set aside."""
-
-    client: int
-    weight: int
-    axis: str
-    origin: int
-    """The slot that the client got it from."""
-    after: int
-    """The slot that it would follow; -1: it would be the first."""
-    delta: Params
-    """What the client changed, by the parameters' names within the block."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grown:
-    """A block that was put in."""
-
-    axis: str
-    slot: int
-    origin: int
-    after: int
-    members: tuple[int, ...]
-    part: float
-    """The members' part of the weight that held the origin."""
 
 
 @dataclass(kw_only=True)
@@ -133,7 +98,7 @@ class Ledger:
             group
             for (axis, _, _), unlike in sorted(self._groups().items())
             if free[axis] is not None
-            for group in self._alike(axis, unlike)
+            for group in alike(self.measure, unlike, self._origin(unlike), self.delta[axis])
         ]
 
         def weight(group: Sequence[Unlike]) -> int:
@@ -154,7 +119,11 @@ class Ledger:
                 members=tuple(unlike.client for unlike in group),
                 part=weight(group) / whole,
             )
-            return grown, self._mean(group), [u for u in self.aside if u not in group]
+            return (
+                grown,
+                mean_block(group, self._origin(group)),
+                [u for u in self.aside if u not in group],
+            )
         return None, {}, list(self.aside)
 
     def fold_back(self, unlike: Iterable[Unlike]) -> None:
@@ -263,44 +232,16 @@ class Ledger:
     def _names(self, axis: str, slot: int) -> dict[str, str]:
         return block_names(self.model, axis)[slot]
 
+    def _origin(self, group: Sequence[Unlike]) -> Params:
+        """The block that these came from, by names within the block."""
+        names = self._names(group[0].axis, group[0].origin)
+        return {rest: self.state.params[name] for rest, name in names.items()}
+
     def _groups(self) -> dict[tuple[str, int, int], list[Unlike]]:
         groups: dict[tuple[str, int, int], list[Unlike]] = {}
         for unlike in sorted(self.aside, key=lambda u: (u.client, u.axis, u.origin)):
             groups.setdefault((unlike.axis, unlike.after, unlike.origin), []).append(unlike)
         return groups
-
-    def _alike(self, axis: str, group: Sequence[Unlike]) -> Iterator[list[Unlike]]:
-        """Groups of blocks that are alike among themselves, of those that belong in one place."""
-        if self.measure == "updates":
-            vectors = torch.stack([flat(unlike.delta) for unlike in group])
-            for half in halves(vectors):
-                yield [group[n] for n in half]
-            return
-        base = self._names(axis, group[0].origin)
-        theta = flat({rest: self.state.params[name] for rest, name in base.items()})
-        vectors = torch.stack([theta + flat(unlike.delta) for unlike in group])
-        for cluster in clusters(vectors, self._near(axis, vectors)):
-            yield [group[n] for n in cluster]
-
-    def _near(self, axis: str, vectors: Tensor) -> float:
-        """Below this distance two blocks that were set aside are alike.
-
-        Distances of functions are of another scale: there the middle one of the group's own.
-        """
-        if self.measure == "parameters":
-            return self.delta[axis]
-        table = relative(vectors, vectors)
-        return float(table[table > 0].median()) if bool((table > 0).any()) else math.inf
-
-    def _mean(self, group: Sequence[Unlike]) -> Params:
-        first = group[0]
-        names = self._names(first.axis, first.origin)
-        base = {rest: self.state.params[name] for rest, name in names.items()}
-        part = SubModel({}, {rest: whole_view(rest, base) for rest in base})
-        total = ExactSum(max_weight=max(1, sum(unlike.weight for unlike in group)))
-        for unlike in group:
-            total.fold(part, unlike.delta, unlike.weight, base)
-        return merge(base, total)
 
 
 def parameters_apart(model: Model, state: State, stacks: Mapping[str, Stack]) -> Distances:

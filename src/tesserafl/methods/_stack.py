@@ -11,6 +11,9 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
+from tesserafl.core.method import State
+from tesserafl.core.model import Model
+
 _MEMORY = 0.9
 """How much of the weights that held a block lasts to the next round."""
 
@@ -170,3 +173,29 @@ class Stack:
 
 
 _BY_SLOT = ("origin", "born", "held", "unrest", "close")
+
+
+Stacks = dict[str, Stack]
+
+
+def stacks_of(state: State) -> Stacks:
+    """The stacks that a state notes, by axis."""
+    return {axis: Stack.from_notes(notes) for axis, notes in state.notes["stacks"].items()}
+
+
+def noted(stacks: Mapping[str, Stack]) -> dict[str, Any]:
+    """The stacks as a part of a state's notes."""
+    return {"stacks": {axis: stack.to_notes() for axis, stack in stacks.items()}}
+
+
+def orders_of(stacks: Mapping[str, Stack]) -> dict[str, list[int]]:
+    """Axis -> slots in use, from input to output."""
+    return {axis: list(stack.order) for axis, stack in stacks.items()}
+
+
+def free_slots(model: Model, stacks: Mapping[str, Stack]) -> dict[str, int | None]:
+    """Axis -> the first slot that is not in use; None: all are."""
+    return {
+        axis: next((s for s in model.movable(axis) if s not in stack.order), None)
+        for axis, stack in stacks.items()
+    }

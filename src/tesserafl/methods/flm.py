@@ -28,9 +28,12 @@ from tesserafl.core.method import (
 )
 from tesserafl.core.model import Model
 from tesserafl.methods._depth import depth_of, first_blocks
-from tesserafl.methods._growing import Growing, free_slots, noted, stacks_of
+from tesserafl.methods._growing import Growing
 from tesserafl.methods._handback import handed_to
+from tesserafl.methods._look import looked
+from tesserafl.methods._pilot import piloted, settled
 from tesserafl.methods._public import part_of, public_of
+from tesserafl.methods._stack import free_slots, noted, orders_of, stacks_of
 from tesserafl.methods._width import width_tasks
 
 
@@ -99,16 +102,15 @@ class FLM(Growing):
         notes = {**state.notes, **noted(stacks), "paths": matched}
         after = replace(state, params=params, round=state.round + 1, notes=notes)
         if grown is not None:
-            after = self.put_in(after, model, stacks, grown, block, ledger)
-        return self.look(model, after)
+            after = settled(self, model, self.put_in(after, model, stacks, grown, block, ledger))
+        return looked(self, model, piloted(self, model, after))
 
     def predictor(self, model: Model, state: State) -> Predictor:
         """All blocks, scaled; or a client's path, where that is better on public examples."""
         stacks = stacks_of(state)
-        orders = {axis: list(stack.order) for axis, stack in stacks.items()}
-        scales = self.scales(model, state, stacks)
+        orders, scales = orders_of(stacks), self.scales(model, state, stacks)
         if state.notes["served"] is not None:
-            orders, scales = state.notes["served"], {}
+            orders = state.notes["served"]
             scales = {axis: {} for axis in orders}
         small, params = part_of(model, state.params, orders, scales)
         return Predictor(model=small, params=params, part=model.slice(orders))

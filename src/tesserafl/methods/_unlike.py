@@ -1,0 +1,86 @@
+"""Blocks that were set aside: which of them are alike, and what those have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tesserafl.core.exactsum import ExactSum
+from tesserafl.core.params import Params
+from tesserafl.core.submodel import SubModel, merge
+from tesserafl.methods._depth import whole_view
+from tesserafl.methods._match import clusters, flat, halves, relative
+
+Measure = Literal["parameters", "updates", "functions"]
+"""What tells blocks apart."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Unlike:
+    """A client's block that was set aside."""
+
+    client: int
+    weight: int
+    axis: str
+    origin: int
+    """The slot that the client got it from."""
+    after: int
+    """The slot that it would follow; -1: it would be the first."""
+    delta: Params
+    """What the client changed, by the parameters' names within the block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grown:
+    """A block that was put in."""
+
+    axis: str
+    slot: int
+    origin: int
+    after: int
+    members: tuple[int, ...]
+    part: float
+    """The members' part of the weight that held the origin."""
+
+
+def alike(
+    measure: Measure, group: Sequence[Unlike], origin: Params, delta: float
+) -> Iterator[list[Unlike]]:
+    """Groups of blocks that are alike among themselves, of those that belong in one place.
+
+    By updates: two halves, by the sign of the updates' first principal direction. Else clusters.
+
+    Args:
+        measure: what told them from others.
+        group: blocks that came from one block.
+        origin: that block.
+        delta: the distance beyond which a block is like none.
+    """
+    if measure == "updates":
+        for half in halves(torch.stack([flat(unlike.delta) for unlike in group])):
+            yield [group[n] for n in half]
+        return
+    theta = flat(origin)
+    vectors = torch.stack([theta + flat(unlike.delta) for unlike in group])
+    for cluster in clusters(vectors, delta if measure == "parameters" else _middle(vectors)):
+        yield [group[n] for n in cluster]
+
+
+def mean_block(group: Sequence[Unlike], origin: Params) -> Params:
+    """The exact weighted mean of blocks that came from `origin`."""
+    part = SubModel({}, {rest: whole_view(rest, origin) for rest in origin})
+    total = ExactSum(max_weight=max(1, sum(unlike.weight for unlike in group)))
+    for unlike in group:
+        total.fold(part, unlike.delta, unlike.weight, origin)
+    return merge(origin, total)
+
+
+def _middle(vectors: Tensor) -> float:
+    """The median distance among the vectors: distances of functions are of another scale."""
+    table = relative(vectors, vectors)
+    return float(table[table > 0].median()) if bool((table > 0).any()) else math.inf
