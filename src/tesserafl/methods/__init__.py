@@ -17,6 +17,7 @@ from tesserafl.methods.flora import FLoRA
 from tesserafl.methods.heterofl import HeteroFL
 from tesserafl.methods.hetlora import HetLoRA
 from tesserafl.methods.local import Local
+from tesserafl.methods.matched_averaging import MatchedAveraging
 from tesserafl.methods.msfusion import MSfusion
 from tesserafl.methods.pfl_moe import PFLMoE
 from tesserafl.methods.ravan import Ravan
@@ -40,6 +41,7 @@ MethodSettings = (
     | FedFMSL
     | PFLMoE
     | Local
+    | MatchedAveraging
 )
 
 METHODS: dict[str, type[MethodSettings]] = {
@@ -61,6 +63,7 @@ METHODS: dict[str, type[MethodSettings]] = {
     "fedfmsl": FedFMSL,
     "pfl_moe": PFLMoE,
     "local": Local,
+    "matched_averaging": MatchedAveraging,
 }
 
 __all__ = [
@@ -81,6 +84,7 @@ __all__ = [
     "HeteroFL",
     "Local",
     "MSfusion",
+    "MatchedAveraging",
     "MethodSettings",
     "PFLMoE",
     "Ravan",

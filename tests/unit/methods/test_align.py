@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ LLAMA = {
     "intermediate_size": 48,
 }
 BOTTLENECKS = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 2]}
-STAGES = ResNet(widths=(8, 16), blocks=(2, 2), group_size=2)
+STAGES = ResNet(channels=(8, 16), blocks=(2, 2), group_size=2)
 FAMILIES: dict[str, tuple[Callable[[], Model], Spec]] = {
     "mlp": (lambda: MLP(hidden=(12, 16)).build_model(VECTORS), VECTORS),
     "cnn": (lambda: CNN(channels=(8, 16), group_size=2).build_model(IMAGES), IMAGES),
@@ -87,16 +87,18 @@ def block_of(model: Model, axis: str, number: int, params: Params) -> Params:
     return {p[2]: params[name] for name, p in places.items() if p and p[1] == number}
 
 
-def shuffled(model: Model, params: Params, seed: int) -> Params:
-    """The same function with its units in another order, drawn for every axis, and for private
-    ones for every block."""
+def shuffled(
+    model: Model, params: Params, seed: int, axes: Collection[str] | None = None
+) -> Params:
+    """The same function with units of all axes, or of these, in an order that is drawn: for every
+    axis, and for private ones for every block."""
     draw = seeds.generator(seed, "shuffle")
     counted = {a: model.depths[d] for d in model.depths for a in private_axes(model, d)}
     orders: dict[object, torch.Tensor] = {}
     result = dict(params)
     for name, ties in model.ties.items():
         for dim, tie in enumerate(ties):
-            if tie is None or not model.widths[tie.axis].cuttable:
+            if tie is None or tie.axis not in (model.cuttable if axes is None else axes):
                 continue
             place = counted[tie.axis].locate(name) if tie.axis in counted else None
             key = (tie.axis, place and place[:2])
@@ -182,59 +184,36 @@ def test_units_in_their_best_order_are_the_same_tensors(family: str) -> None:
 def test_a_block_is_put_back_in_order_by_itself(family: str) -> None:
     model = model_of(family)
     params = noisy(model, 1)
-    copy = shuffled(model, params, 2)
     for axis in model.depths:
+        copy = shuffled(model, params, 2, private_axes(model, axis))
+        everywhere = shuffled(model, params, 2)
         for number in range(model.units(axis)):
-            reference = block_of(model, axis, number, params)
-            given = block_of(model, axis, number, copy)
-            # Only the private axes are put back: as if the others had never been permuted.
-            others = {a for a in model.cuttable if a not in private_axes(model, axis)}
-            wanted = {}
-            for name, tensor in reference.items():
-                full = next(n for n in params if model.depths[axis].locate(n) == (
-                    model.depths[axis].prefixes[0], number, name))
-                ties = model.ties[full]
-                if any(tie and tie.axis in others for tie in ties):
-                    continue
-                wanted[name] = tensor
+            reference, given = (block_of(model, axis, number, p) for p in (params, copy))
+            assert distance(reference, given) > 0.1
             back = aligned_block(model, axis, reference, given)
-            assert distance(reference, back) <= distance(reference, given)
-            for name, tensor in wanted.items():
-                assert torch.equal(back[name], tensor)
-
-
-def test_a_block_is_put_back_in_order_exactly_where_the_stream_was_left_alone() -> None:
-    model = model_of("gpt2")
-    params = noisy(model, 1)
-    for number in range(2):
-        reference = block_of(model, "layers", number, params)
-        given = dict(reference)
-        draw = torch.Generator().manual_seed(number)
-        for axis in ("embed.attn", "mlp"):
-            order = torch.randperm(model.units(axis), generator=draw)
-            for name, ties in model.ties.items():
-                place = model.depths["layers"].locate(name)
-                for dim, tie in enumerate(ties):
-                    if place and place[1] == number and tie and tie.axis == axis:
-                        entries = index_tensor(tie.expand(order, model.units(axis)))
-                        given[place[2]] = given[place[2]].index_select(dim, entries)
-        assert distance(reference, given) > 1.0
-        back = aligned_block(model, "layers", reference, given)
-        assert all(torch.equal(back[name], reference[name]) for name in reference)
+            assert all(torch.equal(back[name], reference[name]) for name in reference)
+            # Where the stream is permuted too, that is left alone.
+            given = block_of(model, axis, number, everywhere)
+            near = aligned_block(model, axis, reference, given)
+            assert distance(reference, near) <= distance(reference, given)
+            assert norm(near) == pytest.approx(norm(given))
+            assert any(near[name] is given[name] for name in given)
 
 
 def test_a_block_may_be_aligned_to_a_block_at_another_place() -> None:
-    model = model_of("residual")
+    model = Residual(stream=6, inner=4, blocks=3).build_model(VECTORS)
     params = noisy(model, 1)
     one, other = (block_of(model, "blocks", number, params) for number in (0, 2))
     near = aligned_block(model, "blocks", one, other)
-    assert distance(one, near) < distance(one, other)
-    # Of all 12! orders of the inner units none is closer: the brute force of 4 of them is not.
-    gains = sum(
-        (one[name].movedim(dim, 0).flatten(1).double() @ other[name].movedim(dim, 0).flatten(1).double().T)
-        for name, dim in (("widen.weight", 0), ("widen.bias", 0), ("narrow.weight", 1))
-    )
-    assert isinstance(gains, torch.Tensor)
+    inner = {"widen.weight": 0, "widen.bias": 0, "narrow.weight": 1}
+    orders = [torch.tensor(order) for order in itertools.permutations(range(4))]
+    moved = [
+        other | {name: other[name].index_select(dim, order) for name, dim in inner.items()}
+        for order in orders
+    ]
+    best = min(distance(one, each) for each in moved)
+    assert distance(one, near) == pytest.approx(best, rel=1e-7)
+    assert best < distance(one, other)
 
 
 @settings(max_examples=25, deadline=None)
@@ -306,12 +285,12 @@ def test_units_that_are_alike_stay_where_they_are() -> None:
     for name, dim in (("layers.0.weight", 0), ("layers.0.bias", 0), ("head.weight", 1)):
         params[name] = params[name].index_select(dim, torch.tensor([0, 1, 2, 1]))
     params["layers.0.bias"] = params["layers.0.bias"].clone()
-    given_ = dict(params)
-    marks = torch.tensor([0.0, 0.1, 0.0, -0.1])  # moves no inner product: orthogonal to no unit
+    moved = dict(params)
+    marks = torch.tensor([0.0, 0.1, 0.0, -0.1])  # tells the two apart, at the same distance
     for name, dim in (("layers.0.weight", 0), ("layers.0.bias", 0), ("head.weight", 1)):
-        given_[name] = given_[name].index_select(dim, torch.tensor([2, 1, 0, 3]))
-    given_["layers.0.bias"] = given_["layers.0.bias"] + marks
-    back = aligned(model, params, given_)
+        moved[name] = moved[name].index_select(dim, torch.tensor([2, 1, 0, 3]))
+    moved["layers.0.bias"] = moved["layers.0.bias"] + marks
+    back = aligned(model, params, moved)
     assert torch.equal(back["layers.0.weight"], params["layers.0.weight"])
     assert torch.equal(back["layers.0.bias"], params["layers.0.bias"] + marks)
 
@@ -328,18 +307,20 @@ def test_rows_of_classes_may_be_left_out_and_are_never_permuted() -> None:
     assert aligned(model, params, swapped)["head.bias"] is swapped["head.bias"]
 
 
-def test_no_thread_changes_a_unit() -> None:
-    model = Residual(stream=64, inner=96, blocks=3).build_model(VECTORS)
-    reference, other = noisy(model, 1), noisy(model, 2)
-    threads = torch.get_num_threads()
-    found = []
-    try:
-        for number in (1, 2):
-            torch.set_num_threads(number)
-            found.append(aligned(model, reference, other))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(found[0][name], found[1][name]) for name in reference)
+def test_rounding_of_sums_moves_no_unit() -> None:
+    # Every unit has the same entries in another order and all are wanted alike: whichever is best
+    # in floating point is so by rounding alone, which differs between numbers of threads.
+    model = MLP(hidden=(6,)).build_model(
+        Spec(kind="vector", task="vector-classification", shape=(500,), num_classes=3)
+    )
+    draw = torch.Generator().manual_seed(0)
+    row = torch.randn(500, generator=draw)
+    rows = torch.stack([row[torch.randperm(500, generator=draw)] for _ in range(6)])
+    assert len(set(rows.double().mul(0.1).sum(dim=1).tolist())) > 1
+    params = {name: torch.zeros(shape) for name, shape in model.shapes.items()}
+    same = params | {"layers.0.weight": torch.full((6, 500), 0.1)}
+    other = params | {"layers.0.weight": rows}
+    assert aligned(model, same, other)["layers.0.weight"] is rows
 
 
 def test_towers_that_use_one_name_for_other_units_are_refused() -> None:
