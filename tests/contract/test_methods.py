@@ -46,6 +46,7 @@ from tesserafl.methods import (
     HeteroFL,
     HetLoRA,
     Local,
+    MatchedAveraging,
     MethodSettings,
     MSfusion,
     PFLMoE,
@@ -78,7 +79,11 @@ CUT: dict[str, MethodSettings] = {
     "fedfmsl": FedFMSL(ratio=RATIO, start=1, step=1, patience=2, tolerance=1.0),
     "pfl_moe": PFLMoE(ratio=RATIO),
     "local": Local(ratio=RATIO),
+    "matched_averaging": MatchedAveraging(ratio=RATIO),
     # Further settings of the same methods.
+    "matched_averaging from own starts": MatchedAveraging(
+        ratio=RATIO, start="own", weighting="uniform"
+    ),
     "heterofl by examples, unscaled": HeteroFL(
         ratio=RATIO, weighting="examples", width_scaling="none"
     ),
@@ -135,6 +140,8 @@ WHOLE: dict[str, MethodSettings] = {
     "fedit": FedIT(weighting="uniform"),
     "fedfmsl": FedFMSL(schedule="all", stage_one=1.0, weighting="uniform"),
     "pfl_moe": PFLMoE(stage_one=1.0, weighting="uniform"),
+    "matched_averaging": MatchedAveraging(weighting="uniform"),
+    "matched_averaging unmatched": MatchedAveraging(weighting="uniform", matching="none"),
     "heterofl in parameters": HeteroFL(ratio=(1.0,), width_scaling="parameters"),
     "fedrolex by class": FedRolex(ratio=(1.0, 1.0)),
     "fedbrb diagonal": FedBRB(ratio=(1.0,), strict=False, rolling="diagonal", broadcast=1.0),
@@ -628,6 +635,8 @@ def test_what_looks_at_the_whole_is_not_entrywise() -> None:
         "pfl_moe",
         "pfl_moe in stage two",
         "pfl_moe by halves",
+        "matched_averaging",
+        "matched_averaging from own starts",
     }
 
 
@@ -763,7 +772,8 @@ def test_configure_cuts_when_a_task_is_asked_for(name: str) -> None:
     assert params.reads == 0
     for number in (1, 2):
         task = next(tasks)
-        cut = 0 if name == "fedavg" else number  # FedAvg's clients all hold the whole: no copies
+        # Clients of these all hold the whole: no copies.
+        cut = 0 if isinstance(CUT[name], FedAvg | MatchedAveraging) else number
         assert params.reads == cut * len(task.params)
 
 

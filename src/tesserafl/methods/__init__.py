@@ -18,6 +18,7 @@ from tesserafl.methods.flora import FLoRA
 from tesserafl.methods.heterofl import HeteroFL
 from tesserafl.methods.hetlora import HetLoRA
 from tesserafl.methods.local import Local
+from tesserafl.methods.matched_averaging import MatchedAveraging
 from tesserafl.methods.msfusion import MSfusion
 from tesserafl.methods.pfl_moe import PFLMoE
 from tesserafl.methods.ravan import Ravan
@@ -42,6 +43,7 @@ MethodSettings = (
     | PFLMoE
     | FLM
     | Local
+    | MatchedAveraging
 )
 
 METHODS: dict[str, type[MethodSettings]] = {
@@ -64,6 +66,7 @@ METHODS: dict[str, type[MethodSettings]] = {
     "pfl_moe": PFLMoE,
     "flm": FLM,
     "local": Local,
+    "matched_averaging": MatchedAveraging,
 }
 
 __all__ = [
@@ -85,6 +88,7 @@ __all__ = [
     "HeteroFL",
     "Local",
     "MSfusion",
+    "MatchedAveraging",
     "MethodSettings",
     "PFLMoE",
     "Ravan",
