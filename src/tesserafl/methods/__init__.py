@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tesserafl.methods.depthfl import DepthFL
 from tesserafl.methods.dpsgd import DPSGD
 from tesserafl.methods.fedavg import FedAvg
 from tesserafl.methods.fedbrb import FedBRB
@@ -19,6 +20,8 @@ from tesserafl.methods.hetlora import HetLoRA
 from tesserafl.methods.local import Local
 from tesserafl.methods.msfusion import MSfusion
 from tesserafl.methods.pfl_moe import PFLMoE
+from tesserafl.methods.progressive import Progressive
+from tesserafl.methods.random_depth import RandomDepth
 from tesserafl.methods.ravan import Ravan
 
 MethodSettings = (
@@ -39,6 +42,9 @@ MethodSettings = (
     | Ravan
     | FedFMSL
     | PFLMoE
+    | RandomDepth
+    | DepthFL
+    | Progressive
     | Local
 )
 
@@ -60,12 +66,16 @@ METHODS: dict[str, type[MethodSettings]] = {
     "ravan": Ravan,
     "fedfmsl": FedFMSL,
     "pfl_moe": PFLMoE,
+    "random_depth": RandomDepth,
+    "depthfl": DepthFL,
+    "progressive": Progressive,
     "local": Local,
 }
 
 __all__ = [
     "DPSGD",
     "METHODS",
+    "DepthFL",
     "FFALoRA",
     "FLoRA",
     "FedAvg",
@@ -83,5 +93,7 @@ __all__ = [
     "MSfusion",
     "MethodSettings",
     "PFLMoE",
+    "Progressive",
+    "RandomDepth",
     "Ravan",
 ]
