@@ -248,7 +248,7 @@ class Stages(nn.Module):
 
     def __init__(self, sizes):
         super().__init__()
-        widths = [8, 6, 4, 4, 4, 4, 4, 4, 4, 4, 4]
+        widths = [8, 6, *[4] * sizes["layers"]]
         self.blocks = nn.ModuleList(
             nn.Linear(widths[i], widths[i + 1]) for i in range(sizes["layers"])
         )
