@@ -32,6 +32,7 @@ from tesserafl.engines.client import ClientWorker, execute
 from tesserafl.methods import (
     DPSGD,
     METHODS,
+    DepthFL,
     FedAvg,
     FedBRB,
     FedEcover,
@@ -50,15 +51,19 @@ from tesserafl.methods import (
     MethodSettings,
     MSfusion,
     PFLMoE,
+    Progressive,
+    RandomDepth,
     Ravan,
 )
 from tesserafl.methods._width import kept_units
-from tesserafl.models import CNN, MLP
+from tesserafl.models import CNN, MLP, Residual
 from tesserafl.models.scaling import forward_of
 from tesserafl.run import checkpoint
 
 RATIO = (0.5, 0.25)
 """Every axis of the models below divides into 4."""
+DEPTH = (2, 1)
+"""Of 3 blocks."""
 
 CUT: dict[str, MethodSettings] = {
     "fedavg": FedAvg(ratio=RATIO),
@@ -78,6 +83,9 @@ CUT: dict[str, MethodSettings] = {
     "ravan": Ravan(ratio=RATIO, heads=2),
     "fedfmsl": FedFMSL(ratio=RATIO, start=1, step=1, patience=2, tolerance=1.0),
     "pfl_moe": PFLMoE(ratio=RATIO),
+    "random_depth": RandomDepth(depth=DEPTH),
+    "depthfl": DepthFL(depth=DEPTH),
+    "progressive": Progressive(depth=DEPTH),
     "local": Local(ratio=RATIO),
     "matched_averaging": MatchedAveraging(ratio=RATIO),
     # Further settings of the same methods.
@@ -127,6 +135,12 @@ CUT: dict[str, MethodSettings] = {
     ),
     "pfl_moe in stage two": PFLMoE(ratio=RATIO, stage_one=0.0, held_out=0.2),
     "pfl_moe by halves": PFLMoE(ratio=RATIO, stage_one=0.0, gate="half", weighting="uniform"),
+    "random_depth decaying": RandomDepth(depth=(2,), keep="linear", weighting="examples"),
+    "random_depth unscaled": RandomDepth(depth=DEPTH, scaled=False),
+    "depthfl at once": DepthFL(depth=DEPTH, ramp=0.0, temperature=2.0, weighting="examples"),
+    "depthfl without distillation": DepthFL(depth=DEPTH, distill=0.0),
+    "progressive by copies": Progressive(depth=DEPTH, start="copy", weighting="examples"),
+    "progressive by two": Progressive(depth=DEPTH, step=2),
 }
 WHOLE: dict[str, MethodSettings] = {
     "fedavg": FedAvg(weighting="uniform"),
@@ -142,6 +156,10 @@ WHOLE: dict[str, MethodSettings] = {
     "pfl_moe": PFLMoE(stage_one=1.0, weighting="uniform"),
     "matched_averaging": MatchedAveraging(weighting="uniform"),
     "matched_averaging unmatched": MatchedAveraging(weighting="uniform", matching="none"),
+    "random_depth": RandomDepth(depth=(3,)),
+    "progressive": Progressive(depth=(3,)),
+    "random_depth decaying": RandomDepth(depth=(4, 3), keep="linear"),
+    "progressive by copies": Progressive(depth=(3,), start="copy"),
     "heterofl in parameters": HeteroFL(ratio=(1.0,), width_scaling="parameters"),
     "fedrolex by class": FedRolex(ratio=(1.0, 1.0)),
     "fedbrb diagonal": FedBRB(ratio=(1.0,), strict=False, rolling="diagonal", broadcast=1.0),
@@ -155,7 +173,7 @@ WHOLE: dict[str, MethodSettings] = {
         ratio=(1.0,), contrast=0.0, weighting="uniform", layer_phase="staggered", stride=3
     ),
 }
-OTHERWISE = {"ffa_lora", "flexlora", "hetlora", "fedsa_lora", "flora", "ravan", "local"}
+OTHERWISE = {"ffa_lora", "flexlora", "hetlora", "fedsa_lora", "flora", "ravan", "local", "depthfl"}
 """Methods that do something else than FedAvg even where everybody trains everything."""
 
 
@@ -288,10 +306,12 @@ class Blocks:
 
 VECTORS = Spec(kind="vector", task="vector-classification", shape=(6,), num_classes=3)
 IMAGES = Spec(kind="image", task="image-classification", shape=(1, 6, 6), num_classes=3)
-FAMILIES: dict[str, tuple[MLP | CNN | Adapted | Blocks, Spec]] = {
+FAMILIES: dict[str, tuple[MLP | CNN | Residual | Adapted | Blocks, Spec]] = {
     "mlp": (MLP(hidden=(8, 12)), VECTORS),
     "mlp with norms": (MLP(hidden=(16, 8), norm="layer"), VECTORS),
     "cnn": (CNN(channels=(8, 16), group_size=2), IMAGES),
+    "deep": (Residual(stream=8, inner=8, blocks=3), VECTORS),
+    "deep with exits": (Residual(stream=8, inner=8, blocks=3, exits=True), VECTORS),
     "adapted": (Adapted(), VECTORS),
     "merging": (Adapted(merge=True), VECTORS),
     "blocks": (Blocks(), VECTORS),
@@ -307,6 +327,9 @@ ON_ADAPTERS_TOO = (FedRolex,)
 """To the others a rank is an axis like any other; one of them is enough to see it."""
 ON_BLOCKS_TOO = (FedRolex, FlexLoRA)
 """To the others adapters in blocks are adapters."""
+OF_DEPTH = (RandomDepth, DepthFL, Progressive)
+ON_DEPTH_TOO = (FedAvg, FedRolex)
+"""To the others a deep model is a model like any other."""
 
 
 def suits(method: type[MethodSettings], family: str) -> bool:
@@ -316,6 +339,9 @@ def suits(method: type[MethodSettings], family: str) -> bool:
         return family == "blocks" and method in (*OF_BLOCKS, *ON_BLOCKS_TOO)
     if family == "adapted":
         return method in (*OF_ADAPTERS, *ON_ADAPTERS_TOO)
+    if family.startswith("deep") or method in OF_DEPTH:
+        asked = family.startswith("deep") and method in (*OF_DEPTH, *ON_DEPTH_TOO)
+        return asked and (method is not DepthFL or family == "deep with exits")
     return method not in OF_ADAPTERS
 
 
@@ -325,6 +351,8 @@ def home_of(method: type[MethodSettings]) -> str:
         return "merging"
     if method in OF_BLOCKS:
         return "blocks"
+    if method in OF_DEPTH:
+        return "deep with exits" if method is DepthFL else "deep"
     return "adapted" if method in OF_ADAPTERS else "mlp"
 
 
@@ -477,6 +505,29 @@ def test_every_method_is_under_contract() -> None:
 def test_methods_of_adapters_refuse_a_model_without_any(method: type[MethodSettings]) -> None:
     with pytest.raises(ConfigError, match="averages low-rank adapters, and this model has none"):
         method().init(model_of("mlp"), 0, 1)
+
+
+@pytest.mark.parametrize("method", OF_DEPTH)
+def test_methods_of_depth_refuse_a_model_without_blocks(method: type[MethodSettings]) -> None:
+    with pytest.raises(ConfigError, match="--model residual"):
+        next(
+            method().configure(
+                model_of("mlp"), method().init(model_of("mlp"), 0, 9), CLIENTS, TRAINING
+            )
+        )
+
+
+@pytest.mark.parametrize("method", OF_DEPTH)
+@pytest.mark.parametrize("depth", [(), (2, 0)])
+def test_methods_of_depth_refuse_no_depth(
+    method: type[RandomDepth | DepthFL | Progressive], depth: tuple[int, ...]
+) -> None:
+    with pytest.raises(ConfigError, match="how many blocks each client class trains, at least 1"):
+        next(
+            Federation(method(depth=depth), home_of(method)).tasks(
+                State(params={}, seed=0, rounds=9)
+            )
+        )
 
 
 @each_pair
@@ -637,6 +688,9 @@ def test_what_looks_at_the_whole_is_not_entrywise() -> None:
         "pfl_moe by halves",
         "matched_averaging",
         "matched_averaging from own starts",
+        "progressive",
+        "progressive by copies",
+        "progressive by two",
     }
 
 
@@ -684,7 +738,7 @@ def fedavg_bits(family: str, weighting: Weighting, training: Training) -> str:
     ("name", "family"),
     [
         *(pair for pair in EVERYWHERE if pair[0] not in OTHERWISE),
-        *((name, "mlp") for name in WHOLE if name not in METHODS),
+        *((name, home_of(type(WHOLE[name]))) for name in WHOLE if name not in METHODS),
     ],
 )
 @pytest.mark.parametrize("training", [TRAINING, MASKED], ids=["plain", "masked"])
@@ -709,6 +763,11 @@ def test_a_part_is_no_larger_than_its_ratio(name: str, family: str) -> None:
     state = federation.init()
     for round in range(9):
         for task in federation.tasks(replace(state, round=round), CLIENTS):
+            if isinstance(method, OF_DEPTH):
+                assert (
+                    trained_blocks(model, task) <= method.depth[task.client.id % len(method.depth)]
+                )
+                continue
             ratio = RATIO[task.client.id % 2]
             if isinstance(method, Ravan):  # every head runs everywhere; the others are frozen
                 counts = {len(heads) for heads in task.options["heads"]}
@@ -720,6 +779,12 @@ def test_a_part_is_no_larger_than_its_ratio(name: str, family: str) -> None:
             for axis, units in limit.items():
                 width = model.widths[axis]
                 assert task.submodel.sizes[width.size] <= units * width.quantum
+
+
+def trained_blocks(model: Model, task: Task) -> int:
+    names = task.submodel.views if task.trainable is None else task.trainable
+    places = [model.depths["blocks"].locate(name) for name in names]
+    return len({place[1] for place in places if place})
 
 
 def held(federation: Federation, task: Task, memory: Memory) -> Params:
@@ -770,17 +835,23 @@ def test_configure_cuts_when_a_task_is_asked_for(name: str) -> None:
     params = CountingReads(state.params)
     tasks = federation.tasks(replace(state, params=params))
     assert params.reads == 0
-    for number in (1, 2):
+    expected, last = 0, None
+    for _ in range(2):
         task = next(tasks)
-        # Clients of these all hold the whole: no copies.
-        cut = 0 if isinstance(CUT[name], FedAvg | MatchedAveraging) else number
-        assert params.reads == cut * len(task.params)
+        whole = isinstance(CUT[name], FedAvg | MatchedAveraging)  # there all hold it: no copies
+        if not whole and task.params is not last:
+            expected += len(task.params)
+        assert params.reads == expected
+        last = task.params
 
 
 @each_pair
 def test_the_loss_falls(name: str, family: str) -> None:
     # With some whole clients every weight is trained; below that HeteroFL's full model is noise.
-    method = replace(CUT[name], ratio=(1.0, 0.5))
+    method = CUT[name]
+    method = replace(
+        method, **({"depth": (3, 2)} if isinstance(method, OF_DEPTH) else {"ratio": (1.0, 0.5)})
+    )
     method = replace(method, strict=False) if isinstance(method, FedBRB) else method
     federation = Federation(method, family)
     start = federation.loss(federation.init(rounds=20))

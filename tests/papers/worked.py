@@ -18,7 +18,7 @@ from tesserafl.core.submodel import Coverage, index_tensor
 from tesserafl.data.examples import Examples, Spec
 from tesserafl.engines.client import ClientWorker
 from tesserafl.methods import MethodSettings
-from tesserafl.models import MLP
+from tesserafl.models import MLP, Residual
 
 TRAINING = Training(lr=0.5, batch_size=100)
 """One full-batch step."""
@@ -211,3 +211,20 @@ def mean_product(
 def products(model: Model, params: Params) -> list[Tensor]:
     """Per adapter the product of its factors."""
     return [params[p.up].double() @ params[p.down].double() for p in model.low_rank]
+
+
+def deep(blocks: int, *, exits: bool = False, classes: int = 2) -> Model:
+    """A residual model on vectors of 2 entries, its stream 2 wide."""
+    spec = Spec(kind="vector", task="vector-classification", shape=(2,), num_classes=classes)
+    return Residual(stream=2, inner=2, blocks=blocks, exits=exits).build_model(spec)
+
+
+def blocks_of(model: Model, task: Task) -> list[int]:
+    """The blocks of a deep model that a task holds, from input to output."""
+    (depth,) = model.depths.values()
+    places = {}
+    for small, view in task.submodel.views.items():
+        here, there = depth.locate(small), depth.locate(view.name)
+        if here and there:
+            assert places.setdefault(here[1], there[1]) == there[1]
+    return [places[number] for number in sorted(places)]

@@ -11,7 +11,7 @@ from tesserafl.data import DataSettings
 from tesserafl.experiments import comparison
 from tesserafl.experiments._sizes import base_for
 from tesserafl.methods import FedBRB
-from tesserafl.run.experiment import Experiment, name_of
+from tesserafl.run.experiment import Experiment
 
 RATIOS = {"4th": (0.25,), "8th": (0.125,)}
 
@@ -26,10 +26,11 @@ def rows(base: Experiment, asked: frozenset[str]) -> Mapping[str, Experiment]:
 
     A width or partition that the command line gives is the only one.
     """
-    if not any(setting.name == "ratio" for setting in fields(base.method)):
+    method: Any = base.method
+    if "ratio" not in {field.name for field in fields(method)}:
         raise ConfigError(
-            f"width_grid varies method.ratio, which {name_of('method', base.method)!r} does not "
-            f"have; leave --method away, or run comparison"
+            f"width_grid varies method.ratio, and {type(method).__name__} cuts no width; leave "
+            f"--method away or choose one that does"
         )
     experiments: dict[str, Experiment] = {}
     partitions = [base.data] if "data.partition" in asked else _partitions(base)
@@ -37,8 +38,7 @@ def rows(base: Experiment, asked: frozenset[str]) -> Mapping[str, Experiment]:
     for data in partitions:
         partition, shared = data.partition, replace(base, data=data)
         for width, ratio in widths.items():
-            changed: dict[str, Any] = {"ratio": ratio}
-            cell = replace(shared, method=replace(base.method, **changed))
+            cell = replace(shared, method=replace(method, ratio=ratio))
             for label, row in comparison.rows(cell).items():
                 ceiling = label == "fedavg-full"
                 experiments[f"{partition}-{label if ceiling else f'{width}-{label}'}"] = row

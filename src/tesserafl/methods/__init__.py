@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tesserafl.methods.depthfl import DepthFL
 from tesserafl.methods.dpsgd import DPSGD
 from tesserafl.methods.fedavg import FedAvg
 from tesserafl.methods.fedbrb import FedBRB
@@ -21,6 +22,8 @@ from tesserafl.methods.local import Local
 from tesserafl.methods.matched_averaging import MatchedAveraging
 from tesserafl.methods.msfusion import MSfusion
 from tesserafl.methods.pfl_moe import PFLMoE
+from tesserafl.methods.progressive import Progressive
+from tesserafl.methods.random_depth import RandomDepth
 from tesserafl.methods.ravan import Ravan
 
 MethodSettings = (
@@ -42,6 +45,9 @@ MethodSettings = (
     | FedFMSL
     | PFLMoE
     | FLM
+    | RandomDepth
+    | DepthFL
+    | Progressive
     | Local
     | MatchedAveraging
 )
@@ -65,6 +71,9 @@ METHODS: dict[str, type[MethodSettings]] = {
     "fedfmsl": FedFMSL,
     "pfl_moe": PFLMoE,
     "flm": FLM,
+    "random_depth": RandomDepth,
+    "depthfl": DepthFL,
+    "progressive": Progressive,
     "local": Local,
     "matched_averaging": MatchedAveraging,
 }
@@ -73,6 +82,7 @@ __all__ = [
     "DPSGD",
     "FLM",
     "METHODS",
+    "DepthFL",
     "FFALoRA",
     "FLoRA",
     "FedAvg",
@@ -91,5 +101,7 @@ __all__ = [
     "MatchedAveraging",
     "MethodSettings",
     "PFLMoE",
+    "Progressive",
+    "RandomDepth",
     "Ravan",
 ]

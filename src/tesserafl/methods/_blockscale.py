@@ -1,4 +1,4 @@
-"""Residual scales, folded into the weights: h + s f(h) without a change of the module."""
+"""h <- h + s f(h): factors on what blocks add, folded into their weights."""
 
 from __future__ import annotations
 
@@ -13,20 +13,26 @@ Scales = Mapping[str, Mapping[int, float | Tensor]]
 """Depth axis -> block -> factor of what it adds."""
 
 
-def scaled_blocks(model: Model, params: Params, scales: Scales) -> Params:
-    """The parameters, with every block's output projections times its scale.
+def scaled_blocks(params: Params, model: Model, scales: Scales) -> Params:
+    """The parameters with which block i of an axis adds `scales[axis][i]` times as much.
 
-    Blocks of an axis that does not know what its blocks' outputs are proportional to
-    (`Depth.outputs`) stay as they are; so do blocks without a scale, or one of exactly 1.
+    What a block adds is proportional to each branch's output projection (`Depth.outputs`), so these
+    are multiplied; a factor of 0 makes the block the identity. Axes whose blocks do not add, or do
+    so in a way that is not understood, are left as they are, and so are blocks without a factor.
+
+    Args:
+        params: of the model; those that are not scaled are the same tensors in the result.
+        model: whose blocks they are.
+        scales: axis -> block -> factor; a tensor's slope is passed on.
     """
-    changed = dict(params)
-    for axis, of_blocks in scales.items():
+    scaled = dict(params)
+    for axis, factors in scales.items():
         depth = model.depths[axis]
         for name in params:
             place = depth.locate(name)
-            if place is None or place[2] not in depth.outputs:
+            if not place or place[2] not in depth.outputs:
                 continue
-            scale = of_blocks.get(place[1], 1.0)
-            if isinstance(scale, Tensor) or scale != 1.0:
-                changed[name] = params[name] * scale
-    return changed
+            factor = factors.get(place[1], 1.0)
+            if isinstance(factor, Tensor) or factor != 1.0:
+                scaled[name] = params[name] * factor
+    return scaled

@@ -35,12 +35,17 @@ def depth_of(depths: tuple[int, ...], client: Client) -> int:
     Raises:
         ConfigError: there is no class, or one of less than a block.
     """
+    check_depths(depths)
+    return depths[client.id % len(depths)]
+
+
+def check_depths(depths: tuple[int, ...]) -> None:
+    """Raise ConfigError unless there is a client class, and each trains a block or more."""
     if not depths or min(depths) < 1:
         raise ConfigError(
             f"method.depth holds how many blocks each client class trains, at least 1; got "
             f"{list(depths)}"
         )
-    return depths[client.id % len(depths)]
 
 
 def first_blocks(model: Model, depth: int) -> dict[str, range]:

@@ -82,7 +82,7 @@ def _damped(model: Model, state: State) -> State:
     if state.notes["policy"] not in ("resampled", "importance"):
         return state
     axis, slot = next(e[2:4] for e in reversed(state.notes["log"]) if e[1] == "insert")
-    return replace(state, params=scaled_blocks(model, state.params, {axis: {slot: _DAMPED}}))
+    return replace(state, params=scaled_blocks(state.params, model, {axis: {slot: _DAMPED}}))
 
 
 def _named(state: State, start: str) -> Params:

@@ -44,7 +44,7 @@ def part_of(model: Model, params: Params, orders: Orders, scales: Scales) -> tup
     """The model of these blocks, scaled."""
     part = model.slice(orders)
     small = model.resized(part)
-    return small, scaled_blocks(small, cut(params, part), by_place(orders, scales))
+    return small, scaled_blocks(cut(params, part), small, by_place(orders, scales))
 
 
 def by_place(orders: Orders, scales: Scales) -> dict[str, dict[int, float | Tensor]]:
@@ -130,7 +130,7 @@ def calibrated(
         asked: dict[str, dict[int, float | Tensor]] = {axis: {} for axis in orders}
         for (axis, j), value in zip(plan, given, strict=True):
             asked[axis][j] = value
-        return scaled_blocks(small, own, asked)
+        return scaled_blocks(own, small, asked)
 
     best = (inside.metrics(scaled(values.detach()), check).loss, values.detach().clone())
     for _ in range(steps if plan else 0):

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from tesserafl.core.errors import ConfigError
 from tesserafl.core.messages import Client
-from tesserafl.core.method import Predictor, State
+from tesserafl.core.method import Method, Predictor, State
+from tesserafl.core.model import Model
 from tesserafl.core.submodel import cut
 from tesserafl.engines.federation import Federation
 from tesserafl.engines.seam import Done, Engine
@@ -35,10 +36,10 @@ def check_personal(setup: Setup) -> None:
             "finetune_epochs trains the global model on; clients of this method have models of "
             "their own, which are tested as accuracy_personal: set finetune_epochs to 0"
         )
-    if experiment.finetune_epochs and min(experiment.method.ratio) < 1 and not setup.model.low_rank:
+    if experiment.finetune_epochs and _leaves_out(experiment.method, setup.model):
         raise ConfigError(
             "finetune_epochs is for clients that hold the whole model; set method.ratio to 1 "
-            "(adapters of fewer ranks are whole models too)"
+            "(adapters of fewer ranks are whole models too) and method.depth to all blocks"
         )
 
 
@@ -69,6 +70,14 @@ def personal_accuracies(
         by_client = {c.id: _accuracy(setup, evaluator, c, own) for c, own in tuned}
         found["accuracy_finetuned"] = [by_client[client.id] for client in tested]
     return found
+
+
+def _leaves_out(method: Method, model: Model) -> bool:
+    """Whether some client holds or trains a part of the model only."""
+    if min(method.ratio) < 1:
+        return not model.low_rank
+    depths: tuple[int, ...] = getattr(method, "depth", ())
+    return any(min(depths) < depth.blocks for depth in model.depths.values()) if depths else False
 
 
 def _finetuned(

@@ -132,7 +132,13 @@ def test_a_residual_stack_has_widths_and_depth():
         {"embed": 16, "mlp": 24, "layers": 4},
         vectors,
     )
-    assert model.depths == {"layers": Depth(4, ("blocks.",))}
+    (depth,) = model.depths.values()
+    assert depth == Depth(
+        4,
+        ("blocks.",),
+        outputs=("down.weight", "down.bias"),
+        below=("stem.weight", "stem.bias"),
+    )
     assert model.ties["blocks.3.up.weight"] == (Tie("mlp", (1,)), Tie("embed", (1,)))
     assert set(model.widths) == {"embed", "mlp"}
     assert_cuts_load(model, 0.5)

@@ -241,3 +241,34 @@ def test_the_adapters_furthest_from_the_output_can_be_left_out() -> None:
 def test_adapters_are_left_out_without_a_gap(units) -> None:
     with pytest.raises(ModelError, match="next to the output, without a gap"):
         towers().slice({"deep": units})
+
+
+class Stages(nn.Module):
+    """Blocks of which the first ones differ: of 8 and 6 inputs, then all of 4."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        widths = [8, 6, *[4] * sizes["layers"]]
+        self.blocks = nn.ModuleList(
+            nn.Linear(widths[i], widths[i + 1]) for i in range(sizes["layers"])
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.relu(block(x))
+        return x
+
+
+def test_blocks_of_the_last_ones_structure_are_movable(model):
+    stages = probe(Stages, {"layers": 5}, lambda: torch.randn(2, 8))
+    assert stages.movable("layers") == (2, 3, 4)
+    assert model.movable("layers") == (0, 1, 2, 3)
+    assert stages.slice({"layers": [0, 1, 4, 2]}).sizes == {"layers": 4}
+    with pytest.raises(ModelError, match="block 3 is built differently from block 1"):
+        stages.slice({"layers": [0, 3]})
+
+
+def test_a_part_knows_its_own_movable_blocks():
+    stages = probe(Stages, {"layers": 5}, lambda: torch.randn(2, 8))
+    part = stages.slice({"layers": [0, 1, 4]})
+    assert stages.resized(part).movable("layers") == (2,)

@@ -15,7 +15,8 @@ from tesserafl.engines.batches import batches, widest
 from tesserafl.engines.client import execute
 from tesserafl.engines.cohort import Cohorts, Member, obstacle
 from tesserafl.engines.graphs import trace
-from tesserafl.models import CNN, MLP
+from tesserafl.methods._exits import WEIGHT, MutualDistillation
+from tesserafl.models import CNN, MLP, Residual
 from tesserafl.models.scaling import forward_of
 
 VECTORS = Spec(kind="vector", task="vector-classification", shape=(6,), num_classes=3)
@@ -122,6 +123,24 @@ def test_an_objective_with_tensors_of_its_own() -> None:
     assert_alike(*both_ways(model, VECTORS, fits))
 
 
+@pytest.mark.parametrize("depth", [3, 1])
+@pytest.mark.parametrize("name", ["momentum", "own classes"])
+def test_exits_that_teach_each_other(depth: int, name: str) -> None:
+    """Padding must count in no divergence; clients of five sizes are padded to one."""
+    model = Residual(stream=8, inner=8, blocks=depth, exits=True).build_model(VECTORS)
+    fits = [
+        Fit(
+            params=model.init(client),
+            training=TRAININGS[name],
+            objective=MutualDistillation(temperature=2.0),
+            extra={WEIGHT: torch.tensor(0.7)},
+        )
+        for client in range(len(SIZES))
+    ]
+    sizes = (7, 6, 12, 5, 9) if name == "own classes" else SIZES
+    assert_alike(*both_ways(model, VECTORS, fits, sizes))
+
+
 def test_the_programs_of_one_round_serve_the_next_at_another_rate() -> None:
     model = MLP(hidden=(8,)).build_model(VECTORS)
     forward = forward_of(model, model.whole(), model.module().train(), "none")
@@ -138,6 +157,18 @@ def test_the_programs_of_one_round_serve_the_next_at_another_rate() -> None:
         assert number == 2  # a first step from one start, and the others
     assert torch.equal(results[0][3].params["head.bias"], results[2][3].params["head.bias"])
     assert not torch.equal(results[0][3].params["head.bias"], results[1][3].params["head.bias"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in itself
+def test_compiled_exits_teach_each_other_in_the_same_way() -> None:
+    model = Residual(stream=4, inner=4, blocks=2, exits=True).build_model(VECTORS)
+    fit = Fit(
+        params=model.init(0),
+        training=TRAININGS["sgd"],
+        objective=MutualDistillation(temperature=1.0),
+        extra={WEIGHT: torch.tensor(1.0)},
+    )
+    assert_alike(*both_ways(model, VECTORS, [fit] * 3, (4, 3, 4), most=3, compiled=True))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in itself
