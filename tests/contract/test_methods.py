@@ -31,6 +31,7 @@ from tesserafl.data.examples import Examples, Spec
 from tesserafl.engines.client import ClientWorker, execute
 from tesserafl.methods import (
     DPSGD,
+    FLM,
     METHODS,
     DepthFL,
     FedAvg,
@@ -86,6 +87,7 @@ CUT: dict[str, MethodSettings] = {
     "random_depth": RandomDepth(depth=DEPTH),
     "depthfl": DepthFL(depth=DEPTH),
     "progressive": Progressive(depth=DEPTH),
+    "flm": FLM(depth=DEPTH, warmup=1, cooldown=1, support=0.0, policy="persistent"),
     "local": Local(ratio=RATIO),
     "matched_averaging": MatchedAveraging(ratio=RATIO),
     # Further settings of the same methods.
@@ -141,6 +143,14 @@ CUT: dict[str, MethodSettings] = {
     "depthfl without distillation": DepthFL(depth=DEPTH, distill=0.0),
     "progressive by copies": Progressive(depth=DEPTH, start="copy", weighting="examples"),
     "progressive by two": Progressive(depth=DEPTH, step=2),
+    "flm by distance": FLM(
+        depth=(2,), warmup=1, cooldown=1, policy="persistent", measure="parameters", threshold=0.5
+    ),
+    "flm resampled": FLM(depth=(2,), warmup=0, cooldown=1, policy="resampled", merge=1e-3),
+    "flm by importance": FLM(
+        depth=DEPTH, warmup=0, cooldown=1, policy="importance", weighting="uniform"
+    ),
+    "flm by families": FLM(depth=(2,), warmup=1, cooldown=1, policy="slots", scaling=False),
 }
 WHOLE: dict[str, MethodSettings] = {
     "fedavg": FedAvg(weighting="uniform"),
@@ -158,6 +168,7 @@ WHOLE: dict[str, MethodSettings] = {
     "matched_averaging unmatched": MatchedAveraging(weighting="uniform", matching="none"),
     "random_depth": RandomDepth(depth=(3,)),
     "progressive": Progressive(depth=(3,)),
+    "flm": FLM(depth=(3,), warmup=0, policy="persistent", weighting="uniform"),
     "random_depth decaying": RandomDepth(depth=(4, 3), keep="linear"),
     "progressive by copies": Progressive(depth=(3,), start="copy"),
     "heterofl in parameters": HeteroFL(ratio=(1.0,), width_scaling="parameters"),
@@ -327,7 +338,7 @@ ON_ADAPTERS_TOO = (FedRolex,)
 """To the others a rank is an axis like any other; one of them is enough to see it."""
 ON_BLOCKS_TOO = (FedRolex, FlexLoRA)
 """To the others adapters in blocks are adapters."""
-OF_DEPTH = (RandomDepth, DepthFL, Progressive)
+OF_DEPTH = (RandomDepth, DepthFL, Progressive, FLM)
 ON_DEPTH_TOO = (FedAvg, FedRolex)
 """To the others a deep model is a model like any other."""
 
@@ -520,7 +531,7 @@ def test_methods_of_depth_refuse_a_model_without_blocks(method: type[MethodSetti
 @pytest.mark.parametrize("method", OF_DEPTH)
 @pytest.mark.parametrize("depth", [(), (2, 0)])
 def test_methods_of_depth_refuse_no_depth(
-    method: type[RandomDepth | DepthFL | Progressive], depth: tuple[int, ...]
+    method: type[RandomDepth | DepthFL | Progressive | FLM], depth: tuple[int, ...]
 ) -> None:
     with pytest.raises(ConfigError, match="how many blocks each client class trains, at least 1"):
         next(
@@ -691,6 +702,11 @@ def test_what_looks_at_the_whole_is_not_entrywise() -> None:
         "progressive",
         "progressive by copies",
         "progressive by two",
+        "flm",
+        "flm by distance",
+        "flm resampled",
+        "flm by importance",
+        "flm by families",
     }
 
 

@@ -12,7 +12,7 @@ from tesserafl.core.method import State
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params
 from tesserafl.methods._blockscale import Scales
-from tesserafl.methods._depth import block_names, depth_axes, depth_of
+from tesserafl.methods._depth import block_names, check_depths, depth_axes
 from tesserafl.methods._growth import Distances, Ledger, new_delta, parameters_apart
 from tesserafl.methods._handback import Policy, scales_of
 from tesserafl.methods._public import (
@@ -79,9 +79,8 @@ class Growing:
                 raise ConfigError(f"method.{name} must be 0 or more; got {getattr(self, name)}")
         if not 0.0 <= self.support <= 0.5:
             raise ConfigError(f"method.support must be in [0, 0.5]; got {self.support}")
-        most = max(
-            depth_of(self.depth, Client(id=i, num_examples=1)) for i in range(len(self.depth))
-        )
+        check_depths(self.depth)
+        most = max(self.depth)
         for axis in depth_axes(model):
             if most > model.units(axis):
                 raise ConfigError(

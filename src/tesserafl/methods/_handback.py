@@ -49,6 +49,8 @@ def handed_to(
     orders = {axis: stack.order for axis, stack in stacks.items()}
     if policy == "resampled":
         return drawn_blocks(model, orders, depth, draw)
+    if any(value.is_meta for value in state.params.values()):
+        return drawn_blocks(model, orders, depth, draw)  # a plan: there is nothing to weigh
     scores = {
         axis: [
             importance(block) + _YOUNG * (state.round - stack.born.get(slot, -young) <= young)

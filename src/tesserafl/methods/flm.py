@@ -27,7 +27,7 @@ from tesserafl.core.method import (
     train_everything,
 )
 from tesserafl.core.model import Model
-from tesserafl.methods._depth import depth_of, first_blocks
+from tesserafl.methods._depth import check_depths, depth_of, first_blocks
 from tesserafl.methods._growing import Growing
 from tesserafl.methods._handback import handed_to
 from tesserafl.methods._look import looked
@@ -65,6 +65,7 @@ class FLM(Growing):
         self, model: Model, state: State, clients: Sequence[Client], training: Training
     ) -> Iterator[Task]:
         """Every client gets as many blocks as it can train, by the policy."""
+        check_depths(self.depth)
         if self.needs_public:
             public_of(state, self.needs_public)
         stacks = stacks_of(state)
