@@ -82,7 +82,7 @@ def aligned_block(model: Model, axis: str, reference: Params, given: Params) -> 
         model: the model whose block it is.
         axis: the depth axis that counts the block.
         reference: the block to match; names are the `rest` of `Depth.locate`.
-        given: the block to permute, with the same names and shapes.
+        given: the block to permute, finite, with the same names and shapes.
 
     Raises:
         ModelError: two towers use one name for parameters with other units.
@@ -118,7 +118,7 @@ def aligned(model: Model, reference: Params, given: Params) -> Params:
     Args:
         model: the model; dimensions that no cuttable axis is tied to may be shorter than its.
         reference: the parameters to match.
-        given: the parameters to permute, with the same names and shapes.
+        given: the parameters to permute, finite, with the same names and shapes.
     """
     counted = {axis: depth for depth in model.depths for axis in private_axes(model, depth)}
     places: dict[str, dict[tuple[str, int] | None, list[_Place]]] = {a: {} for a in model.cuttable}
@@ -144,8 +144,10 @@ def _aligned(groups: Sequence[_Group], reference: Params, given: Params) -> Para
     identity = [np.arange(group.units) for group in groups]
     best = _descended(groups, wanted, start, identity)
     if _are_linked(groups):
-        layered = _descended(groups, wanted, start, _layer_by_layer(groups, wanted, start))
-        best = max((best, layered), key=lambda end: end.product)  # the first one if they are equal
+        layered = _layer_by_layer(groups, wanted, start)
+        if any(map(_moves, layered)):
+            other = _descended(groups, wanted, start, layered)
+            best = max((best, other), key=lambda end: end.product)  # the first one if equal
     if best.product <= _product(wanted, start, names):
         return dict(given)
     result = dict(given)
@@ -179,7 +181,8 @@ def _descended(
             if not _moves(order):
                 continue
             changed = _permuted(group, moved, order)
-            # Rounding may have misled, and so may a unit that another one of its axis weights.
+            # Rounding may mislead; so may a parameter that has the axis in two dimensions, of which
+            # an assignment moves one.
             if _product(wanted, changed, group.names) <= _product(wanted, moved, group.names):
                 continue
             moved |= changed
@@ -223,7 +226,7 @@ def _assigned(group: _Group, places: Sequence[_Place], wanted: _Arrays, moved: _
 
 def _without_idle_cycles(order: _Array, gains: _Array) -> _Array:
     kept, seen = np.arange(len(order)), np.zeros(len(order), bool)
-    for first in range(len(order)):
+    for first in np.flatnonzero(order != kept).tolist():
         cycle = []
         unit = first
         while not seen[unit]:
