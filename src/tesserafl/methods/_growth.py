@@ -98,7 +98,7 @@ class Ledger:
             group
             for (axis, _, _), unlike in sorted(self._groups().items())
             if free[axis] is not None
-            for group in alike(self.measure, unlike, self._origin(unlike), self.delta[axis])
+            for group in alike(self.measure, unlike)
         ]
 
         def weight(group: Sequence[Unlike]) -> int:
@@ -216,7 +216,7 @@ class Ledger:
             for j, source in enumerate(slots):
                 if (slot not in movable or source not in movable) and slot != source:
                     table[i][j] = math.inf
-        return aligned_order(table, self.delta[axis])[0]
+        return _behind_origins(aligned_order(table, self.delta[axis])[0], own, len(order))
 
     def _blocks(self, axis: str, update: Update) -> list[tuple[int, dict[str, str]]]:
         """Per block of the client: its slot, and rest -> the client's name."""
@@ -242,6 +242,19 @@ class Ledger:
         for unlike in sorted(self.aside, key=lambda u: (u.client, u.axis, u.origin)):
             groups.setdefault((unlike.axis, unlike.after, unlike.origin), []).append(unlike)
         return groups
+
+
+def _behind_origins(places: Sequence[Place], own: Sequence[int], rows: int) -> list[Place]:
+    """What is matched to none goes behind its origin, or as near to it as its neighbours allow."""
+    found = []
+    for j, place in enumerate(places):
+        if place.matched is None:
+            left = [p.matched for p in places[:j] if p.matched is not None]
+            right = [p.matched for p in places[j:] if p.matched is not None]
+            least, most = max(left, default=-1), min(right, default=rows) - 1
+            place = Place(None, min(max(own[j], least), most))
+        found.append(place)
+    return found
 
 
 def parameters_apart(model: Model, state: State, stacks: Mapping[str, Stack]) -> Distances:

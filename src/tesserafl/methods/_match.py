@@ -115,11 +115,17 @@ def spread_of(distances: Sequence[float]) -> tuple[float, float]:
     return float(middle), float((values - middle).abs().quantile(0.5))
 
 
-def clusters(vectors: Tensor, delta: float) -> list[list[int]]:
-    """Single-link clusters of vectors [n, k] whose M1 distance is below delta, largest first."""
-    links = (relative(vectors, vectors) < delta).tolist()
+def clusters(updates: Tensor) -> list[list[int]]:
+    """Single-link clusters of updates [n, k], largest first.
+
+    Two are linked that are closer to each other than to where they came from: their angle is below
+    60 degrees, if they are of one length. So no scale has to be known.
+    """
+    squares = updates.square().sum(dim=1)
+    apart = torch.stack([(row[None, :] - updates).square().sum(dim=1) for row in updates])
+    links = (apart < torch.minimum(squares[:, None], squares[None, :])).tolist()
     found: list[list[int]] = []
-    left = set(range(len(vectors)))
+    left = set(range(len(updates)))
     while left:
         group, edge = set[int](), {min(left)}
         while edge:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from tesserafl.core.exactsum import ExactSum
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import SubModel, merge
 from tesserafl.methods._depth import whole_view
-from tesserafl.methods._match import clusters, flat, halves, relative
+from tesserafl.methods._match import clusters, flat, halves
 
 Measure = Literal["parameters", "updates", "functions"]
 """What tells blocks apart."""
@@ -48,27 +46,14 @@ class Grown:
     """The members' part of the weight that held the origin."""
 
 
-def alike(
-    measure: Measure, group: Sequence[Unlike], origin: Params, delta: float
-) -> Iterator[list[Unlike]]:
-    """Groups of blocks that are alike among themselves, of those that belong in one place.
+def alike(measure: Measure, group: Sequence[Unlike]) -> list[list[Unlike]]:
+    """Groups that are alike among themselves, of blocks that came from one and belong in one place.
 
     By updates: two halves, by the sign of the updates' first principal direction. Else clusters.
-
-    Args:
-        measure: what told them from others.
-        group: blocks that came from one block.
-        origin: that block.
-        delta: the distance beyond which a block is like none.
     """
-    if measure == "updates":
-        for half in halves(torch.stack([flat(unlike.delta) for unlike in group])):
-            yield [group[n] for n in half]
-        return
-    theta = flat(origin)
-    vectors = torch.stack([theta + flat(unlike.delta) for unlike in group])
-    for cluster in clusters(vectors, delta if measure == "parameters" else _middle(vectors)):
-        yield [group[n] for n in cluster]
+    updates = torch.stack([flat(unlike.delta) for unlike in group])
+    found = halves(updates) if measure == "updates" else clusters(updates)
+    return [[group[n] for n in numbers] for numbers in found if numbers]
 
 
 def mean_block(group: Sequence[Unlike], origin: Params) -> Params:
@@ -78,9 +63,3 @@ def mean_block(group: Sequence[Unlike], origin: Params) -> Params:
     for unlike in group:
         total.fold(part, unlike.delta, unlike.weight, origin)
     return merge(origin, total)
-
-
-def _middle(vectors: Tensor) -> float:
-    """The median distance among the vectors: distances of functions are of another scale."""
-    table = relative(vectors, vectors)
-    return float(table[table > 0].median()) if bool((table > 0).any()) else math.inf
