@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tesserafl.core.errors import CapacityError, ConfigError
 from tesserafl.core.method import Predictor, State
 from tesserafl.core.model import Model
 from tesserafl.core.submodel import cut
@@ -11,7 +12,7 @@ from tesserafl.methods import DepthFL
 from tesserafl.run.events import read_events
 from tesserafl.run.experiment import Experiment, from_json
 from tesserafl.run.plan import make_plan
-from tesserafl.run.runner import resume, start
+from tesserafl.run.runner import first_federation, resume, start
 from tesserafl.run.setup import prepare
 
 METHODS = {
@@ -80,6 +81,30 @@ def test_the_plan_counts_what_is_trained_of_what_is_held() -> None:
     assert plan.coverage[1] == plan.coverage[2] < plan.coverage[3] == 1.0
     (kind,) = plan.classes
     assert kind.num_trained == kind.num_entries < plan.num_entries
+
+
+def test_a_plan_has_a_row_for_every_depth() -> None:
+    """Both hold whole widths; the shallow ones come first, so a look at one would be too low."""
+    setup = prepare(small("random_depth"))
+    plan = make_plan(setup, (1,))
+    assert [(kind.depth, kind.num_clients) for kind in plan.classes] == [(2, 3), (3, 3)]
+    shallow, deep = plan.classes
+    assert shallow.num_entries < deep.num_entries < plan.num_entries
+    assert shallow.peak_bytes < deep.peak_bytes
+
+
+def test_a_client_that_is_too_small_for_its_depth_is_refused(tmp_path: Path) -> None:
+    plan = make_plan(prepare(small("random_depth")), (1,))
+    shallow, deep = (kind.peak_bytes / 2**20 for kind in plan.classes)
+    limit = (shallow + deep) / 2
+    with pytest.raises(CapacityError, match="client 1 has"):
+        start(small("random_depth", client_memory_mib=[limit]), tmp_path / "run")
+
+
+def test_a_model_that_nobody_holds_is_not_fine_tuned() -> None:
+    data = {"num_clients": 6, "test": 0.2}
+    with pytest.raises(ConfigError, match=r"method\.depth to all blocks"):
+        first_federation(prepare(small("random_depth", data=data, finetune_epochs=1)))
 
 
 def test_a_part_that_is_served_is_measured_and_counted_as_itself(
