@@ -116,6 +116,13 @@ def masked(logits: Tensor, extra: Mapping[str, Tensor]) -> Tensor:
     return logits.masked_fill(~owned, 0.0)
 
 
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labels that count; logits [batch, ..., classes], labels [batch, ...]."""
+    return F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED
+    )
+
+
 @dataclass(frozen=True)
 class CrossEntropy:
     """Mean cross-entropy over the labels that count.
@@ -133,10 +140,7 @@ class CrossEntropy:
         extra: Mapping[str, Tensor],
     ) -> Tensor:
         """The mean loss of a batch, a scalar."""
-        logits = masked(forward(params, inputs).logits, extra)
-        return F.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED
-        )
+        return cross_entropy(masked(forward(params, inputs).logits, extra), labels)
 
 
 def mean_over(logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:

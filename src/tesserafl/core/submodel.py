@@ -278,12 +278,7 @@ class Coverage:
         return trained / sum(count.numel() for count in self.counts.values())
 
     def zero_untrained(self, params: Params, part: SubModel | None = None) -> Params:
-        """`params` with every entry that nobody trained set to zero.
-
-        Args:
-            params: of the large model, or of a part of it.
-            part: the part; None: the whole.
-        """
+        """`params`, of the large model or of a part of it, with untrained entries set to zero."""
         counts = self.counts if part is None else cut(self.counts, part)
         return {n: tensor * (counts[n] > 0).to(tensor) for n, tensor in params.items()}
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tesserafl.core.errors import ConfigError
-from tesserafl.core.fit import IGNORED, Forward, masked
+from tesserafl.core.fit import IGNORED, Forward, cross_entropy, masked
 from tesserafl.core.model import CLASSES, Model
 from tesserafl.core.params import Params
 
@@ -55,12 +54,10 @@ class MutualDistillation:
         exits = out.logits[None] if out.exits is None else out.exits  # [exits, batch, classes]
         exits = masked(exits, extra)
         depth = len(exits)
-        entropies = F.cross_entropy(
-            exits.flatten(0, 1), labels.repeat(depth), ignore_index=IGNORED
-        )  # the mean over exits and examples
+        entropies = cross_entropy(exits, labels.repeat(depth))  # mean over exits and examples
         if depth == 1:
             return entropies
-        learnt = F.log_softmax(exits / self.temperature, dim=-1)
+        learnt = torch.log_softmax(exits / self.temperature, dim=-1)
         taught = learnt.detach()
         # [learning exit, teaching exit, batch]
         divergences = (taught.exp() * (taught - learnt[:, None])).sum(-1)

@@ -14,9 +14,11 @@ from tesserafl.run.experiment import Experiment
 
 @dataclass(frozen=True, kw_only=True)
 class ClientClass:
-    """Clients of one ratio and one memory size."""
+    """Clients of one ratio, one depth and one memory size."""
 
     ratio: float
+    depth: int | None
+    """Blocks that they train, of methods that leave out blocks; None: of any other."""
     memory_bytes: int | None
     """What the clients have; None: no limit."""
     members: tuple[Client, ...]
@@ -37,12 +39,15 @@ def classes_of(
     Parameters on `meta` make the cuts free, for methods that do not look at values.
     """
     ratios = experiment.method.ratio
-    groups: dict[tuple[float, int | None, int | None], list[Client]] = {}
+    depths: tuple[int | None, ...] = getattr(experiment.method, "depth", ()) or (None,)
+    groups: dict[tuple[float, int | None, int | None, int | None], list[Client]] = {}
     for client in clients:
-        key = (ratios[client.id % len(ratios)], client.memory_bytes, client.depth)
-        groups.setdefault(key, []).append(client)
-    for (ratio, memory, _), members in groups.items():
+        dealt = (ratios[client.id % len(ratios)], depths[client.id % len(depths)])
+        groups.setdefault((*dealt, client.memory_bytes, client.depth), []).append(client)
+    for (ratio, depth, memory, _), members in groups.items():
         tasks = experiment.method.configure(model, state, members[:1], experiment.training)
         task = next(iter(tasks), None)
         if task is not None:
-            yield ClientClass(ratio=ratio, memory_bytes=memory, members=tuple(members), task=task)
+            yield ClientClass(
+                ratio=ratio, depth=depth, memory_bytes=memory, members=tuple(members), task=task
+            )

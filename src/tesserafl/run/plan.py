@@ -23,9 +23,11 @@ from tesserafl.run.setup import Setup
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedClass:
-    """What the clients of one ratio (and one memory size) would hold and do."""
+    """What the clients of one ratio or depth (and one memory size) would hold and do."""
 
     ratio: float
+    depth: int | None
+    """Blocks that they train, of methods that leave out blocks; None: of any other."""
     num_clients: int
     num_entries: int
     """Parameters that a client holds."""
@@ -94,6 +96,7 @@ def _classes(setup: Setup, state: State, whole: int, costs: CostTable) -> list[P
         classes.append(
             PlannedClass(
                 ratio=kind.ratio,
+                depth=kind.depth,
                 num_clients=len(kind.members),
                 num_entries=cost.num_entries,
                 share=cost.num_entries / whole,
@@ -149,7 +152,7 @@ def described(plan: Plan) -> Iterator[str | Table]:
     for kind in plan.classes:
         memory = "-" if kind.memory_bytes is None else f"{kind.memory_bytes / 2**20:.2f}"
         table.add_row(
-            f"{kind.ratio:g}",
+            f"{kind.ratio:g}" if kind.depth is None else f"{kind.depth} deep",
             str(kind.num_clients),
             f"{kind.num_entries:,}",
             f"{kind.share:.1%}",
