@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from tesserafl.core import seeds
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.fit import Training
-from tesserafl.core.submodel import Coverage
 from tesserafl.data.examples import ClientData, Examples, FederatedData, Spec
 from tesserafl.engines.process import threads
 from tesserafl.methods import FedAvg, FedIT, HeteroFL

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from rich.table import Table
 
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.method import State
-from tesserafl.core.submodel import Coverage
 from tesserafl.models.costs import frozen_entries
 from tesserafl.run.classes import classes_of
 from tesserafl.run.costs import CostTable
