@@ -8,8 +8,7 @@
     server   HeteroFL with clients of 1/8 on a perceptron of 50 M parameters: the peak over that of
              an idle process, against 2 x the model (4 bytes an entry) + the sums (8 bytes)
 
-Each part has a process of its own. "server" includes the one client that is trained at a time, and
-the coverage counts (4 bytes an entry).
+Each part has a process of its own. "server" includes the one client that is trained at a time.
 """
 
 from __future__ import annotations
