@@ -8,8 +8,7 @@
     server   HeteroFL with clients of 1/8 on a perceptron of 50 M parameters: the peak over that of
              an idle process, against 2 x the model (4 bytes an entry) + the sums (8 bytes)
 
-Each part has a process of its own. "server" includes the one client that is trained at a time, and
-the coverage counts (4 bytes an entry).
+Each part has a process of its own. "server" includes the one client that is trained at a time.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ import torch
 from torch import Tensor
 
 from tesserafl.core import seeds
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.fit import Training
-from tesserafl.core.submodel import Coverage
 from tesserafl.data.examples import ClientData, Examples, FederatedData, Spec
 from tesserafl.engines.process import threads
 from tesserafl.methods import FedAvg, FedIT, HeteroFL

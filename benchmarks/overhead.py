@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from tesserafl.core import seeds
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.fit import Training
-from tesserafl.core.submodel import Coverage
 from tesserafl.data.examples import ClientData, Examples, FederatedData, Spec
 from tesserafl.engines.client import ClientWorker
 from tesserafl.engines.local import InProcess

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from tesserafl.core import seeds
 from tesserafl.core.axis import Depth, LowRank, Tie, Width
 from tesserafl.core.checks import check_delta
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import ConfigError, UpdateError
 from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.method import State, Weighting, average_trained
 from tesserafl.core.model import Model, Output, Sizes
 from tesserafl.core.params import Params, sha256
-from tesserafl.core.submodel import Coverage, cut, index_tensor
+from tesserafl.core.submodel import cut, index_tensor
 from tesserafl.data.examples import Examples, Spec
 from tesserafl.engines.client import ClientWorker, execute
 from tesserafl.methods import (

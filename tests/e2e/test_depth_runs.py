@@ -128,7 +128,7 @@ def test_a_part_that_is_served_is_measured_and_counted_as_itself(
         asked.append({name for name in params if not zeroed[name].any() and params[name].any()})
         return zeroed
 
-    from tesserafl.core.submodel import Coverage
+    from tesserafl.core.coverage import Coverage
 
     plain = Coverage.zero_untrained
     monkeypatch.setattr(Coverage, "zero_untrained", watching)

@@ -192,7 +192,7 @@ def test_a_round_holds_one_group_of_updates_at_a_time(monkeypatch, batching, hel
 
     monkeypatch.setattr(engine, "submit", counted_submit)
     monkeypatch.setattr(engine, "poll", counted_poll)
-    from tesserafl.core.submodel import Coverage
+    from tesserafl.core.coverage import Coverage
     from tesserafl.run.federate import federate
     from tesserafl.run.rounds import play_round
 

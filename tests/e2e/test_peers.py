@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import CheckpointError, ConfigError
 from tesserafl.core.method import State
 from tesserafl.core.params import sha256
-from tesserafl.core.submodel import Coverage
 from tesserafl.engines.federation import Federation, Folded
 from tesserafl.engines.lean import Lean
 from tesserafl.engines.replicas import Replicas

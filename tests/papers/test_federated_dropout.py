@@ -15,7 +15,7 @@ from worked import (
     units_of,
 )
 
-from tesserafl.core.submodel import Coverage
+from tesserafl.core.coverage import Coverage
 from tesserafl.methods import FederatedDropout
 
 

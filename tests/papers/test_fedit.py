@@ -21,13 +21,13 @@ from worked import (
     values,
 )
 
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import ConfigError
 from tesserafl.core.lowrank import Collected, aggregation_error
 from tesserafl.core.messages import Update
 from tesserafl.core.method import State, weights_of
 from tesserafl.core.model import Model
 from tesserafl.core.params import sha256
-from tesserafl.core.submodel import Coverage
 from tesserafl.methods import FedAvg, FedIT
 from tesserafl.run.experiment import Batching, from_json
 from tesserafl.run.federate import federate

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from tesserafl.core.axis import LowRank, Tie, Width
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Task, Update
 from tesserafl.core.method import State
 from tesserafl.core.model import Model, Output, Sizes
 from tesserafl.core.params import Params
-from tesserafl.core.submodel import Coverage, index_tensor
+from tesserafl.core.submodel import index_tensor
 from tesserafl.data.examples import Examples, Spec
 from tesserafl.engines.client import ClientWorker
 from tesserafl.methods import MethodSettings

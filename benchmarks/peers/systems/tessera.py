@@ -23,10 +23,10 @@ import torch
 from common import Bench, Workload, torch_logits
 
 from tesserafl.core.axes import probe
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client
 from tesserafl.core.model import Model
-from tesserafl.core.submodel import Coverage
 from tesserafl.data.examples import ClientData, Examples, FederatedData, Spec
 from tesserafl.engines.process import threads
 from tesserafl.methods import FedAvg

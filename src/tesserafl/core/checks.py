@@ -9,9 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tesserafl.core import kernels
 from tesserafl.core.errors import UpdateError
-from tesserafl.core.params import Params
+from tesserafl.core.params import Packed, Packing, Params, flat_of, packable
 
 if TYPE_CHECKING:
     from tesserafl.core.submodel import SubModel
@@ -21,14 +20,14 @@ MAX_ENTRY = 256.0
 
 
 def check_deltas(deltas: Sequence[tuple[SubModel, Params]], params: Params) -> None:
-    """`check_delta` of several at once: the cost of one call, if all are good."""
+    """`check_delta` of several; where one lies is looked up once if the one before lay there."""
+    last: tuple[SubModel, Packing] | None = None
     for submodel, delta in deltas:
-        check_places(submodel, delta, params)
-    tensors = [tensor for _, delta in deltas for tensor in delta.values() if tensor.numel()]
-    flat = kernels.together(tensors)
-    if flat is None or not largest(flat) <= MAX_ENTRY:
-        for _, delta in deltas:
-            check_entries(delta, MAX_ENTRY)
+        packing = delta.packing if isinstance(delta, Packed) else None
+        if last is None or last[0] is not submodel or last[1] is not packing:
+            check_places(submodel, delta, params)
+            last = None if packing is None else (submodel, packing)
+        check_entries(delta, MAX_ENTRY)
 
 
 def check_delta(
@@ -59,10 +58,12 @@ def check_places(submodel: SubModel, delta: Params, params: Params) -> None:
 
 def check_entries(delta: Params, max_entry: float) -> None:
     """Raise UpdateError unless every entry is finite and at most `max_entry`."""
-    tensors = [tensor for tensor in delta.values() if tensor.numel()]
-    flat = kernels.together(tensors)
-    reached = [largest(flat)] if flat is not None else [largest(tensor) for tensor in tensors]
-    if all(value <= max_entry for value in reached):  # never true for NaN
+    if not delta:
+        return
+    if packable(delta):
+        if largest(flat_of(delta)) <= max_entry:  # never true for NaN
+            return
+    elif all(largest(tensor) <= max_entry for tensor in delta.values() if tensor.numel()):
         return
     for name, tensor in delta.items():
         if tensor.numel() and not (reach := largest(tensor)) <= max_entry:

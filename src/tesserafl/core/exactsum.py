@@ -10,11 +10,10 @@ same on every machine: sum of weights x largest entry < 2^62.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from tesserafl.core import kernels
 from tesserafl.core.checks import MAX_ENTRY, check_delta, check_entries, check_places, largest
 from tesserafl.core.errors import UpdateError
 from tesserafl.core.layout import Shape, weights_of
-from tesserafl.core.params import Params
+from tesserafl.core.params import Packed, Params, flat_of, packable, packing_like
 
 if TYPE_CHECKING:
     from tesserafl.core.submodel import SubModel, View
@@ -33,19 +32,29 @@ Weights = list[tuple["View", int]]
 _BITS = 62
 
 
-class _Small(NamedTuple):
-    """A delta of a small sub-model that was checked and not added yet."""
+class _Alike:
+    """The sum of small deltas of one sub-model, one parameter after another as they are packed.
 
-    submodel: SubModel
-    names: tuple[str, ...]
-    places: tuple[object, ...]
-    """Keys of the views of these names."""
-    flat: npt.NDArray[Any]
-    weight: int
+    A small model costs calls, not arithmetic: clients of one sub-model share those per parameter.
+    """
+
+    def __init__(self, submodel: SubModel, delta: Params, params: Params) -> None:
+        self.submodel, self.params, self.packing = submodel, params, packing_like(delta)
+        self.places = _places(submodel, delta)
+        self.sums = np.zeros(self.packing.total, np.int64)
+        self.weight = 0
+
+    def serves(self, submodel: SubModel, delta: Params, params: Params) -> bool:
+        """Whether the delta lies in the same places."""
+        if self.params is not params or self.packing is not packing_like(delta):
+            return False
+        return self.submodel is submodel or self.places == _places(submodel, delta)
 
 
-_TOGETHER = 16
-"""Small deltas that are added in one go."""
+def _places(submodel: SubModel, names: Iterable[str]) -> tuple[object, ...]:
+    """Keys of the views of these names; None for one that is not there."""
+    views = (submodel.views.get(name) for name in names)
+    return tuple([None if view is None else view.key for view in views])
 
 
 class ExactSum:
@@ -71,13 +80,13 @@ class ExactSum:
             )
         self.weight = 0
         self._sums: Params = {}
-        self._waiting: list[_Small] = []
+        self._alike: _Alike | None = None
         self._views: dict[tuple[object, ...], tuple[View, int]] = {}
 
     @property
     def sums(self) -> Params:
         """The sums so far, int64, of the large parameters that somebody reported."""
-        self._add_waiting()
+        self._add_alike()
         return self._sums
 
     def fold(
@@ -99,18 +108,14 @@ class ExactSum:
         self._check_weight(weight, rest)
         if kernels.compiled_for(params):
             self._add_compiled(submodel, delta, weight, params)
-        elif (flat := kernels.together(list(delta.values()))) is not None:
-            check_places(submodel, delta, params)
-            if flat.size and not largest(flat) <= self.max_entry:
-                check_entries(delta, self.max_entry)
-            self._await(submodel, delta, flat, weight, params)
+            self._count(submodel, delta, weight)
+        elif packable(delta):
+            self._fold_small(submodel, delta, weight, params)
         else:
             check_delta(submodel, delta, params, self.max_entry)
             for name, tensor in delta.items():
                 self._add_eagerly(submodel.views[name], tensor, weight, params)
-        for name in delta:
-            view = submodel.views[name]
-            self._views[view.key] = (view, self._views.get(view.key, (view, 0))[1] + weight)
+            self._count(submodel, delta, weight)
         self.weight += 0 if rest else weight
 
     def merge(self, other: ExactSum) -> None:
@@ -126,6 +131,7 @@ class ExactSum:
             )
         for name, tensor in other.sums.items():
             self.sums[name] = self.sums[name] + tensor if name in self.sums else tensor.clone()
+        self._add_alike()
         for key, (view, weight) in other._views.items():
             self._views[key] = (view, self._views.get(key, (view, 0))[1] + weight)
         self.weight += other.weight
@@ -159,6 +165,7 @@ class ExactSum:
                 yield name, kernels.finish_eagerly(old, sums, self.scale, weights)
 
     def _touched(self, params: Params) -> Iterator[tuple[str, Weights]]:
+        self._add_alike()
         by_name: dict[str, Weights] = {}
         for view, weight in self._views.values():
             by_name.setdefault(view.name, []).append((view, weight))
@@ -190,46 +197,58 @@ class ExactSum:
         layout = view.layout(sums.shape)
         return kernels.add_fixed(sums, layout, small, self.scale, weight, self.max_entry)
 
-    def _await(
-        self,
-        submodel: SubModel,
-        delta: Params,
-        flat: npt.NDArray[Any],
-        weight: int,
-        params: Params,
-    ) -> None:
-        """Add a small delta, one tensor after another in `flat`, with the next ones of its kind.
+    def _fold_small(self, submodel: SubModel, delta: Params, weight: int, params: Params) -> None:
+        alike = self._alike
+        known = alike is not None and alike.serves(submodel, delta, params)
+        if not known:
+            check_places(submodel, delta, params)
+        flat = flat_of(delta)
+        if not largest(flat) <= self.max_entry:
+            check_entries(delta, self.max_entry)
+        if alike is None or not known:
+            self._add_alike()
+            alike = self._alike = _Alike(submodel, delta, params)
+        alike.sums += kernels.fixed(flat, self.scale, weight)
+        alike.weight += weight
 
-        A small model costs calls, not arithmetic: clients of one sub-model share them.
-        """
-        names = tuple(delta)
-        places = tuple(submodel.views[name].key for name in names)
-        if self._waiting and (self._waiting[0].names, self._waiting[0].places) != (names, places):
-            self._add_waiting()
-        for name in names:
-            self._sum(submodel.views[name], params)
-        self._waiting.append(_Small(submodel, names, places, flat, weight))
-        if len(self._waiting) == _TOGETHER:
-            self._add_waiting()
-
-    def _add_waiting(self) -> None:
-        if not self._waiting:
+    def _add_alike(self) -> None:
+        if self._alike is None:
             return
-        waiting, self._waiting = self._waiting, []
-        fixed = kernels.fixed_together(np.stack([small.flat for small in waiting]), self.scale)
-        fixed *= np.array([small.weight for small in waiting])[:, None]
-        total, at = fixed.sum(axis=0), 0
-        for name in waiting[0].names:
-            view = waiting[0].submodel.views[name]
-            sums, count = self._sums[view.name], math.prod(view.shape)
-            small = total[at : at + count].reshape(view.shape)
-            at += count
+        alike, self._alike = self._alike, None
+        for (name, shape), start in zip(alike.packing.shapes, alike.packing.starts, strict=True):
+            view = alike.submodel.views[name]
+            sums = self._sum(view, alike.params)
+            small = alike.sums[start : start + math.prod(shape)].reshape(shape)
             if view.blocks is None or not sums.is_cpu:
                 view.add(sums, torch.from_numpy(small).to(sums.device))
                 continue
             array = sums.numpy()
             for there, here in view.blocks:
                 array[there] += small[here]
+        self._count(alike.submodel, dict(alike.packing.shapes), alike.weight)
+
+    def _count(self, submodel: SubModel, names: Iterable[str], weight: int) -> None:
+        for name in names:
+            view = submodel.views[name]
+            self._views[view.key] = (view, self._views.get(view.key, (view, 0))[1] + weight)
+
+    def whole(self, params: Params) -> Packed | None:
+        """`finished` of all parameters as one, where all deltas were small ones of the whole model.
+
+        None: they were not.
+        """
+        alike = self._alike
+        if alike is None or self._views or alike.params is not params or not packable(params):
+            return None
+        views = alike.submodel.views
+        if alike.packing is not packing_like(params) or any(
+            views[name].name != name or not views[name].is_all(shape)
+            for name, shape in alike.packing.shapes
+        ):
+            return None
+        new = torch.zeros(alike.packing.total)
+        new.numpy()[:] = kernels.mean_added(flat_of(params), alike.sums, self.scale, alike.weight)
+        return Packed(new, alike.packing)
 
     def _add_eagerly(self, view: View, small: Tensor, weight: int, params: Params) -> None:
         sums = self._sum(view, params)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tesserafl.core.layout import Ints, Layout, Weighted
-from tesserafl.core.params import Params
+from tesserafl.core.params import Params, num_entries
 
 T = TypeVar("T")
 
@@ -31,9 +31,6 @@ MIN_ENTRIES = 1 << 20
 
 BLOCK = 1 << 18
 """Entries that an eager loop converts at once: its temporaries stay in the processor's cache."""
-
-TOGETHER = 1 << 18
-"""Tensors of at most this many entries in all are checked and converted as one array."""
 
 _HUGE = 1 << 22
 """Bytes from which NumPy asks the system for huge pages."""
@@ -54,7 +51,12 @@ def _load() -> ModuleType | None:
 
 def compiled_for(tensors: Params) -> bool:
     """Whether compiled loops are used for a model with these tensors."""
-    return sum(t.numel() for t in tensors.values()) >= MIN_ENTRIES and _load() is not None
+    return compiled_for_entries(num_entries(tensors))
+
+
+def compiled_for_entries(entries: int) -> bool:
+    """Whether compiled loops are used for a model of so many entries."""
+    return entries >= MIN_ENTRIES and _load() is not None
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -109,28 +111,16 @@ def to_fixed(small: Tensor, scale: int, weight: int) -> Tensor:
     return exact.mul_(2.0**scale).round_().to(torch.int64).mul_(weight)
 
 
-def together(tensors: Sequence[Tensor]) -> npt.NDArray[Any] | None:
-    """The entries of a few small tensors one after another, copied; None for any others.
-
-    A model of some thousand entries costs calls, not memory, so one array is worth its copy.
-    """
-    if sum(t.numel() for t in tensors) > TOGETHER or not tensors:
-        return None
-    if not all(t.is_cpu and t.dtype in _TYPES for t in tensors):
-        return None
-    return np.concatenate([t.detach().numpy().reshape(-1) for t in tensors])
-
-
-def fixed_together(flat: npt.NDArray[Any], scale: int) -> Ints:
-    """round(flat x 2^scale); overwrites `flat`.
+def fixed(flat: npt.NDArray[np.float32], scale: int, weight: int) -> Ints:
+    """weight x round(flat x 2^scale), for few entries: NumPy costs less per call than PyTorch.
 
     Exact in float32 too: a power of two changes the exponent alone, and entries are below
     2^(62 - scale).
     """
-    if scale > _LARGEST_OF_FLOAT32:
-        flat = flat.astype(np.float64)
-    flat *= flat.dtype.type(2.0**scale)
-    result: Ints = np.rint(flat, out=flat).astype(np.int64)
+    kind = np.float32 if scale <= _LARGEST_OF_FLOAT32 else np.float64
+    exact = np.multiply(flat, kind(2.0**scale), dtype=kind)
+    result: Ints = np.rint(exact, out=exact).astype(np.int64)
+    result *= weight
     return result
 
 
@@ -149,6 +139,16 @@ def finish(old: Tensor, sums: Tensor, scale: int, weights: Iterable[Weighted]) -
         entries = len(block.rows) * block.row_length
         _by_rows(len(block.rows), entries, partial(call, *arrays, *block))
     return new
+
+
+def mean_added(
+    old: npt.NDArray[np.float32], sums: Ints, scale: int, weight: int
+) -> npt.NDArray[Any]:
+    """old + (sums x 2^-scale) / weight, for few entries of one weight."""
+    mean: npt.NDArray[Any] = sums * 2.0**-scale
+    mean /= weight
+    mean += old
+    return mean
 
 
 Piece = tuple[int, int, Ints]

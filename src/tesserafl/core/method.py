@@ -159,7 +159,7 @@ def report_deltas(self: object, model: Model, task: Task, fitted: Fitted, memory
     submodel = task.submodel
     if task.training.mask_absent_classes:
         rows = _class_rows(model, submodel, delta, fitted.classes)
-        submodel = submodel.restrict(rows)
+        submodel, delta = submodel.restrict(rows), dict(delta)
         for name, dims in rows.items():
             for dim, kept in dims.items():
                 delta[name] = delta[name].index_select(dim, index_tensor(kept))

@@ -5,13 +5,13 @@
                                             <-merge-            weighted mean of deltas
 
 Width windows, blocks, depth prefixes and rows of a class are all this one object, so `cut`, `merge`
-and `Coverage` are written once, for every method and every model.
+and `coverage.py` are written once, for every method and every model.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -108,6 +108,10 @@ class View:
                 map(_within, self.index, shape)
             )
         return fits
+
+    def is_all(self, shape: Shape) -> bool:
+        """Whether these are all entries of a large parameter of this shape, in their order."""
+        return len(shape) == len(self.index) and all(map(is_whole, self.index, shape))
 
     def layout(self, shape: Shape) -> Layout:
         """Where the entries lie in a contiguous large parameter of this shape, which they fit."""
@@ -248,39 +252,8 @@ def merge(params: Params, total: ExactSum) -> Params:
     Selective averaging of HeteroFL (Diao et al., ICLR 2021, Alg. 1), on deltas. The mean is taken
     in double precision from integer sums, so it does not depend on the order of the updates.
     """
-    return {**params, **dict(total.finished(params))}
-
-
-class Coverage:
-    """How many times each entry of the large model was trained, int32 per entry."""
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.counts: Params = {n: torch.zeros(s, dtype=torch.int32) for n, s in shapes.items()}
-
-    def add(self, submodels: Iterable[SubModel]) -> None:
-        """Count one training of every viewed entry; equal views are added in one go."""
-        counted: dict[tuple[object, ...], tuple[View, int]] = {}
-        for submodel in submodels:
-            for view in submodel.views.values():
-                counted[view.key] = (view, counted.get(view.key, (view, 0))[1] + 1)
-        compiled = kernels.compiled_for(self.counts)
-        for view, times in counted.values():
-            count = self.counts[view.name]
-            if compiled:
-                kernels.add_number(count, view.layout(count.shape), times)
-            else:
-                view.add(count, times)
-
-    @property
-    def share(self) -> float:
-        """Share of the model's entries that were trained at least once, 0 to 1."""
-        trained = sum(int((count > 0).sum()) for count in self.counts.values())
-        return trained / sum(count.numel() for count in self.counts.values())
-
-    def zero_untrained(self, params: Params, part: SubModel | None = None) -> Params:
-        """`params`, of the large model or of a part of it, with untrained entries set to zero."""
-        counts = self.counts if part is None else cut(self.counts, part)
-        return {n: tensor * (counts[n] > 0).to(tensor) for n, tensor in params.items()}
+    whole = total.whole(params)
+    return {**params, **dict(total.finished(params))} if whole is None else whole
 
 
 def whole(sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> SubModel:

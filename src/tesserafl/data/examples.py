@@ -60,22 +60,29 @@ class Examples:
         return Examples(inputs=self.inputs[rows], labels=self.labels[rows])
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and labels at `rows` (int64 [batch]) as a model takes them.
+        """Inputs and labels at `rows` (int64, any shape) as a model takes them.
 
         Images become float32 in [-1, 1], tokens int64; vectors stay float32.
         """
-        inputs = self.inputs[rows]
+        inputs = _rows_of(self.inputs, rows)
         if inputs.dtype == torch.uint8:
             inputs = inputs.float().div_(127.5).sub_(1.0)
         elif inputs.dtype == torch.int32:
             inputs = inputs.long()
-        return inputs, self.labels[rows]
+        return inputs, _rows_of(self.labels, rows)
 
     @cached_property
     def classes(self) -> Tensor:
         """The distinct labels, sorted, without the ignored ones: int64 [k]."""
         distinct: Tensor = torch.unique(self.labels)
         return distinct[distinct >= 0]
+
+
+def _rows_of(tensor: Tensor, rows: Tensor) -> Tensor:
+    """`tensor[rows]`, at half the cost of a call that takes any index."""
+    if rows.dim() == 1:
+        return tensor.index_select(0, rows)
+    return tensor.index_select(0, rows.reshape(-1)).view(*rows.shape, *tensor.shape[1:])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,7 +131,7 @@ class ClientWorker:
         else:
             fitted = [self._execute(part, forward, key) for part in parts]
         return [
-            replace(each, metrics={**each.metrics, **more})
+            replace(each, metrics={**each.metrics, **more}) if more else each
             for each, more in zip(fitted, accuracies, strict=True)
         ]
 

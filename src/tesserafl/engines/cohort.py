@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from tesserafl.core.fit import Fitted, Forward, Training
-from tesserafl.core.params import Params
+from tesserafl.core.params import Params, packable, packed_rows
 from tesserafl.engines.gather import Order, batch_rows, order_of, pooled
 from tesserafl.engines.graphs import Program, trace
 from tesserafl.engines.member import Member
@@ -110,13 +110,12 @@ class _Stack:
     def train(self, orders: Sequence[Order]) -> list[Fitted]:
         """Every member's steps; `orders` holds the rows of each of its batches."""
         number, (weights, frozen, extra) = len(self.trained), self._tensors()
-        slots, wanted = self._slots(weights), number * (2 if self.keeps else 1)
+        slots, kept = self._slots(weights), slice(number, 2 * number if self.keeps else number)
         losses: list[Tensor] = []
-        finals: dict[int, tuple[Tensor, ...]] = {}
-        rows, program = 0, None
+        finals: dict[int, tuple[Params, Sequence[Tensor]]] = {}
+        rows, program, ends = 0, None, [len(order) for order in orders]
         for step, held in enumerate(self._batches(orders)):
-            last = [len(order) == step + 1 for order in orders]
-            needed = self.cohorts.rows(sum(len(order) > step for order in orders))
+            needed = self.cohorts.rows(sum(end > step for end in ends))
             if needed != rows:
                 rows, program = needed, None
                 weights, slots, frozen, extra = (
@@ -131,10 +130,21 @@ class _Stack:
             losses.append(loss)
             weights = [(tensor, 0) for tensor in after[:number]]
             slots = [(tensor, 0) for tensor in after[number:]]
-            if any(last):
-                members = zip(*(tensor.cpu().unbind() for tensor in after[:wanted]), strict=True)
-                finals |= {r: own for r, own in enumerate(members) if r < len(last) and last[r]}
+            done = [rank for rank, end in enumerate(ends) if end == step + 1]
+            if done:
+                trained = self._members(after[:number])
+                buffers = [tensor.cpu() for tensor in after[kept]]
+                for rank in done:
+                    finals[rank] = trained[rank], [buffer[rank] for buffer in buffers]
         return self._fitted(orders, finals, losses)
+
+    def _members(self, stacks: Sequence[Tensor]) -> list[Params]:
+        """Each row's trained parameters; those of small models as one tensor."""
+        given = dict(zip(self.trained, [tensor.cpu() for tensor in stacks], strict=True))
+        if packable({name: tensor[0] for name, tensor in given.items()}):
+            return list(packed_rows(given))
+        rows = zip(*(tensor.unbind() for tensor in given.values()), strict=True)
+        return [dict(zip(self.trained, row, strict=True)) for row in rows]
 
     def _scalars(self, step: int) -> list[Given]:
         if step == 0 or self.fit.training.optimiser == "adamw":
@@ -234,7 +244,7 @@ class _Stack:
     def _fitted(
         self,
         orders: Sequence[Order],
-        finals: Mapping[int, tuple[Tensor, ...]],
+        finals: Mapping[int, tuple[Params, Sequence[Tensor]]],
         losses: Sequence[Tensor],
     ) -> list[Fitted]:
         table = np.zeros((len(losses), self.cohorts.rows(len(orders))))
@@ -250,13 +260,13 @@ class _Stack:
             passes = self.reads.num_passes[rank]
             if self.fit.references:
                 metrics["reference_examples"] = float(passes)
-            number, momentum = len(self.trained), None
+            (params, buffers), momentum = finals[rank], None
             if member.fit.keep_momentum:  # copied: it may last, and the others' with it
-                kept = [tensor.clone() for tensor in finals[rank][number:]]
+                kept = [buffer.clone() for buffer in buffers]
                 momentum = dict(zip(self.trained, kept, strict=True))
             fitted.append(
                 Fitted(
-                    params=dict(zip(self.trained, finals[rank][:number], strict=True)),
+                    params=params,
                     num_examples=total,
                     num_steps=len(order),
                     metrics=metrics,

@@ -21,6 +21,8 @@ _AT_ONCE = 1 << 22
 
 def order_of(total: int, training: Training, draw: torch.Generator) -> Order:
     """The rows of every batch of every epoch, drawn as for a client alone."""
+    if total <= training.batch_size:  # an epoch is a batch
+        return [torch.randperm(total, generator=draw).numpy() for _ in range(training.epochs)]
     return [
         rows.numpy()
         for _ in range(training.epochs)
@@ -48,12 +50,20 @@ def batch_rows(orders: Sequence[Order], counts: Sequence[int], rows: int, width:
         width: examples in a batch, at least those of the largest.
     """
     table = np.full((len(orders[0]), rows, width), sum(counts), dtype=np.int64)
-    first = 0
-    for rank, (order, count) in enumerate(zip(orders, counts, strict=True)):
-        for step, own in enumerate(order):
-            table[step, rank, : len(own)] = own + first
-        table[len(order) :, rank] = table[0, rank]  # who is done goes on, and nobody looks
-        first += count
+    if all(len(order) == len(orders[0]) for order in orders):
+        # Client after client and step after step; a batch's rows come first in its place.
+        sizes = np.array([[len(own) for own in order] for order in orders])
+        firsts = np.repeat(np.cumsum([0, *counts[:-1]]), sizes.sum(axis=1))
+        real = np.arange(width) < sizes[:, :, None]
+        every = np.concatenate([own for order in orders for own in order])
+        table.swapaxes(0, 1)[: len(orders)][real] = every + firsts
+    else:
+        first = 0
+        for rank, (order, count) in enumerate(zip(orders, counts, strict=True)):
+            for step, own in enumerate(order):
+                table[step, rank, : len(own)] = own + first
+            table[len(order) :, rank] = table[0, rank]  # who is done goes on, and nobody looks
+            first += count
     table[:, len(orders) :] = table[:, :1]
     return torch.from_numpy(table)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tesserafl.core.fit import Fit
+from tesserafl.core.params import Packed
 from tesserafl.data.examples import Examples
 from tesserafl.engines.batches import held_out_of
 
@@ -54,4 +55,6 @@ class Member:
 
 
 def _signature(tensors: Mapping[str, Tensor]) -> tuple[object, ...]:
+    if isinstance(tensors, Packed):
+        return tensors.packing.signature
     return tuple((name, tuple(t.shape), t.dtype) for name, t in tensors.items())

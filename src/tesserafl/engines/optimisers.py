@@ -37,12 +37,15 @@ class Optimiser:
         """SGD's momentum buffers after the last step; the next one writes to them."""
         return self._momenta
 
-    @torch.no_grad()
     def step(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
         """The weights after one more step, as leaves that want a gradient.
 
         After the first step `weights` must be what the step before returned; they are changed.
         """
+        with torch.no_grad():  # not as a decorator, which costs as much as the step of a small net
+            return self._step(weights, gradients)
+
+    def _step(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
         if self._training.clip_norm is not None:
             gradients = _clipped(gradients, self._training.clip_norm)
         if self._training.optimiser == "adamw":

@@ -89,6 +89,9 @@ class Reads:
             table: rows of the pool, int64 [steps, rows, width].
         """
         steps = gathered(table, self._pool, self._tables, self._device)
+        if not self._late:
+            yield from steps
+            return
         for rows, batch in zip(table, steps, strict=True):
             padding = (rows == len(self._pool) - 1).to(self._device)
             yield (*batch, *self._computed(batch[0], padding))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import ConfigError, ModelError
 from tesserafl.core.exactsum import ExactSum
 from tesserafl.core.fit import Fit, Fitted, Training
@@ -15,7 +16,7 @@ from tesserafl.core.messages import Memory, Task, Update
 from tesserafl.core.method import State
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params
-from tesserafl.core.submodel import Coverage, cut, index_tensor
+from tesserafl.core.submodel import cut, index_tensor
 from tesserafl.core.windows import carry, feature_entries, kept
 from tesserafl.methods._contrast import ENTRIES, POSITIVE, Contrast, entries_of
 from tesserafl.methods._shift import adapted
@@ -175,9 +176,9 @@ class Disagreement:
         """Variance over the squared mean of the values, on entries with several holders."""
         if self._squares is None:
             return None
-        variance, size = 0.0, 0.0
+        variance, size, counts = 0.0, 0.0, self._counts.counts
         for name, square, _ in self._squares.means(before):
-            shared = self._counts.counts[name] > 1
+            shared = counts[name] > 1
             mean = after[name].double() - before[name].double()
             variance += float((square - mean.square()).clamp(min=0.0)[shared].sum())
             size += float(after[name][shared].double().square().sum())

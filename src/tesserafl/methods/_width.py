@@ -13,6 +13,7 @@ from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Task
 from tesserafl.core.method import State
 from tesserafl.core.model import Model
+from tesserafl.core.params import Params, packable
 from tesserafl.core.submodel import SubModel, Units, cut
 
 
@@ -63,19 +64,20 @@ def width_tasks(
 ) -> Iterator[Task]:
     """One task per client, with the units that `keep(slot, client)` names per axis.
 
-    A part that the client before had too is not cut again: nobody writes to a task's parameters.
+    A part that an earlier client had too is not cut again, if it is small or was the last one:
+    nobody writes to a task's parameters.
     """
-    last: Task | None = None
+    parts: dict[SubModel, Params] = {}
     for slot, client in enumerate(clients):
         submodel = model.slice(keep(slot, client))
-        if last is not None and last.submodel is submodel:
-            params = last.params
-        else:
-            params = cut(state.params, submodel)
-        last = Task(
+        params = parts.get(submodel)
+        if params is None:
+            # Of large parts one at a time: together they could take more than the model.
+            parts = {s: p for s, p in parts.items() if packable(p)}
+            params = parts[submodel] = cut(state.params, submodel)
+        yield Task(
             round=state.round, client=client, submodel=submodel, params=params, training=training
         )
-        yield last
 
 
 def prefix_tasks(

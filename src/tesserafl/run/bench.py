@@ -19,8 +19,8 @@ from typing import get_args
 
 from rich.table import Table
 
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import TesseraError
-from tesserafl.core.submodel import Coverage
 from tesserafl.engines.process import threads
 from tesserafl.run.experiment import Batching, Experiment, from_json, to_json
 from tesserafl.run.federate import federate

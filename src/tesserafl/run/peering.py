@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from rich.table import Table
 
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.messages import Client, Task, Update
 from tesserafl.core.method import State
 from tesserafl.core.model import Model
-from tesserafl.core.submodel import Coverage, index_tensor
+from tesserafl.core.submodel import index_tensor
 from tesserafl.core.windows import kept
 from tesserafl.engines.federation import Federation
 from tesserafl.methods import MSfusion

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from rich.table import Table
 
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.messages import Task
 from tesserafl.core.method import State
 from tesserafl.core.params import num_entries
-from tesserafl.core.submodel import Coverage, SubModel
+from tesserafl.core.submodel import SubModel
 from tesserafl.models.costs import frozen_entries
 from tesserafl.run.classes import classes_of
 from tesserafl.run.costs import CostTable

@@ -10,12 +10,13 @@ from functools import partial
 from typing import Any
 
 from tesserafl.core.checks import MAX_ENTRY, check_delta, check_deltas, check_entries
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import CapacityError, UpdateError
 from tesserafl.core.lowrank import Collected, aggregation_error
 from tesserafl.core.messages import Client, Task, Update
 from tesserafl.core.method import State, weights_of
 from tesserafl.core.params import Params
-from tesserafl.core.submodel import Coverage, SubModel
+from tesserafl.core.submodel import SubModel
 from tesserafl.engines.federation import Federation, Folded, Star
 from tesserafl.engines.seam import Done, Engine, Failed
 from tesserafl.run.classes import classes_of

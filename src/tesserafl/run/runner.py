@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import CheckpointError
 from tesserafl.core.method import Predictor, State
 from tesserafl.core.metrics import Metrics
 from tesserafl.core.params import Params, num_entries, sha256
-from tesserafl.core.submodel import Coverage
 from tesserafl.engines.federation import Federation
 from tesserafl.engines.process import threads
 from tesserafl.engines.seam import Engine

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tesserafl.core import kernels
+from tesserafl.core import params as params_module
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import UpdateError
 from tesserafl.core.exactsum import ExactSum
 from tesserafl.core.layout import layout_of, weights_of
 from tesserafl.core.params import Params, sha256
-from tesserafl.core.submodel import Coverage, Index, SubModel, View, cut, index_tensor, merge, whole
+from tesserafl.core.submodel import Index, SubModel, View, cut, index_tensor, merge, whole
 from tesserafl.methods import _broadcast
 
 pytest.importorskip("numba")
@@ -37,7 +39,7 @@ def form(which: str) -> Iterator[None]:
             patch.setattr(kernels, "_load", lambda: None)
         if which == "blocks of 4":
             patch.setattr(kernels, "BLOCK", 4)
-            patch.setattr(kernels, "TOGETHER", 0)
+            patch.setattr(params_module, "MOST_PACKED", 0)
         yield
 
 
@@ -230,6 +232,7 @@ def test_the_broadcast_in_blocks_has_the_same_bits(
 MEMORY = """
 import sys, threading, torch
 from tesserafl.core import kernels
+from tesserafl.core import params as params_module
 from tesserafl.core.exactsum import ExactSum
 from tesserafl.core.submodel import View, SubModel, merge
 torch.set_num_threads(1)

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import ModelError
 from tesserafl.core.exactsum import ExactSum
 from tesserafl.core.params import num_entries, sha256
 from tesserafl.core.submodel import (
-    Coverage,
     Index,
     SubModel,
     View,
