@@ -20,10 +20,11 @@ from tesserafl.core.model import Model
 from tesserafl.core.params import Params, sha256
 from tesserafl.core.submodel import cut
 from tesserafl.data.examples import Examples, Spec
-from tesserafl.methods import FLM, FedAvg
+from tesserafl.methods import FLM, FedAvg, _look
 from tesserafl.methods._blockscale import Scales
-from tesserafl.methods._public import calibrated, part_of
-from tesserafl.methods._stack import stacks_of
+from tesserafl.methods._handback import weighed
+from tesserafl.methods._public import accuracy_of, calibrated, part_of, public_of
+from tesserafl.methods._stack import Stack, noted, stacks_of
 from tesserafl.models import Residual, ResNet
 from tesserafl.models.scaling import forward_of
 
@@ -304,7 +305,8 @@ def test_by_importance_large_blocks_are_held_more_often() -> None:
         n: torch.full_like(t, 0.5 if n.startswith("blocks.1.") else 1.0)
         for n, t in state.params.items()
     }
-    notes = {**state.notes, "stacks": {"blocks": stack}}
+    stacks = weighed(MODEL, params, {"blocks": Stack.from_notes(stack)})
+    notes = {**state.notes, **noted(stacks)}
     held = []
     for round in range(100):
         now = replace(state, round=round + 50, params=params, notes=notes)
@@ -351,30 +353,37 @@ def test_without_public_examples_what_needs_them_is_refused() -> None:
             next(method.configure(MODEL, method.init(MODEL, 0, 9), EIGHT, TRAINING))
 
 
-def test_the_guard_serves_a_path_that_is_better() -> None:
-    """A new block that ruins the answers is not served."""
+@pytest.mark.parametrize(("shallow", "served"), [(0.9, {"blocks": [0, 1, 2]}), (0.505, None)])
+def test_the_guard_serves_a_path_that_is_better(
+    shallow: float, served: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def accuracy(
+        model: Model, params: Params, orders: dict[str, list[int]], *rest: object
+    ) -> float:
+        return shallow if len(orders["blocks"]) == 3 else 0.5
 
-    def ruinous(client: int, name: str, value: Tensor) -> Tensor:
-        if name.startswith("blocks.1.") and client in (2, 5):
-            return torch.full_like(value, -200.0)
-        return two_kinds(client, name, value) * 0.01
-
-    method = replace(GROWING, cooldown=4, guard=0.05)
-    state = with_public(method.init(MODEL, 0, 8))
-    labels = answers(deep(3), cut(state.params, MODEL.slice({"blocks": range(3)})), _inputs(state))
-    state.extra[PUBLIC_LABELS] = labels.argmax(dim=1)  # the first model is always right
-    for _ in range(8):
-        state = played(method, MODEL, state, ruinous)
-    assert len(order_of(state)) == 4
-    assert state.notes["served"] == {"blocks": [0, 1, 2]}
+    monkeypatch.setattr(_look, "accuracy_of", accuracy)
+    method = replace(GROWING, cooldown=4, guard=0.01)
+    state, sizes = with_public(method.init(MODEL, 0, 16)), []
+    for _ in range(16):
+        state = played(method, MODEL, state, two_kinds)
+        sizes.append(len(order_of(state)))
+    assert state.notes["served"] == served
+    # Growth rests while a path is served.
+    assert sizes[3] == 4 and (sizes[-1] == 4) == (served is not None)
     predictor = method.predictor(MODEL, state)
-    assert predictor.model.sizes["blocks"] == 3
-    assert (
-        method.predictor(MODEL, replace(state, notes={**state.notes, "served": None})).model.sizes[
-            "blocks"
-        ]
-        == 4
-    )
+    assert predictor.model.sizes["blocks"] == (sizes[-1] if served is None else 3)
+
+
+def test_the_guard_measures_on_public_examples() -> None:
+    state = run(GROWING, two_kinds, 6)
+    stacks, public = stacks_of(state), public_of(state, "the guard")
+    for orders in ({"blocks": [0, 1, 2]}, {"blocks": order_of(state)}):
+        scales = GROWING.scales(MODEL, state, stacks)
+        small, params = part_of(MODEL, state.params, orders, scales)
+        right = answers(small, params, _inputs(state)).argmax(dim=1) == state.extra[PUBLIC_LABELS]
+        found = accuracy_of(MODEL, state.params, orders, scales, public)
+        assert found == pytest.approx(float(right.double().mean()))
 
 
 def _inputs(state: State) -> Tensor:
@@ -387,7 +396,7 @@ def test_calibration_lowers_the_loss_and_changes_scales_alone() -> None:
     inputs = torch.randn(60, 2, generator=seeds.generator(0, "inputs"))
     labels = answers(MODEL.resized(part), cut(params, part), inputs).argmax(dim=1)
     public, before = Examples(inputs=inputs, labels=labels), sha256(params)
-    wrong = {"blocks": dict.fromkeys((4, 0, 2), 0.2)}
+    wrong = {"blocks": dict.fromkeys((4, 0, 2), -1.0)}
     found = calibrated(MODEL, params, orders, wrong, public, steps=60)
     assert sha256(params) == before and set(found["blocks"]) == {4, 0, 2}
 
@@ -398,7 +407,7 @@ def test_calibration_lowers_the_loss_and_changes_scales_alone() -> None:
 
     assert loss(found) < loss(wrong)
     assert calibrated(MODEL, params, orders, wrong, public, steps=0) == {
-        "blocks": dict.fromkeys((4, 0, 2), pytest.approx(0.2))
+        "blocks": dict.fromkeys((4, 0, 2), pytest.approx(-1.0))
     }
 
 
@@ -493,3 +502,41 @@ def test_the_family_makes_no_difference() -> None:
     for _ in range(5):
         state = played(GROWING, model, state, two_kinds)
     assert order_of(state) == [0, 1, 3, 2]
+
+
+def test_clients_that_began_apart_are_aligned() -> None:
+    """Units in another order, else equal: with align the mean is what it was."""
+    method = replace(GROWING, depth=(3,), measure="parameters", align=True, warmup=99)
+    state = method.init(MODEL, 0, 3)
+
+    def turned(client: int, name: str, value: Tensor) -> Tensor:
+        if client % 2 == 0 or not name.startswith("blocks."):
+            return torch.zeros_like(value)
+        if ".widen." in name:
+            return value.flip(0) - value
+        return value.flip(1) - value if name.endswith(".narrow.weight") else torch.zeros_like(value)
+
+    after = played(method, MODEL, state, turned)
+    plain = played(replace(method, align=False), MODEL, state, turned)
+    for name in MODEL.shapes:
+        torch.testing.assert_close(after.params[name], state.params[name])
+    assert any(not torch.allclose(plain.params[n], state.params[n]) for n in MODEL.shapes)
+
+
+def test_own_starts_are_told_from_the_shared_model() -> None:
+    method = replace(GROWING, start="own")
+    state = method.init(MODEL, 7, 3)
+    tasks = list(method.configure(MODEL, state, EIGHT[:2], TRAINING))
+    starts = [method.local(MODEL, task, {}).params for task in tasks]
+    assert sha256(starts[0]) != sha256(starts[1]) != sha256(tasks[1].params)
+    later = next(method.configure(MODEL, replace(state, round=1), EIGHT[:1], TRAINING))
+    assert method.local(MODEL, later, {}).params is later.params
+
+
+def test_a_report_can_tell_what_happened() -> None:
+    state = run(GROWING, two_kinds, 3)
+    told = json.loads(json.dumps(GROWING.described(MODEL, state)))
+    assert told["axes"]["blocks"]["order"] == [0, 1, 3, 2]
+    assert told["axes"]["blocks"]["families"] == [[0], [1, 3], [2]]
+    assert told["axes"]["blocks"]["scales"] == [1.0, pytest.approx(0.75), pytest.approx(0.25), 1.0]
+    assert told["paths"]["2"] == {"blocks": [0, 1, 2]} and told["log"][0][1] == "insert"

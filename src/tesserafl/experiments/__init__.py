@@ -11,6 +11,7 @@ from tesserafl.experiments import comparison as _comparison
 from tesserafl.experiments import lora_comparison as _lora_comparison
 from tesserafl.experiments import paper_fedbrb as _paper_fedbrb
 from tesserafl.experiments import paper_fedfmsl as _paper_fedfmsl
+from tesserafl.experiments import paper_flm as _paper_flm
 from tesserafl.experiments import paper_msfusion as _paper_msfusion
 from tesserafl.experiments import width_grid as _width_grid
 from tesserafl.experiments.quickstart import quickstart
@@ -44,5 +45,6 @@ EXPERIMENTS: dict[str, Named] = {
     "paper_fedbrb": Named(base=_paper_fedbrb.paper_fedbrb, rows=_paper_fedbrb.rows),
     "lora_comparison": Named(base=_lora_comparison.lora_comparison, rows=_lora_comparison.rows),
     "paper_fedfmsl": Named(base=_paper_fedfmsl.paper_fedfmsl, rows=_paper_fedfmsl.rows),
+    "paper_flm": Named(base=_paper_flm.paper_flm, rows=_paper_flm.rows),
     "paper_msfusion": Named(base=_paper_msfusion.paper_msfusion, rows=_paper_msfusion.rows),
 }

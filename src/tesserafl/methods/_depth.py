@@ -11,7 +11,6 @@ from tesserafl.core.messages import Client, Update
 from tesserafl.core.method import State
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params
-from tesserafl.core.submodel import View
 
 
 def depth_axes(model: Model) -> tuple[str, ...]:
@@ -105,11 +104,8 @@ def client_blocks(model: Model, state: State, axis: str, update: Update) -> list
     blocks: dict[int, Params] = {}
     for name, change in update.delta.items():
         if place := model.depths[axis].locate(name):
-            value = state.params[update.submodel.views[name].name] + change
+            view = update.submodel.views[name]
+            value = state.params[view.name].clone()
+            view.add(value, change)  # masked classes: only some rows are reported
             blocks.setdefault(place[1], {})[place[0] + place[2]] = value
     return [blocks[number] for number in sorted(blocks)]
-
-
-def whole_view(name: str, params: Params) -> View:
-    """All of a parameter."""
-    return View(name, tuple(slice(0, size) for size in params[name].shape))

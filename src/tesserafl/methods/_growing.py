@@ -33,12 +33,14 @@ class Growing:
     depth: tuple[int, ...] = (5,)
     """blocks (of every stage) that each client class trains, dealt to the clients in turn; the
     model's own number of blocks is the most that the server's may have"""
-    policy: Literal["persistent", "resampled", "importance", "slots", "pilot"] = "pilot"
+    policy: Literal["persistent", "resampled", "importance", "slots", "pilot"] = "persistent"
     """what clients receive: their blocks as matched, blocks at random, at random by importance, one
     block of every family; pilot: the better of persistent and importance on public examples"""
     measure: Measure = "updates"
     """what tells blocks apart: disagreement of the clients' updates; distance of parameters; CKA of
     what blocks give for public examples"""
+    align: bool = False
+    """permute the units of clients' models to match the server's before blocks are compared"""
     threshold: float = 2.5
     """c: a distance is an outlier beyond the median and so many median absolute deviations"""
     cutoff: float = 0.0
@@ -125,7 +127,7 @@ class Growing:
     ) -> Ledger:
         """A round's ledger: what is set aside is decided before the round."""
         stacks, is_open = stacks_of(state), self._is_open(model, state)
-        distances: Distances = parameters_apart(model, state, stacks)
+        distances: Distances = parameters_apart(model, state, stacks, self.align)
         if self.measure == "functions":
             public = public_of(state, "method.measure functions")
             distances = functions_apart(
@@ -139,6 +141,7 @@ class Growing:
             clients=clients,
             weighting=weighting,
             measure=self.measure,
+            align=self.align,
             distances=distances,
             delta=delta if is_open else dict.fromkeys(delta, float("inf")),
             split=_most_at_odds(model, stacks) if is_open and self.measure == "updates" else None,

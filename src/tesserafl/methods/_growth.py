@@ -15,8 +15,9 @@ from tesserafl.core.messages import Client, Update
 from tesserafl.core.method import State, Weighting, weights_of
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params
-from tesserafl.core.submodel import SubModel, merge
-from tesserafl.methods._depth import block_names, blocks_in_order, client_blocks, whole_view
+from tesserafl.core.submodel import SubModel, View, merge
+from tesserafl.methods._align import aligned_block
+from tesserafl.methods._depth import block_names, blocks_in_order, client_blocks
 from tesserafl.methods._match import (
     Place,
     aligned_order,
@@ -25,6 +26,7 @@ from tesserafl.methods._match import (
     spread_of,
     threshold,
 )
+from tesserafl.methods._ordered import in_order_of
 from tesserafl.methods._stack import Stack
 from tesserafl.methods._unlike import Grown, Measure, Unlike, alike, mean_block
 
@@ -48,6 +50,8 @@ class Ledger:
     """For all measures but `updates`."""
     delta: Mapping[str, float]
     """Axis -> the distance beyond which a block is matched to none; infinity: it is not looked."""
+    align: bool = False
+    """Whether units are permuted to match the server's before anything is compared or summed."""
     split: tuple[str, int] | None = None
     """Of measure `updates`: the block whose updates are set aside, to be told apart."""
     paths: dict[int, dict[str, tuple[int, ...]]] = field(default_factory=dict)
@@ -98,7 +102,7 @@ class Ledger:
             group
             for (axis, _, _), unlike in sorted(self._groups().items())
             if free[axis] is not None
-            for group in alike(self.measure, unlike)
+            for group in alike(self.measure, unlike, self._origin(unlike))
         ]
 
         def weight(group: Sequence[Unlike]) -> int:
@@ -129,9 +133,7 @@ class Ledger:
     def fold_back(self, unlike: Iterable[Unlike]) -> None:
         """Sum what was set aside where it came from: no update is thrown away."""
         for each in unlike:
-            names = self._names(each.axis, each.origin)
-            views = {rest: whole_view(names[rest], self.state.params) for rest in each.delta}
-            part = SubModel({}, views)
+            part = SubModel({}, each.views)
             self.total.fold(part, each.delta, each.weight, self.state.params, rest=True)
 
     def merged(self) -> Params:
@@ -165,6 +167,8 @@ class Ledger:
         return min(1.0, float(change.norm()) * weight / whole) if whole else 1.0
 
     def _take(self, update: Update) -> None:
+        if self.align:
+            update = in_order_of(self.model, self.state.params, update)
         weight, client = self.weights[update.client], update.client
         views, delta = dict(update.submodel.views), dict(update.delta)
         self.paths[client] = {}
@@ -191,14 +195,15 @@ class Ledger:
                             origin=slot,
                             after=slot if self.measure == "updates" else after,
                             delta={rest: delta.pop(n).clone() for rest, n in names.items()},
+                            views={rest: views[n] for rest, n in names.items()},
                         )
                     )
                 elif to != slot:
                     there = self._names(axis, to)
                     for rest, name in names.items():
-                        value = self.state.params[views[name].name] + delta[name]
-                        delta[name] = value - self.state.params[there[rest]]
-                        views[name] = whole_view(there[rest], self.state.params)
+                        here, views[name] = views[name], View(there[rest], views[name].index)
+                        value = here.read(self.state.params[here.name]) + delta[name]
+                        delta[name] = value - views[name].read(self.state.params[there[rest]])
             self.paths[client][axis] = tuple(path)
         kept = SubModel(update.submodel.sizes, {name: views[name] for name in delta})
         self.total.fold(kept, delta, weight, self.state.params)
@@ -257,12 +262,31 @@ def _behind_origins(places: Sequence[Place], own: Sequence[int], rows: int) -> l
     return found
 
 
-def parameters_apart(model: Model, state: State, stacks: Mapping[str, Stack]) -> Distances:
-    """M1, by the parameters."""
+def parameters_apart(
+    model: Model, state: State, stacks: Mapping[str, Stack], align: bool = False
+) -> Distances:
+    """M1, by the parameters; with `align` of every pair at its best permutation of inner units."""
+
+    def turned(axis: str, reference: Params, given: Params) -> Params:
+        prefixes = model.depths[axis].prefixes
+        if len(prefixes) > 1:  # the whole model was aligned; between blocks there is no more to do
+            return given
+        inner = [
+            {name.removeprefix(prefixes[0]): value for name, value in block.items()}
+            for block in (reference, given)
+        ]
+        found = aligned_block(model, axis, *inner)
+        return {f"{prefixes[0]}{name}": value for name, value in found.items()}
 
     def distances(axis: str, update: Update, slots: Sequence[int]) -> list[list[float]]:
         server = blocks_in_order(model, axis, state.params, stacks[axis].order)
-        return parameter_distances(server, client_blocks(model, state, axis, update))
+        client = client_blocks(model, state, axis, update)
+        if not align:
+            return parameter_distances(server, client)
+        return [
+            [parameter_distances([one], [turned(axis, one, own)])[0][0] for own in client]
+            for one in server
+        ]
 
     return distances
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from tesserafl.core.method import State
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params
 from tesserafl.methods._depth import blocks_in_order, drawn_blocks
-from tesserafl.methods._stack import Stack
+from tesserafl.methods._stack import Stack, Stacks
 
 Policy = Literal["persistent", "resampled", "importance", "slots"]
 _YOUNG = 1.0
@@ -49,18 +50,31 @@ def handed_to(
     orders = {axis: stack.order for axis, stack in stacks.items()}
     if policy == "resampled":
         return drawn_blocks(model, orders, depth, draw)
-    if any(value.is_meta for value in state.params.values()):
-        return drawn_blocks(model, orders, depth, draw)  # a plan: there is nothing to weigh
     scores = {
         axis: [
-            importance(block) + _YOUNG * (state.round - stack.born.get(slot, -young) <= young)
-            for slot, block in zip(
-                stack.order, blocks_in_order(model, axis, state.params, stack.order), strict=True
-            )
+            stack.sizes.get(slot, 0.0)
+            + _YOUNG * (state.round - stack.born.get(slot, -young) <= young)
+            for slot in stack.order
         ]
         for axis, stack in stacks.items()
     }
     return drawn_blocks(model, orders, depth, draw, scores)
+
+
+def weighed(model: Model, params: Params, stacks: Mapping[str, Stack]) -> Stacks:
+    """The stacks, which know how large their blocks are."""
+    return {
+        axis: replace(
+            stack,
+            sizes={
+                slot: importance(block)
+                for slot, block in zip(
+                    stack.order, blocks_in_order(model, axis, params, stack.order), strict=True
+                )
+            },
+        )
+        for axis, stack in stacks.items()
+    }
 
 
 def importance(block: Params) -> float:

@@ -38,6 +38,8 @@ class Stack:
     """Median and deviation of the distances of clients' blocks from where they came from."""
     unrest: Mapping[int, float] = field(default_factory=dict)
     """Slot -> how much the clients' updates cancel, of late."""
+    sizes: Mapping[int, float] = field(default_factory=dict)
+    """Slot -> logarithm of the block's size, where blocks are drawn by it."""
     close: Mapping[int, int] = field(default_factory=dict)
     """Slot -> for how many looks in a row it was like the next one."""
 
@@ -172,7 +174,7 @@ class Stack:
         )
 
 
-_BY_SLOT = ("origin", "born", "held", "unrest", "close")
+_BY_SLOT = ("origin", "born", "held", "unrest", "sizes", "close")
 
 
 Stacks = dict[str, Stack]

@@ -24,16 +24,16 @@ from tesserafl.core.method import (
     Topology,
     Weighting,
     report_deltas,
-    train_everything,
 )
 from tesserafl.core.model import Model
 from tesserafl.methods._depth import check_depths, depth_of, first_blocks
 from tesserafl.methods._growing import Growing
-from tesserafl.methods._handback import handed_to
+from tesserafl.methods._handback import handed_to, weighed
 from tesserafl.methods._look import looked
 from tesserafl.methods._pilot import piloted, settled
 from tesserafl.methods._public import part_of, public_of
 from tesserafl.methods._stack import free_slots, noted, orders_of, stacks_of
+from tesserafl.methods._starts import Start, start_options, train_from_start
 from tesserafl.methods._width import width_tasks
 
 
@@ -43,6 +43,10 @@ class FLM(Growing):
 
     weighting: Weighting = "examples"
     """p_k: weight of a client: its number of examples, or one each"""
+
+    start: Start = "shared"
+    """where clients begin in round 0: at the server's model, or each at an initialisation of its
+    own (then with align)"""
 
     topology: ClassVar[Topology] = "star"
     entrywise: ClassVar[bool] = False
@@ -59,7 +63,8 @@ class FLM(Growing):
         first = model.slice(first_blocks(model, max(self.depth)))
         params = {name: torch.zeros(shape) for name, shape in model.shapes.items()}
         params |= model.resized(first).init(seed)
-        return State(params=params, seed=seed, rounds=rounds, notes=self.first_notes(model))
+        state = State(params=params, seed=seed, rounds=rounds, notes=self.first_notes(model))
+        return self._weighed(model, state)
 
     def configure(
         self, model: Model, state: State, clients: Sequence[Client], training: Training
@@ -74,9 +79,11 @@ class FLM(Growing):
             depth, policy = depth_of(self.depth, client), state.notes["policy"]
             return handed_to(policy, model, state, stacks, client, depth, self.cooldown)
 
-        yield from width_tasks(model, state, clients, training, keep)
+        options = start_options(self.start, state)
+        for task in width_tasks(model, state, clients, training, keep):
+            yield replace(task, options=options)
 
-    local = train_everything
+    local = train_from_start
     report = report_deltas
 
     def aggregate(
@@ -104,7 +111,7 @@ class FLM(Growing):
         after = replace(state, params=params, round=state.round + 1, notes=notes)
         if grown is not None:
             after = settled(self, model, self.put_in(after, model, stacks, grown, block, ledger))
-        return looked(self, model, piloted(self, model, after))
+        return self._weighed(model, looked(self, model, piloted(self, model, after)))
 
     def predictor(self, model: Model, state: State) -> Predictor:
         """All blocks, scaled; or a client's path, where that is better on public examples."""
@@ -115,3 +122,28 @@ class FLM(Growing):
             scales = {axis: {} for axis in orders}
         small, params = part_of(model, state.params, orders, scales)
         return Predictor(model=small, params=params, part=model.slice(orders))
+
+    def described(self, model: Model, state: State) -> dict[str, Any]:
+        """What a report shows of the round: blocks, scales, who was matched to what, what changed.
+
+        Plain JSON values.
+        """
+        stacks = stacks_of(state)
+        scales = self.scales(model, state, stacks)
+        axes = {
+            axis: {
+                "order": list(stack.order),
+                "scales": [scales[axis][slot] for slot in stack.order],
+                "families": stack.families,
+            }
+            for axis, stack in stacks.items()
+        }
+        known = {name: state.notes[name] for name in ("paths", "log", "policy", "served")}
+        return {"axes": axes, **known}
+
+    def _weighed(self, model: Model, state: State) -> State:
+        """The sizes of blocks, where they say who is drawn."""
+        if state.notes["policy"] != "importance":
+            return state
+        stacks = weighed(model, state.params, stacks_of(state))
+        return replace(state, notes={**state.notes, **noted(stacks)})

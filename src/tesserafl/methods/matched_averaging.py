@@ -13,12 +13,11 @@ OTFusion's soft transport are left out; a round is FedAvg's, with the matching i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from tesserafl.core.checks import check_delta
-from tesserafl.core.fit import Fit, Training
-from tesserafl.core.messages import Client, Memory, Task, Update
+from tesserafl.core.fit import Training
+from tesserafl.core.messages import Client, Task, Update
 from tesserafl.core.method import (
     Predictor,
     State,
@@ -28,13 +27,9 @@ from tesserafl.core.method import (
     report_deltas,
 )
 from tesserafl.core.model import Model
-from tesserafl.core.params import Params, subtract
-from tesserafl.core.submodel import cut
-from tesserafl.methods._align import aligned
-from tesserafl.methods._starts import Start, own_start
+from tesserafl.methods._ordered import in_order_of
+from tesserafl.methods._starts import Start, start_options, train_from_start
 from tesserafl.methods._width import check_ratios, prefix
-
-_START = "start"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +59,6 @@ class MatchedAveraging:
     ) -> Iterator[Task]:
         """Everybody gets everything, and in round 0 perhaps a seed to start from instead."""
         everything = self._trained(model).whole()
-        draws = self.start == "own" and state.round == 0
         for client in clients:
             yield Task(
                 round=state.round,
@@ -72,16 +66,10 @@ class MatchedAveraging:
                 submodel=everything,
                 params=state.params,
                 training=training,
-                options={_START: state.seed} if draws else {},
+                options=start_options(self.start, state),
             )
 
-    def local(self, model: Model, task: Task, memory: Memory) -> Fit:
-        """Plain local training, from the start that the task names."""
-        params = task.params
-        if _START in task.options:
-            params = own_start(model, task.submodel, int(task.options[_START]), task.client.id)
-        return Fit(params=params, training=task.training)
-
+    local = train_from_start
     report = report_deltas
 
     def aggregate(
@@ -92,7 +80,10 @@ class MatchedAveraging:
 
         def matched() -> Iterator[Update]:
             for update in updates:
-                yield self._matched(trained, state.params, update)
+                if self.matching == "none":
+                    yield update
+                else:
+                    yield in_order_of(trained, state.params, update)
                 del update  # its memory serves the next client
 
         return average_trained(self, trained, state, clients, matched())
@@ -100,17 +91,6 @@ class MatchedAveraging:
     def predictor(self, model: Model, state: State) -> Predictor:
         """The averaged model."""
         return Predictor(model=self._trained(model), params=state.params)
-
-    def _matched(self, model: Model, params: Params, update: Update) -> Update:
-        """The change to the client's model with its units permuted; as it came where none moves."""
-        if self.matching == "none":
-            return update
-        check_delta(update.submodel, update.delta, params)
-        reference = cut(params, update.submodel)
-        given = {name: reference[name] + change for name, change in update.delta.items()}
-        moved = aligned(model, reference, given)
-        permuted = {name: value for name, value in moved.items() if value is not given[name]}
-        return replace(update, delta={**update.delta, **subtract(permuted, reference)})
 
     def _trained(self, model: Model) -> Model:
         check_ratios(self.ratio)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,19 @@ from tesserafl.core.fit import Forward
 from tesserafl.core.metrics import Metrics, measure
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params
-from tesserafl.data.examples import Examples
 from tesserafl.models.scaling import forward_of
 
 _BATCH = 250
+
+
+class Batches(Protocol):
+    """Examples that give batches."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and labels at `rows` (int64 [batch]) as a model takes them."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -25,7 +35,7 @@ class Inside:
     """One model, built once, run on one set of examples."""
 
     model: Model
-    examples: Examples
+    examples: Batches
 
     @cached_property
     def module(self) -> nn.Module:

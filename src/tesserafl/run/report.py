@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tesserafl.run.adaptation import adaptation_html
 from tesserafl.run.files import read_json, write_atomic, write_json
+from tesserafl.run.growth import growth_html
 from tesserafl.run.labels import data_label, partition_label, ratio_label
 from tesserafl.run.page import figure_html, page_html, table_html, write_png
 from tesserafl.run.plots import (
@@ -40,7 +41,7 @@ def write_report(folder: Path, setup: Setup | None = None) -> Path:
     if setup is not None and not (folder / "partition.json").exists():
         write_partition(folder, setup)
     parts = [_heading(record), _headline(record), _curves(record), _peers(record)]
-    parts.append(adaptation_html(record))
+    parts += [adaptation_html(record), growth_html(record)]
     if (folder / "partition.json").exists():
         held = read_json(folder / "partition.json")
         drawn = partition_figure(held["counts"], held["class_names"])

@@ -40,6 +40,8 @@ class Notes:
     """Share of the model that somebody trained in this round; of peers alone."""
     error: float | None = None
     """Of low-rank adapters: how far their new product is from the mean product, relatively."""
+    structure: dict[str, Any] | None = None
+    """Of methods whose model grows: what it is built of, and who was matched to what."""
     seconds: float = 0.0
 
     @property
@@ -94,6 +96,9 @@ def play_round(
     if factors is not None and factors.values:
         after = federation.assembled().params
         notes.error = aggregation_error(setup.model, after, factors.shares, before)
+    if isinstance(federation, Star):
+        described = getattr(experiment.method, "described", None)
+        notes.structure = described and described(setup.model, federation.state)
     for row in notes.clients:
         row["bytes_up"], row["bytes_down"] = notes.folded.traffic[row["client"]]
     coverage.add(notes.trained)

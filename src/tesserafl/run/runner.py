@@ -145,6 +145,7 @@ class _Run:
                     "loss": notes.loss,
                     "coverage": coverage.share,
                     **notes.exchange,
+                    **({} if notes.structure is None else {"structure": notes.structure}),
                     **self.totals,
                     "clients": sorted(notes.clients, key=lambda row: int(row["client"])),
                     "failures": sorted(notes.failures, key=lambda row: int(row["client"])),

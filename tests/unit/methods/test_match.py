@@ -128,7 +128,7 @@ def test_what_is_alike_is_one_group() -> None:
 
 def test_clusters_are_linked_by_single_steps() -> None:
     # 50 degrees apart, so that the first and the last are linked by the one between them.
-    found = clusters(vectors([1, 0], [0.64, 0.77], [-0.17, 0.98], [-1, -1], [-2, -2.5]))
+    found = clusters(vectors([1, 0], [0.64, 0.77], [-0.17, 0.98], [-1, -1], [-1.1, -1.3]))
     assert found == [[0, 1, 2], [3, 4]]
     assert clusters(vectors([1, 0], [0, 1])) == [[0], [1]]
     assert clusters(vectors([0, 0], [0, 0])) == [[0], [1]]  # who did not move is like nobody

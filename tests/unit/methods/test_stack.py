@@ -84,6 +84,7 @@ def test_a_stack_survives_json() -> None:
         heard=2.0,
         spread=(0.1, 0.01),
         unrest={0: 0.4},
+        sizes={0: 1.5},
         close={1: 2},
     )
     assert Stack.from_notes(json.loads(json.dumps(stack.to_notes()))) == stack

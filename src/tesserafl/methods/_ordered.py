@@ -1,0 +1,34 @@
+"""A client's change, told of its model with the units in the server's order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tesserafl.core.checks import check_delta
+from tesserafl.core.messages import Update
+from tesserafl.core.model import Model
+from tesserafl.core.params import Params, subtract
+from tesserafl.core.submodel import cut
+from tesserafl.methods._align import aligned
+
+
+def in_order_of(model: Model, params: Params, update: Update) -> Update:
+    """A client's change, to the client's model with its units in the order of `params`.
+
+    As it came where nothing moves.
+
+    Args:
+        model: the global model.
+        params: its parameters, from which the client's part was cut.
+        update: the client's answer.
+
+    Raises:
+        UpdateError: an entry is not finite, or does not fit.
+    """
+    check_delta(update.submodel, update.delta, params)
+    small = model if update.submodel.sizes == model.sizes else model.resized(update.submodel)
+    reference = cut(params, update.submodel)
+    given = {name: reference[name] + change for name, change in update.delta.items()}
+    moved = aligned(small, reference, given)
+    permuted = {name: value for name, value in moved.items() if value is not given[name]}
+    return replace(update, delta={**update.delta, **subtract(permuted, reference)})
