@@ -44,7 +44,8 @@ def test_what_the_command_line_fixes_is_not_varied():
 
 
 @pytest.mark.parametrize(
-    "name", ["width_grid", "paper_fedbrb", "comparison", "lora_comparison", "paper_fedfmsl"]
+    "name",
+    ["width_grid", "paper_fedbrb", "comparison", "lora_comparison", "paper_fedfmsl", "paper_flm"],
 )
 def test_every_row_of_a_study_can_begin(name):
     named = EXPERIMENTS[name]

@@ -19,11 +19,11 @@ from tesserafl.core.method import PUBLIC_INPUTS, PUBLIC_LABELS, State
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params, sha256
 from tesserafl.core.submodel import cut
-from tesserafl.data.examples import Examples, Spec
+from tesserafl.data.examples import Spec
 from tesserafl.methods import FLM, FedAvg, _look
 from tesserafl.methods._blockscale import Scales
 from tesserafl.methods._handback import weighed
-from tesserafl.methods._public import accuracy_of, calibrated, part_of, public_of
+from tesserafl.methods._public import Public, accuracy_of, calibrated, part_of, public_of
 from tesserafl.methods._stack import Stack, noted, stacks_of
 from tesserafl.models import Residual, ResNet
 from tesserafl.models.scaling import forward_of
@@ -395,7 +395,7 @@ def test_calibration_lowers_the_loss_and_changes_scales_alone() -> None:
     part = MODEL.slice(orders)
     inputs = torch.randn(60, 2, generator=seeds.generator(0, "inputs"))
     labels = answers(MODEL.resized(part), cut(params, part), inputs).argmax(dim=1)
-    public, before = Examples(inputs=inputs, labels=labels), sha256(params)
+    public, before = Public(inputs, labels), sha256(params)
     wrong = {"blocks": dict.fromkeys((4, 0, 2), -1.0)}
     found = calibrated(MODEL, params, orders, wrong, public, steps=60)
     assert sha256(params) == before and set(found["blocks"]) == {4, 0, 2}

@@ -26,7 +26,7 @@ from tesserafl.core.params import Params, subtract
 from tesserafl.core.submodel import Index, SubModel, index_tensor, merge
 
 PUBLIC_INPUTS, PUBLIC_LABELS = "public/inputs", "public/labels"
-"""In `State.extra` of a method that `reads_public`: examples that the server holds, as stored."""
+"""In `State.extra` of a method that `reads_public`: what the server holds, as a model takes it."""
 Topology = Literal["star", "tree", "peers"]
 Weighting = Literal["uniform", "examples"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,6 @@ from tesserafl.core.method import PUBLIC_INPUTS, PUBLIC_LABELS, State
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import cut
-from tesserafl.data.examples import Examples
 from tesserafl.methods._blockscale import Scales, scaled_blocks
 from tesserafl.methods._growth import Distances
 from tesserafl.methods._match import function_distances, gram
@@ -26,7 +26,18 @@ Orders = Mapping[str, Sequence[int]]
 """Depth axis -> slots from input to output."""
 
 
-def public_of(state: State, what_for: str) -> Examples:
+class Public(NamedTuple):
+    """Examples that the server holds, as a model takes them."""
+
+    inputs: Tensor
+    labels: Tensor
+
+    def inside(self, model: Model) -> Inside:
+        """A model that is run on them."""
+        return Inside(model=model, inputs=self.inputs, labels=self.labels)
+
+
+def public_of(state: State, what_for: str) -> Public:
     """The server's public examples.
 
     Raises:
@@ -37,7 +48,7 @@ def public_of(state: State, what_for: str) -> Examples:
             f"{what_for} looks at public examples that the server holds, and there are none; give "
             f"it some with --data.public, for instance 256"
         )
-    return Examples(inputs=state.extra[PUBLIC_INPUTS], labels=state.extra[PUBLIC_LABELS])
+    return Public(state.extra[PUBLIC_INPUTS], state.extra[PUBLIC_LABELS])
 
 
 def part_of(model: Model, params: Params, orders: Orders, scales: Scales) -> tuple[Model, Params]:
@@ -56,20 +67,20 @@ def by_place(orders: Orders, scales: Scales) -> dict[str, dict[int, float | Tens
 
 
 def accuracy_of(
-    model: Model, params: Params, orders: Orders, scales: Scales, public: Examples
+    model: Model, params: Params, orders: Orders, scales: Scales, public: Public
 ) -> float:
     """Accuracy of the model of these blocks on public examples, 0 to 1."""
     small, values = part_of(model, params, orders, scales)
-    return Inside(model=small, examples=public).metrics(values).accuracy
+    return public.inside(small).metrics(values).accuracy
 
 
 def functions_apart(
-    model: Model, state: State, stacks: Mapping[str, Stack], scales: Scales, public: Examples
+    model: Model, state: State, stacks: Mapping[str, Stack], scales: Scales, public: Public
 ) -> Distances:
     """M3: by what the blocks of the server's model and of the client's give for public inputs."""
     orders = {axis: stack.order for axis, stack in stacks.items()}
     small, values = part_of(model, state.params, orders, scales)
-    whole = Inside(model=small, examples=public)
+    whole = public.inside(small)
     server = {axis: [gram(out) for out in whole.outputs(values, axis)] for axis in stacks}
     known: dict[object, Inside] = {}
 
@@ -78,7 +89,7 @@ def functions_apart(
         own |= {name: own[name] + change for name, change in update.delta.items()}
         shape = update.submodel.shape
         if shape not in known:
-            known[shape] = Inside(model=model.resized(update.submodel), examples=public)
+            known[shape] = public.inside(model.resized(update.submodel))
         client = [gram(out) for out in known[shape].outputs(own, axis)]
         return function_distances(server[axis], client)
 
@@ -86,12 +97,12 @@ def functions_apart(
 
 
 def weak_blocks(
-    model: Model, params: Params, stacks: Mapping[str, Stack], scales: Scales, public: Examples
+    model: Model, params: Params, stacks: Mapping[str, Stack], scales: Scales, public: Public
 ) -> list[tuple[float, str, int]]:
     """(|what it adds| / |what enters|, axis, slot) of every block but the first, ascending."""
     orders = {axis: stack.order for axis, stack in stacks.items()}
     small, values = part_of(model, params, orders, scales)
-    inside, found = Inside(model=small, examples=public), []
+    inside, found = public.inside(small), []
     for axis, stack in stacks.items():
         outputs = inside.outputs(values, axis)
         for number in range(1, len(outputs)):
@@ -107,7 +118,7 @@ def calibrated(
     params: Params,
     orders: Orders,
     scales: Scales,
-    public: Examples,
+    public: Public,
     steps: int,
     lr: float = 0.02,
 ) -> dict[str, dict[int, float]]:
@@ -118,13 +129,14 @@ def calibrated(
     """
     part = model.slice(orders)
     small, own = model.resized(part), cut(params, part)
-    inside = Inside(model=small, examples=public)
+    inside = public.inside(small)
     plan = [(axis, j) for axis in orders for j in range(len(orders[axis]))]
     plan = [(axis, j) for axis, j in plan if small.depths[axis].outputs]
     begun = by_place(orders, scales)
     values = torch.tensor([float(begun[axis][j]) for axis, j in plan], requires_grad=True)
     optimiser = torch.optim.Adam([values], lr=lr)
-    learn, check = torch.arange(0, len(public), 2), torch.arange(1, len(public), 2)
+    number = len(public.labels)
+    learn, check = torch.arange(0, number, 2), torch.arange(1, number, 2)
 
     def scaled(given: Tensor) -> Params:
         asked: dict[str, dict[int, float | Tensor]] = {axis: {} for axis in orders}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +19,15 @@ from tesserafl.models.scaling import forward_of
 _BATCH = 250
 
 
-class Batches(Protocol):
-    """Examples that give batches."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and labels at `rows` (int64 [batch]) as a model takes them."""
-        ...
-
-
 @dataclass(kw_only=True)
 class Inside:
     """One model, built once, run on one set of examples."""
 
     model: Model
-    examples: Batches
+    inputs: Tensor
+    """[examples, ...], as the model takes them"""
+    labels: Tensor
+    """[examples], or [examples, time]"""
 
     @cached_property
     def module(self) -> nn.Module:
@@ -76,8 +68,7 @@ class Inside:
         self, params: Params, rows: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
         """Mean loss over the examples at `rows`, with its graph."""
-        inputs, labels = self.examples.batch(rows)
-        return loss(self.forward(params, inputs).logits, labels)
+        return loss(self.forward(params, self.inputs[rows]).logits, self.labels[rows])
 
     def _blocks(self, axis: str) -> list[nn.Module]:
         prefix = self.model.depths[axis].prefixes[0]
@@ -87,8 +78,8 @@ class Inside:
         ]
 
     def _batches(self, rows: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        chosen = torch.arange(len(self.examples)) if rows is None else rows
-        return [self.examples.batch(part) for part in torch.split(chosen, _BATCH)]
+        chosen = torch.arange(len(self.labels)) if rows is None else rows
+        return [(self.inputs[part], self.labels[part]) for part in torch.split(chosen, _BATCH)]
 
 
 def _keep(found: list[Tensor], block: nn.Module, args: object, output: object) -> None:

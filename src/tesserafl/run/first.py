@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from tesserafl.core.method import PUBLIC_INPUTS, PUBLIC_LABELS, State
 from tesserafl.core.model import Model
 from tesserafl.data.examples import FederatedData
@@ -25,5 +27,6 @@ def first_state(
     state: State = experiment.method.init(model, experiment.seed, planned)
     if data.public is None or not getattr(experiment.method, "reads_public", False):
         return state
-    held = {PUBLIC_INPUTS: data.public.inputs, PUBLIC_LABELS: data.public.labels}
+    inputs, labels = data.public.batch(torch.arange(len(data.public)))
+    held = {PUBLIC_INPUTS: inputs, PUBLIC_LABELS: labels}
     return replace(state, extra={**state.extra, **held})

@@ -91,7 +91,7 @@ def held_figure(events: Sequence[Mapping[str, Any]], axis: str) -> Figure:
             mark = "v" if entry[1] == "insert" else "x"
             axes.plot([entry[0]], [slots.index(entry[3])], mark, color=INK, markersize=5)
     axes.set_yticks(range(len(slots)), [f"block {slot}" for slot in slots])
-    dress(axes, f"Share of the clients that trained each block of {axis}, input on top", "round")
+    dress(axes, f"Share of clients per block ({axis}), input on top", "round")
     axes.grid(visible=False)
     return figure
 
@@ -117,7 +117,7 @@ def layers_figure(events: Sequence[Mapping[str, Any]], axis: str) -> Figure:
     axes.set_yticks(range(len(clients)), [str(client) for client in clients])
     axes.set_ylim(len(clients) - 0.5, -0.5)
     axes.set_ylabel("client", fontsize=8.5, color=INK)
-    dress(axes, f"Clients' layers (numbers) and the blocks of {axis} that they became", "block")
+    dress(axes, f"What clients' layers 1, 2, ... became ({axis})", "block")
     axes.grid(visible=False)
     return figure
 

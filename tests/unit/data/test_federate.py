@@ -165,3 +165,35 @@ def test_nothing_heavy_is_imported_with_the_package() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_public_examples_are_taken_from_the_clients() -> None:
+    settings = DataSettings(num_clients=4, partition="iid")
+    plain, data = load(settings, seed=0), load(replace(settings, public=100), seed=0)
+    assert plain.public is None and data.public is not None
+    assert len(data.public) == 100 and data.public.inputs.dtype == torch.uint8
+    rows = [data.public.inputs, *(client.train.inputs for client in data.clients)]
+    before = torch.cat([client.train.inputs for client in plain.clients]).flatten(1)
+    after = torch.cat(rows).flatten(1)
+    assert sorted(before.tolist()) == sorted(after.tolist())
+    again, other = load(replace(settings, public=100), 0), load(replace(settings, public=100), 1)
+    assert again.public is not None and torch.equal(again.public.inputs, data.public.inputs)
+    assert other.public is not None and not torch.equal(other.public.inputs, data.public.inputs)
+    for wrong in (-1, 1437):
+        with pytest.raises(DataError, match=rf"data\.public={wrong} must be"):
+            load(replace(settings, public=wrong), seed=0)
+
+
+def test_named_clients_keep_their_own_rows_beside_public_ones(save_parquet: SaveRows) -> None:
+    names = [f"c{i % 3}" for i in range(30)]
+    folder = save_parquet(
+        "train",
+        image=[png(p) for p in random_pixels(30, 4, 4, 3)],
+        label=[i % 3 for i in range(30)],
+        who=names,
+    )
+    settings = DataSettings(path=folder, partition="column", partition_column="who", public=6)
+    data = load(replace(settings, num_clients=3), seed=0)
+    # The label is the client's number: nobody has another's rows.
+    assert [client.train.labels.unique().numel() for client in data.clients] == [1, 1, 1]
+    assert data.public is not None and len(data.public) == 6
