@@ -146,9 +146,10 @@ def test_a_language_models_gates_are_the_same_with_two_workers(tmp_path, texts, 
     options = {"n_layer": 2, "n_embd": 32, "n_head": 4, "resid_pdrop": 0.0}
     options |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = {"name": "lora", "rank": 2, "alpha": 4.0, "config": "gpt2", "options": options}
+    settings = {"data": data, "model": model, "clients_per_round": 4}
     one, two = (
         start(
-            short(texts, texts, method, data=data, model=model, engine={"workers": n}),
+            short(texts, texts, method, **settings, engine={"workers": n}),
             tmp_path / str(n),
         )
         for n in (1, 2)
