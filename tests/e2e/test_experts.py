@@ -132,6 +132,36 @@ def test_two_workers_give_the_bits_of_one(tmp_path, texts, encoder, method):
     assert events[0] == events[1]
 
 
+@each_method
+def test_a_language_models_gates_are_the_same_with_two_workers(tmp_path, texts, method):
+    data = {
+        "path": str(texts),
+        "task": "causal-lm",
+        "partition": "iid",
+        "num_clients": 4,
+        "sequence_length": 12,
+        "test": 0.2,
+        "validation": 0.2,
+    }
+    options = {"n_layer": 2, "n_embd": 32, "n_head": 4, "resid_pdrop": 0.0}
+    options |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = {"name": "lora", "rank": 2, "alpha": 4.0, "config": "gpt2", "options": options}
+    settings = {"data": data, "model": model, "clients_per_round": 4}
+    one, two = (
+        start(
+            short(texts, texts, method, **settings, engine={"workers": n}),
+            tmp_path / str(n),
+        )
+        for n in (1, 2)
+    )
+    assert told(one) == told(two)
+    events = [timeless(rounds_of(tmp_path / str(n))) for n in (1, 2)]
+    assert events[0] == events[1]
+    shares = one["own_share"]
+    assert len(shares) == len(one["accuracy_personal"]) == 4
+    assert all(0.0 < share < 1.0 for share in shares) and len(set(shares)) > 1
+
+
 def test_a_run_says_who_adapted_what_and_what_the_gates_say(tmp_path, texts, encoder):
     experiment = short(texts, encoder, PLATEAU, clients_per_round=4, rounds=6)
     summary = start(experiment, tmp_path / "run")

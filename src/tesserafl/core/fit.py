@@ -192,9 +192,9 @@ class Fit:
     """Tensors that the objective reads."""
     references: Mapping[str, Params] = field(default_factory=dict)
     """Further parameter sets of the names and shapes of `params` without `beside`, which are not
-    trained. For every batch the objective reads in `extra[name]` the features [batch, features]
-    that the model gives with them for the batch's inputs: detached, without dropout, ones for
-    padding. They are scaled as `width_scaling` says."""
+    trained. For every batch the objective reads in `extra[name]` the features [batch, features],
+    or [batch, time, features], that the model gives with them for the batch's inputs: detached,
+    without dropout, ones for padding. They are scaled as `width_scaling` says."""
     reference_logits: frozenset[str] = frozenset()
     """References of which the objective reads the logits too, in `extra[logits_of(name)]`:
     [batch, classes], or [batch, time, vocabulary]; zeros for padding."""

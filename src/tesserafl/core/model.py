@@ -46,7 +46,8 @@ class Output(NamedTuple):
     logits: Tensor
     """[batch, classes], or [batch, time, vocabulary] for language models."""
     features: Tensor | None
-    """[batch, features]: the representation in front of the head, pooled over time or space."""
+    """[batch, features]: the representation in front of the head, pooled over time or space. Of an
+    adapted language model [batch, time, features]: of every place, from it and those before it."""
     exits: Tensor | None = None
     """[exits, batch, classes]: what classifiers inside the model answer, from input to output, the
     last one's answer included; None: it has none."""
@@ -68,8 +69,6 @@ class Model:
     """Layout of `Output.features` along the one axis that moves them; None: no such axis."""
     feature_size: Callable[[], int] | None = field(default=None, repr=False)
     """Of an adapted model: counts the entries of `Output.features`, which no axis changes."""
-    per_place: bool = False
-    """Of an adapted model: whether it answers for every place of a text, from those before it."""
     frozen_blocks: tuple[str, ...] = ()
     """Of a frozen model under adapters: what the names of its blocks begin with, tower by tower, in
     front of their number. What enters a block is the same as long as nothing below is trained."""

@@ -20,9 +20,9 @@ from tesserafl.engines.frozen import Frozen
 from tesserafl.engines.kept import Shelf, digests_of, joined, rows_of
 from tesserafl.models.modes import batch_norms, predicting
 
-MOST_LOGITS = 256 << 20
-"""Bytes of a table of one reference's logits. More are computed for every batch: a language model
-gives a number for every word of the vocabulary at every place."""
+MOST_BYTES = 256 << 20
+"""Of a table of one reference's features, or of its logits. More are computed for every batch: a
+language model gives a number for every word of the vocabulary at every place."""
 
 
 class References:
@@ -80,7 +80,7 @@ class References:
                 keeping.kept.put(key, table)
 
     def read(self, rows: Tensor, inputs: Tensor) -> Params:
-        """What the objective reads for a batch: features [batch, features], logits if asked for.
+        """What the objective reads for a batch: features [batch, ...], logits if asked for.
 
         Args:
             rows: of the client's examples, int64 [batch].
@@ -124,7 +124,7 @@ class _Reference:
 
 
 def outputs_of(forward: Forward, with_logits: bool, params: Params, inputs: Tensor) -> Params:
-    """`features` [batch, features] of inputs [batch, ...] and, if asked for, `logits`.
+    """`features` [batch, ...] of inputs [batch, ...] and, if asked for, `logits`.
 
     Raises:
         ModelError: the model returns no features.
@@ -141,8 +141,8 @@ def outputs_of(forward: Forward, with_logits: bool, params: Params, inputs: Tens
 
 
 def too_large(outputs: Params, count: int, total: int) -> bool:
-    """Whether the logits of `total` examples are, by those of `count`."""
-    return "logits" in outputs and outputs["logits"].nbytes // count * total > MOST_LOGITS
+    """Whether the outputs of `total` examples are, by those of `count`."""
+    return any(each.nbytes // count * total > MOST_BYTES for each in outputs.values())
 
 
 def _named(reference: str, kind: str) -> str:

@@ -101,12 +101,6 @@ class Experts:
             raise ConfigError(
                 "the method's gate reads features of a frozen model; choose --model lora"
             )
-        if model.per_place and self.gate != "half":
-            raise ConfigError(
-                f"method.gate {self.gate!r} would look at the tokens that are to be predicted: it "
-                f"reads features of the whole text; for a causal language model set method.gate "
-                f"half"
-            )
         size = model.feature_size()
         if self.gate in ("linear", "half"):
             return {}, size

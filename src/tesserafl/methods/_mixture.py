@@ -4,6 +4,8 @@
 
 z [batch, d] are features of the frozen foundation model, brought to mean 0 and variance 1. D [b, d]
 and U [d, b] are the gate's adapter; H [2, d] and h [2] choose. U, H and h begin at zero: g is 1/2.
+A language model answers at every place of a text; there z is [batch, time, d], and g is chosen for
+each place by the features of that place, which know nothing of what comes after it.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def part_of(params: Mapping[str, Tensor], expert: str) -> Params:
 
 @dataclass(frozen=True)
 class Gate:
-    """How much each expert counts, [batch, 2], from features [batch, d]."""
+    """How much each expert counts, [..., 2], from features [..., d]."""
 
     temperature: float = 1.0
     """T: the larger, the more alike the two."""
@@ -65,7 +67,7 @@ class Gate:
     def __call__(self, params: Mapping[str, Tensor], features: Tensor) -> Tensor:
         """Shares of the global expert and of the client's own."""
         if not self.learned:  # of the features only their number is looked at
-            return features.new_full((len(features), 2), 0.5)
+            return features.new_full((*features.shape[:-1], 2), 0.5)
         z = features - features.mean(dim=-1, keepdim=True)
         z = z / (z.square().mean(dim=-1, keepdim=True) + _EPSILON).sqrt()
         if NARROW in params:
@@ -74,9 +76,8 @@ class Gate:
 
 
 def mixed(shares: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Logits of two experts [batch, ...] by their shares [batch, 2]."""
-    own = shares.reshape(len(shares), 2, *[1] * (first.dim() - 1))
-    return own[:, 0] * first + own[:, 1] * second
+    """Logits of two experts [..., classes] by their shares [..., 2]."""
+    return shares[..., :1] * first + shares[..., 1:] * second
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,17 @@ class Mixture:
         """The mixed logits."""
         first = forward(part_of(params, GLOBAL), inputs).logits
         second = forward(part_of(params, OWN), inputs).logits
-        return Output(mixed(self.shares(forward, params, inputs), first, second), None)
+        if self.gate.learned:
+            shares = self.shares(forward, params, inputs)
+        else:
+            shares = self.gate(params, first)
+        return Output(mixed(shares, first, second), None)
 
     def shares(self, forward: Forward, params: Params, inputs: Tensor) -> Tensor:
-        """What the gate says, [batch, 2]."""
-        if not self.gate.learned:
-            return self.gate(params, inputs.to(next(iter(params.values())).dtype))
-        features = forward(part_of(params, BASE), inputs).features
-        assert features is not None, "a model without features was trained with a gate"
-        return self.gate(params, features)
+        """What the gate says, as the labels lie: [batch, 2] or [batch, time, 2]."""
+        out = forward(part_of(params, BASE), inputs)
+        assert out.features is not None, "a model without features was trained with a gate"
+        return self.gate(params, out.features if self.gate.learned else out.logits)
 
 
 @dataclass(frozen=True)
@@ -131,19 +134,20 @@ class MixtureLoss:
         counts = (labels.reshape(len(labels), -1) != IGNORED).any(dim=1)
         if HELD_OUT not in extra:
             loss = mean_over(mixed(shares, other, own), labels, counts)
-            return loss + self._of_own(own, labels, counts) + self._unequal(shares, counts)
+            return loss + self._of_own(own, labels, counts) + self._unequal(shares, labels, counts)
         held = extra[HELD_OUT]
         learns, chooses = counts & ~held, counts & held
         loss = mean_over(mixed(shares.detach(), other, own), labels, learns)
         loss = loss + self._of_own(own, labels, learns)
         loss = loss + mean_over(mixed(shares, other, own.detach()), labels, chooses)
-        return loss + self._unequal(shares, chooses)
+        return loss + self._unequal(shares, labels, chooses)
 
     def _of_own(self, logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         return self.own * mean_over(logits, labels, rows) if self.own else logits.new_zeros(())
 
-    def _unequal(self, shares: Tensor, rows: Tensor) -> Tensor:
-        number = rows.sum()
-        mean = (shares * rows[:, None]).sum(dim=0) / number.clamp(min=1)
+    def _unequal(self, shares: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+        places = (labels != IGNORED) & rows.reshape(len(rows), *[1] * (labels.dim() - 1))
+        number = places.sum()
+        mean = (shares * places[..., None]).flatten(0, -2).sum(dim=0) / number.clamp(min=1)
         apart = (mean * (2.0 * mean.clamp(min=1e-12)).log()).sum()
         return self.balance * apart * (number > 0)

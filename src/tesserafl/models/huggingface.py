@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from tesserafl.data.examples import Spec
 
 # Shapes: token ids [batch, time] or images [batch, C, H, W]; logits [batch, classes] or
-# [batch, time, vocabulary]; features [batch, embed], the last hidden state pooled
+# [batch, time, vocabulary]; features [batch, embed], the last hidden state pooled, or all of it
 
 Option = int | float | str | bool | list[int] | None
 
@@ -156,6 +156,8 @@ class Family:
     scaling: Scaling | None = None
     """Of images; None: the model takes them as they come."""
     knobs: dict[str, Knob] = field(default_factory=dict)
+    per_place: bool = False
+    """Whether features are of every place of a text; False: pooled over them."""
 
     @property
     def has_weights(self) -> bool:
@@ -190,7 +192,7 @@ class Family:
     def _wrapped(self, model: Any) -> Wrapped | TwoTower:
         if self.texts is not None:
             return TwoTower(model, self.texts, self.scaling)
-        return Wrapped(model, self.pad_id, self.scaling)
+        return Wrapped(model, self.pad_id, self.scaling, per_place=self.per_place)
 
     @property
     def pad_id(self) -> int | None:

@@ -88,6 +88,7 @@ class LoRA:
             )
         need_peft()
         family = family_of(self.config, self.options, spec, self.prompt)
+        family = replace(family, per_place=spec.task == "causal-lm")
         frozen = Frozen(family=family, train_head=self.train_head, base=self.base)
         model = _Adapted(settings=self, family=family, frozen=frozen).model()
         if spec.task == "causal-lm":
@@ -123,7 +124,6 @@ class _Adapted:
             shapes=shapes,
             low_rank=pairs,
             feature_size=self.frozen.feature_size,
-            per_place=self.family.spec.task == "causal-lm",
             frozen_blocks=self.frozen.blocks_in(module),
             pretrained=None if self.settings.adapter is None else self.load,
             save=self.save,

@@ -83,18 +83,28 @@ def _check_processor(path: Path, found: dict[str, Any]) -> None:
 class Wrapped(nn.Module):
     """Takes a batch as data sets give it and answers with an `Output`."""
 
-    def __init__(self, model: Any, pad_id: int | None, scaling: Scaling | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        pad_id: int | None,
+        scaling: Scaling | None = None,
+        *,
+        per_place: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.pad_id = pad_id
+        self.per_place = per_place
         self.pixels = nn.Identity() if scaling is None else _Pixels(scaling)
 
     def forward(self, inputs: Tensor) -> Output:
         """Token ids [batch, time] or images [batch, C, H, W]."""
-        return answer(self.model, self.pixels(inputs), self.pad_id)
+        return answer(self.model, self.pixels(inputs), self.pad_id, per_place=self.per_place)
 
 
-def answer(model: Any, inputs: Tensor, pad_id: int | None, *, skip: int = 0) -> Output:
+def answer(
+    model: Any, inputs: Tensor, pad_id: int | None, *, skip: int = 0, per_place: bool = False
+) -> Output:
     """A model's answer to token ids [batch, time] or images [batch, C, H, W].
 
     Args:
@@ -102,6 +112,7 @@ def answer(model: Any, inputs: Tensor, pad_id: int | None, *, skip: int = 0) -> 
         inputs: a batch.
         pad_id: token id of padding; None: the inputs are images.
         skip: places at the start of a text that do not count for the features.
+        per_place: whether features are of every place of a text; False: pooled over them.
     """
     if pad_id is None:
         out = model(pixel_values=inputs, output_hidden_states=True)
@@ -113,7 +124,8 @@ def answer(model: Any, inputs: Tensor, pad_id: int | None, *, skip: int = 0) -> 
         # Where costs are counted ids have no values, and transformers would look at them.
         given = {"inputs_embeds": model.get_input_embeddings()(inputs)}
     out = model(**given, output_hidden_states=True, **cache)
-    return Output(out.logits, _pooled(out.hidden_states[-1][:, skip:], mask[:, skip:]))
+    hidden, mask = out.hidden_states[-1][:, skip:], mask[:, skip:]
+    return Output(out.logits, hidden if per_place else _pooled(hidden, mask))
 
 
 def _pooled(hidden: Tensor, mask: Tensor | None) -> Tensor:

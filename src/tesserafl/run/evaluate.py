@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from tesserafl.core.fit import IGNORED
 from tesserafl.core.method import Predictor
 from tesserafl.core.metrics import Metrics, measure
 from tesserafl.core.params import Params, aligned
@@ -61,11 +62,14 @@ class Evaluator:
         module = self._module(predictor).eval()
         values = {n: aligned(tensor.to(self.device)) for n, tensor in predictor.params.items()}
         forward = forward_of(predictor.model, predictor.model.whole(), module, "none")
-        total = 0.0
+        total, count = 0.0, 0
         with torch.no_grad():
-            for inputs, _ in self._batches(examples):
-                total += float(shares(forward, values, inputs.to(self.device))[:, 1].sum())
-        return total / len(examples)
+            for inputs, labels in self._batches(examples):
+                second = shares(forward, values, inputs.to(self.device))[..., 1]
+                counted = (labels != IGNORED).to(self.device)  # of a text, places
+                total += float((second * counted).sum())
+                count += int(counted.sum())
+        return total / max(1, count)
 
     def fill_statistics(self, module: nn.Module, params: Params) -> None:
         """Static BatchNorm (HeteroFL): statistics over all clients' training data."""

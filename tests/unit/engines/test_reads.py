@@ -106,7 +106,7 @@ def both_ways(fits: list[Fit], **how) -> tuple[list[Fitted], list[Fitted]]:
 
 @pytest.mark.parametrize("most", [1 << 28, 0], ids=["one table", "per batch"])
 def test_a_cohort_reads_what_each_client_reads_alone(most: int, monkeypatch) -> None:
-    monkeypatch.setattr(references_module, "MOST_LOGITS", most)
+    monkeypatch.setattr(references_module, "MOST_BYTES", most)
     fits = [fit_of(client) for client in range(len(SIZES))]
     alone, together = both_ways(fits)
     for size, one, other in zip(SIZES, alone, together, strict=True):
@@ -120,7 +120,7 @@ def test_a_cohort_reads_what_each_client_reads_alone(most: int, monkeypatch) -> 
 
 def test_a_client_counts_the_passes_that_it_makes_alone(monkeypatch) -> None:
     """Of 9 examples a table has room, of all clients' not."""
-    monkeypatch.setattr(references_module, "MOST_LOGITS", 9 * 3 * 4)
+    monkeypatch.setattr(references_module, "MOST_BYTES", 9 * 8 * 4)
     alone, together = both_ways([fit_of(client) for client in range(len(SIZES))])
     passes = [7, 1, 2 * 12, 5, 9]
     for fitted in (alone, together):
@@ -161,7 +161,7 @@ def test_without_the_fields_nothing_more_is_read() -> None:
 
 @pytest.mark.parametrize("most", [1 << 28, 0], ids=["one table", "per batch"])
 def test_padding_reads_zeros_for_logits_and_is_not_held_out(most: int, monkeypatch) -> None:
-    monkeypatch.setattr(references_module, "MOST_LOGITS", most)
+    monkeypatch.setattr(references_module, "MOST_BYTES", most)
 
     @dataclass(frozen=True)
     class Padded:
@@ -179,17 +179,25 @@ def test_padding_reads_zeros_for_logits_and_is_not_held_out(most: int, monkeypat
     assert all(fitted.metrics["loss"] > 0 for fitted in together)
 
 
-def test_large_logits_are_computed_for_every_batch(monkeypatch) -> None:
+def test_large_outputs_are_computed_for_every_batch(monkeypatch) -> None:
     examples, fit = examples_of(12), fit_of()
     expected = execute(fit, FORWARD, examples, draw_of(), "cpu", MODULE)
-    size = 12 * 3 * 4  # examples, classes, bytes
-    monkeypatch.setattr(references_module, "MOST_LOGITS", size)
+    size = 12 * 8 * 4  # examples, features, bytes
+    monkeypatch.setattr(references_module, "MOST_BYTES", size)
     kept = execute(fit, FORWARD, examples, draw_of(), "cpu", MODULE)
     assert kept.num_reference_examples == 12
-    monkeypatch.setattr(references_module, "MOST_LOGITS", size - 1)
+    monkeypatch.setattr(references_module, "MOST_BYTES", size - 1)
     late = execute(fit, FORWARD, examples, draw_of(), "cpu", MODULE)
     assert late.num_reference_examples == 2 * 12  # not the part that told their size
     assert_close(late.params, expected.params)
+
+
+def test_features_or_logits_may_be_too_large(monkeypatch) -> None:
+    monkeypatch.setattr(references_module, "MOST_BYTES", 100)
+    small, large = torch.zeros(2, 1), torch.zeros(2, 5)  # four bytes a number
+    for outputs in ({"features": large}, {"features": small, "logits": large}):
+        assert not references_module.too_large(outputs, 2, 5)
+        assert references_module.too_large(outputs, 2, 6)
 
 
 def test_held_out_examples_are_a_share_and_never_all() -> None:

@@ -796,3 +796,13 @@ def test_a_tower_without_adapters_is_no_axis():
 @FAMILY
 def test_the_features_are_counted(family):
     assert tiny(family).feature_size() == 32
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_features_of_a_language_model_are_of_every_place_and_those_before_it(family):
+    module = tiny(family).module().eval()
+    tokens = torch.randint(38, (2, 12))
+    with torch.no_grad():
+        out, shorter = module(tokens), module(tokens[:, :5])
+    assert out.features.shape == (2, 12, 32)
+    torch.testing.assert_close(out.features[:, :5], shorter.features)
