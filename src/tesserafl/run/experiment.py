@@ -156,17 +156,19 @@ def to_json(experiment: Experiment) -> dict[str, Any]:
 def from_json(values: Mapping[str, Any], base: Experiment | None = None) -> Experiment:
     """An experiment from plain values; what is not named keeps the base's value.
 
+    Without a base a method or model that is named has all of its own defaults.
+
     Raises:
         ConfigError: an unknown key (the nearest is suggested) or a value of the wrong kind.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"an experiment is a table of settings; got {type(values).__name__}")
-    base = base or Experiment()
+    is_alone, base = base is None, base or Experiment()
     changes: dict[str, Any] = {}
     for key, value in _known(values, Experiment, "").items():
         current = getattr(base, key)
         if key in REGISTRIES:
-            changes[key] = _choose(key, value, current)
+            changes[key] = _choose(key, value, None if is_alone else current, current)
         elif dataclasses.is_dataclass(current):
             changes[key] = _replace(current, value, key)
         else:
@@ -191,7 +193,10 @@ def from_file(path: Path) -> Experiment:
 
 
 def choose(section: str, name: str, current: Any) -> Any:
-    """Default settings of the method or model `name`; fields that `current` shares are kept."""
+    """Default settings of the method or model `name`; fields that `current` shares are kept.
+
+    None: nothing is.
+    """
     registry = REGISTRIES[section]
     if not isinstance(name, str) or name not in registry:
         raise ConfigError(f"unknown {section} {name!r}; {did_you_mean(str(name), registry)}")
@@ -202,13 +207,13 @@ def choose(section: str, name: str, current: Any) -> Any:
     return kind(**{n: getattr(current, n) for n in shared if hasattr(current, n)})
 
 
-def _choose(section: str, value: Any, current: Any) -> Any:
+def _choose(section: str, value: Any, kept: Any, default: Any) -> Any:
     if isinstance(value, str):
-        return choose(section, value, current)
+        return choose(section, value, kept)
     if not isinstance(value, Mapping):
         raise ConfigError(f"{section} must be a table with a name; got {value!r}")
     rest = {key: item for key, item in value.items() if key != "name"}
-    chosen = choose(section, value["name"], current) if "name" in value else current
+    chosen = choose(section, value["name"], kept) if "name" in value else default
     return _replace(chosen, rest, section)
 
 

@@ -24,7 +24,8 @@ def growth_html(record: Record) -> str:
     parts = ["<h2>The model's blocks</h2>", figure_html(_depths(events), "depth")]
     for axis in last["axes"]:
         parts.append(figure_html(held_figure(events, axis), f"held-{axis}"))
-        parts.append(figure_html(layers_figure(events, axis), f"layers-{axis}"))
+        if any(event["structure"]["paths"] for event in events):
+            parts.append(figure_html(layers_figure(events, axis), f"layers-{axis}"))
     parts.append(_log(last["log"]))
     if last["served"] is not None:
         served = ", ".join(f"{axis}: {slots}" for axis, slots in last["served"].items())
