@@ -479,6 +479,142 @@ def test_a_stages_first_block_stays_where_it_is() -> None:
     assert answers(predictor.model, predictor.params, torch.randn(2, 1, 8, 8)).isfinite().all()
 
 
+def resnet() -> Model:
+    spec = Spec(kind="image", task="image-classification", shape=(1, 8, 8), num_classes=2)
+    return ResNet(channels=(4, 8), blocks=(3, 3)).build_model(spec)
+
+
+@pytest.mark.parametrize("measure", ["parameters", "functions"])
+def test_blocks_that_are_built_otherwise_are_matched_to_themselves(measure: str) -> None:
+    """Two kinds of clients in a stage's first block: it cannot be put in a second time."""
+    model = resnet()
+    method = replace(
+        GROWING, depth=(2,), measure=measure, cutoff=1e-6, warmup=0, cooldown=1, merge=1e-9
+    )
+
+    def first(client: int, name: str, value: Tensor) -> Tensor:
+        if not name.startswith("stages.1.0."):
+            return 1e-9 * noise(0, name, value)
+        return (3.0 if client in (2, 5) else -1.0) * noise(0, name, value)
+
+    state = method.init(model, 0, 4)
+    draw = seeds.generator(0, "public")
+    pictures = torch.randn(20, 1, 8, 8, generator=draw)
+    state = replace(state, extra={PUBLIC_INPUTS: pictures, PUBLIC_LABELS: torch.arange(20) % 2})
+    for _ in range(4):
+        state = played(method, model, state, first)
+    assert state.notes["stacks"]["blocks2"]["order"][0] == 0
+    assert not [e for e in state.notes["log"] if e[2] == "blocks2" and e[4] == 0 and e[3] == 0]
+
+
+def test_a_drop_in_the_pilot_leaves_nothing_behind() -> None:
+    """Scales tuned in the second trial go with it."""
+    method = replace(GROWING, policy="pilot", pilot_rounds=3, cooldown=2, calibrate=3, guard=0.0)
+    state = with_public(method.init(MODEL, 0, 40))
+    while state.notes["pilot"] is None or len(state.notes["pilot"]["found"]) < 1:
+        state = played(method, MODEL, state, two_kinds)
+    kept = state.notes["pilot"]["first"]
+    log = state.notes["pilot"]["firsts"]
+    assert state.notes["policy"] == "importance"
+    pilot = {**state.notes["pilot"], "found": [2.0]}  # better than any that can follow
+    state = replace(state, notes={**state.notes, "pilot": pilot})
+    while not state.notes["pilot"]["done"]:
+        state = played(method, MODEL, state, two_kinds)
+    assert state.notes["policy"] == "persistent"
+    assert state.notes["log"][:-1] == log
+    if state.round % 2:  # no look in the same round
+        assert state.notes["calibrated"] is None and state.notes["stacks"] == kept
+    assert {int(s) for s in (state.notes["calibrated"] or {"blocks": {}})["blocks"]} <= set(
+        kept["blocks"]["order"]
+    )
+
+
+def test_an_identity_is_put_in_without_a_change_of_the_function() -> None:
+    method = replace(GROWING, insertion="identity", scaling=False, guard=0.0)
+    inputs = torch.randn(6, 2, generator=seeds.generator(0, "inputs"))
+    state = with_public(method.init(MODEL, 0, 9))
+    while len(order_of(state)) == 3:
+        state = played(method, MODEL, state, two_kinds)
+    assert order_of(state) == [0, 1, 3, 2]
+    grown = method.predictor(MODEL, state)
+    part = MODEL.slice({"blocks": [0, 1, 2]})
+    without = answers(MODEL.resized(part), cut(state.params, part), inputs)
+    assert torch.equal(answers(grown.model, grown.params, inputs), without)
+
+
+def test_updates_that_hardly_differ_split_nothing() -> None:
+    def nearly(client: int, name: str, value: Tensor) -> Tensor:
+        return alike(client, name, value) + 1e-3 * noise(client, name, value)
+
+    assert order_of(run(GROWING, nearly, 9)) == [0, 1, 2]
+    assert order_of(run(replace(GROWING, cutoff=0.99), two_kinds, 9)) == [0, 1, 2]
+
+
+def test_every_member_of_a_new_block_holds_it() -> None:
+    """Even where two of a client's blocks had been matched to neighbours."""
+    for measure, threshold in itertools.product(("parameters", "updates"), (0.0, 0.5, 2.5)):
+        method = replace(
+            GROWING, measure=measure, threshold=threshold, warmup=0, cooldown=1, support=0.0
+        )
+        state = with_public(method.init(MODEL, 0, 12))
+        for round in range(12):
+            before, state = (
+                state,
+                played(
+                    method,
+                    MODEL,
+                    state,
+                    lambda c, n, t, r=round: two_kinds(c, n, t) + 8 * noise(c, n, t, round=r),
+                ),
+            )
+            for entry in state.notes["log"][len(before.notes["log"]) :]:
+                held = {
+                    task.client.id: blocks_of(MODEL, task)
+                    for task in method.configure(MODEL, state, EIGHT, TRAINING)
+                }
+                assert all(entry[3] in held[client] for client in entry[5])
+            shares = stacks_of(state)["blocks"].shares(3)
+            assert all(0.0 <= share <= 1.0 for share in shares.values())
+
+
+def test_a_block_is_averaged_as_it_was_matched() -> None:
+    """With align: a copy of the second block, units reversed, moves the second block by nothing."""
+    method = replace(GROWING, depth=(1,), measure="parameters", align=True, warmup=99)
+    state = method.init(MODEL, 0, 3)
+    stack = state.notes["stacks"]["blocks"] | {"order": [0, 1], "paths": {"0": [0]}}
+    params = dict(state.params)
+    draw = seeds.generator(3, "second")
+    for name in params:
+        if name.startswith("blocks.1."):
+            params[name] = 3.0 * torch.randn(params[name].shape, generator=draw)
+        elif not name.startswith("blocks."):  # so large that the stream's units stay in their order
+            params[name] = 100.0 * torch.randn(params[name].shape, generator=draw)
+    state = replace(state, params=params, notes={**state.notes, "stacks": {"blocks": stack}})
+
+    def becomes_second(client: int, name: str, value: Tensor) -> Tensor:
+        if not name.startswith("blocks.0."):
+            return torch.zeros_like(value)
+        other = params[name.replace("blocks.0.", "blocks.1.")]
+        if ".widen." in name:
+            other = other.flip(0)
+        return (other.flip(1) if name.endswith(".narrow.weight") else other) - value
+
+    after = played(method, MODEL, state, becomes_second, clients(10))
+    assert after.notes["paths"] == {"0": {"blocks": [1]}}
+    torch.testing.assert_close(block(after.params, 1), block(params, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_the_last_round_is_looked_at_even_if_nobody_answers() -> None:
+    method = replace(GROWING, policy="pilot", pilot_rounds=50, cooldown=2)
+    state = with_public(method.init(MODEL, 0, 8))
+    for _ in range(7):
+        state = played(method, MODEL, state, two_kinds)
+    assert not state.notes["pilot"]["done"]
+    ended = method.aggregate(MODEL, state, EIGHT, iter(()))
+    assert ended.round == 8 and ended.notes["pilot"]["done"]
+    assert not [name for name in ended.extra if name.startswith(("fork/", "kept/"))]
+
+
 def test_a_model_that_is_too_shallow_is_refused() -> None:
     with pytest.raises(ConfigError, match="6 blocks, but axis 'blocks' of the model has only 5"):
         FLM(depth=(6,)).init(MODEL, 0, 3)

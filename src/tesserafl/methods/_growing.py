@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,7 +14,8 @@ from tesserafl.core.model import Model
 from tesserafl.core.params import Params
 from tesserafl.methods._blockscale import Scales
 from tesserafl.methods._depth import block_names, check_depths, depth_axes
-from tesserafl.methods._growth import Distances, Ledger, new_delta, parameters_apart
+from tesserafl.methods._distances import Distances, new_delta, parameters_apart
+from tesserafl.methods._growth import Ledger
 from tesserafl.methods._handback import Policy, scales_of
 from tesserafl.methods._public import (
     functions_apart,
@@ -24,6 +26,9 @@ from tesserafl.methods._unlike import Grown, Measure
 
 TRIALS: tuple[Policy, ...] = ("persistent", "importance")
 """What the pilot tries, in this order."""
+
+_LEAST = 0.01
+"""Disagreement of updates below which they are alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +47,19 @@ class Growing:
     align: bool = False
     """permute the units of clients' models to match the server's before blocks are compared"""
     threshold: float = 2.5
-    """c: a distance is an outlier beyond the median and so many median absolute deviations"""
+    """c: a distance is an outlier beyond the median and so many median absolute deviations (not of
+    measure updates)"""
     cutoff: float = 0.0
-    """a fixed distance beyond which a block is matched to none; 0: the adaptive threshold"""
+    """a fixed distance beyond which a block is matched to none, instead of the adaptive threshold;
+    of measure updates, where the block with the most disagreement is split when it is time, the
+    least disagreement; 0: the threshold, and 0.01"""
     warmup: int = 30
     """rounds before the first block is put in"""
     cooldown: int = 15
     """rounds between two insertions, and between two looks at public examples"""
+    insertion: Literal["mean", "identity"] = "mean"
+    """what a new block begins as: the mean of its clients' (little of it where paths are drawn), or
+    that with outputs of zero, which leaves the server's function as it was"""
     support: float = 0.1
     """share of a round's weight that must stand behind a new block"""
     scaling: bool = True
@@ -60,7 +71,8 @@ class Growing:
     prune: float = 0.0
     """a block is taken out that adds less than this share of what enters it; 0: never"""
     guard: float = 0.01
-    """the deep model is not served where a client's path is better by more than this accuracy"""
+    """the deep model is not served where a client's path is better by more than this accuracy; 0:
+    it always is"""
     pilot_rounds: int = 15
     """rounds that the pilot gives each policy"""
 
@@ -134,6 +146,7 @@ class Growing:
                 model, state, stacks, self.scales(model, state, stacks), public
             )
         delta = new_delta(stacks, self.cutoff, self.threshold)
+        free = free_slots(model, stacks)
         return Ledger(
             model=model,
             state=state,
@@ -143,27 +156,20 @@ class Growing:
             measure=self.measure,
             align=self.align,
             distances=distances,
-            delta=delta if is_open else dict.fromkeys(delta, float("inf")),
-            split=_most_at_odds(model, stacks) if is_open and self.measure == "updates" else None,
+            delta={a: d if is_open and free[a] is not None else math.inf for a, d in delta.items()},
+            split=self._most_at_odds(model, stacks) if is_open else None,
         )
 
     def put_in(
-        self,
-        state: State,
-        model: Model,
-        stacks: Stacks,
-        grown: Grown,
-        block: Params,
-        ledger: Ledger,
+        self, state: State, model: Model, stacks: Stacks, grown: Grown, block: Params
     ) -> State:
         """The state with a new block."""
-        members = {client: ledger.paths[client][grown.axis] for client in grown.members}
         stack = stacks[grown.axis].with_block(
-            grown.slot, grown.origin, grown.after, members, grown.part, state.round
+            grown.slot, grown.origin, grown.after, grown.members, grown.part, state.round
         )
         names = block_names(model, grown.axis)[grown.slot]
         params = {**state.params, **{names[rest]: value for rest, value in block.items()}}
-        entry = [state.round, "insert", grown.axis, grown.slot, grown.after, list(grown.members)]
+        entry = [state.round, "insert", grown.axis, grown.slot, grown.after, sorted(grown.members)]
         notes = {**state.notes, **noted({**stacks, grown.axis: stack})}
         notes |= {"grown": state.round, "log": [*state.notes["log"], entry], "calibrated": None}
         return replace(state, params=params, notes=notes)
@@ -182,17 +188,16 @@ class Growing:
             and not trying
         )
 
-
-def _most_at_odds(model: Model, stacks: Mapping[str, Stack]) -> tuple[str, int] | None:
-    """The block whose updates cancel most, of axes with a free slot; None: none was measured."""
-    free = free_slots(model, stacks)
-    found = [
-        (unrest, axis, slot)
-        for axis, stack in stacks.items()
-        for slot, unrest in stack.unrest.items()
-        if free[axis] is not None and slot in model.movable(axis) and slot in stack.order
-    ]
-    if not found:
-        return None
-    most = max(unrest for unrest, _, _ in found)
-    return min((axis, slot) for unrest, axis, slot in found if unrest == most)
+    def _most_at_odds(self, model: Model, stacks: Mapping[str, Stack]) -> tuple[str, int] | None:
+        """The block whose updates cancel most, of axes with a free slot; None: none do enough."""
+        free = free_slots(model, stacks)
+        found = [
+            (unrest, axis, slot)
+            for axis, stack in stacks.items()
+            for slot, unrest in stack.unrest.items()
+            if free[axis] is not None and slot in model.movable(axis) and slot in stack.order
+        ]
+        most = max((unrest for unrest, _, _ in found), default=0.0)
+        if self.measure != "updates" or most < (self.cutoff or _LEAST):
+            return None
+        return min((axis, slot) for unrest, axis, slot in found if unrest == most)

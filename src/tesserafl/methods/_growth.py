@@ -7,7 +7,7 @@ looked at in the order of the clients. So no order of arrival changes anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tesserafl.core.exactsum import ExactSum
@@ -16,22 +16,20 @@ from tesserafl.core.method import State, Weighting, weights_of
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import SubModel, View, merge
-from tesserafl.methods._align import aligned_block
-from tesserafl.methods._depth import block_names, blocks_in_order, client_blocks
+from tesserafl.methods._depth import block_names
+from tesserafl.methods._distances import Distances
 from tesserafl.methods._match import (
     Place,
     aligned_order,
     flat,
-    parameter_distances,
     spread_of,
-    threshold,
 )
-from tesserafl.methods._ordered import in_order_of
+from tesserafl.methods._ordered import in_order_of, turned
 from tesserafl.methods._stack import Stack
 from tesserafl.methods._unlike import Grown, Measure, Unlike, alike, mean_block
 
-Distances = Callable[[str, Update, Sequence[int]], list[list[float]]]
-"""(axis, update, its slots) -> distances [server's blocks in order][client's blocks]."""
+_CERTAIN = -1e6
+"""A distance that is matched whatever else there is."""
 _LATELY = 0.7
 """How much of what was measured lasts to the next round."""
 
@@ -81,7 +79,7 @@ class Ledger:
         """Slot -> weight of the clients whose blocks were summed there, or set aside from it."""
         held: dict[int, int] = {}
         for client, paths in self.paths.items():
-            for slot in paths[axis]:
+            for slot in set(paths[axis]):
                 held[slot] = held.get(slot, 0) + self.weights[client]
         return held
 
@@ -120,7 +118,7 @@ class Ledger:
                 slot=slot,
                 origin=first.origin,
                 after=first.after,
-                members=tuple(unlike.client for unlike in group),
+                members={unlike.client: self._with(unlike, slot) for unlike in group},
                 part=weight(group) / whole,
             )
             return (
@@ -129,6 +127,12 @@ class Ledger:
                 [u for u in self.aside if u not in group],
             )
         return None, {}, list(self.aside)
+
+    def _with(self, unlike: Unlike, slot: int) -> tuple[int, ...]:
+        """What the client holds once the block that was set aside lies in this slot."""
+        path = list(self.paths[unlike.client][unlike.axis])
+        path[unlike.place] = slot
+        return tuple(path)
 
     def fold_back(self, unlike: Iterable[Unlike]) -> None:
         """Sum what was set aside where it came from: no update is thrown away."""
@@ -148,7 +152,11 @@ class Ledger:
             stack = replace(stack, spread=spread_of(found))
         if self.measure != "updates":
             return stack
-        unrest = dict(stack.unrest)
+        # A block that was told apart in vain leaves the next turn to another.
+        unrest = {
+            slot: _LATELY * value if (axis, slot) == self.split else value
+            for slot, value in stack.unrest.items()
+        }
         for (where, slot), norms in self.moved.items():
             if where == axis and (axis, slot) != self.split and len(norms) > 1:
                 apart = 1.0 - self._moved_together(axis, slot, after, norms)
@@ -177,7 +185,7 @@ class Ledger:
             slots = [slot for slot, _ in blocks]
             places = self._places(axis, update, slots)
             path = []
-            for (slot, names), place in zip(blocks, places, strict=True):
+            for j, ((slot, names), place) in enumerate(zip(blocks, places, strict=True)):
                 order = stack.order
                 to = slot if place.matched is None else order[place.matched]
                 aside = place.matched is None or (axis, slot) == self.split
@@ -193,20 +201,32 @@ class Ledger:
                             weight=weight,
                             axis=axis,
                             origin=slot,
+                            place=j,
                             after=slot if self.measure == "updates" else after,
                             delta={rest: delta.pop(n).clone() for rest, n in names.items()},
                             views={rest: views[n] for rest, n in names.items()},
                         )
                     )
                 elif to != slot:
-                    there = self._names(axis, to)
-                    for rest, name in names.items():
-                        here, views[name] = views[name], View(there[rest], views[name].index)
-                        value = here.read(self.state.params[here.name]) + delta[name]
-                        delta[name] = value - views[name].read(self.state.params[there[rest]])
+                    self._move(axis, to, names, views, delta)
             self.paths[client][axis] = tuple(path)
         kept = SubModel(update.submodel.sizes, {name: views[name] for name in delta})
         self.total.fold(kept, delta, weight, self.state.params)
+
+    def _move(
+        self, axis: str, to: int, names: Mapping[str, str], views: dict[str, View], delta: Params
+    ) -> None:
+        """Tell a block's change of another slot than it came from; changes `views` and `delta`."""
+        params, there = self.state.params, self._names(axis, to)
+        values, reference = {}, {}
+        for rest, name in names.items():
+            values[rest] = views[name].read(params[views[name].name]) + delta[name]
+            views[name] = View(there[rest], views[name].index)
+            reference[rest] = views[name].read(params[there[rest]])
+        if self.align:
+            values = turned(self.model, axis, reference, values)
+        for rest, name in names.items():
+            delta[name] = values[rest] - reference[rest]
 
     def _places(self, axis: str, update: Update, slots: Sequence[int]) -> list[Place]:
         order = self.stacks[axis].order
@@ -219,8 +239,8 @@ class Ledger:
         movable = set(self.model.movable(axis))
         for i, slot in enumerate(order):  # what is built otherwise stays where it is
             for j, source in enumerate(slots):
-                if (slot not in movable or source not in movable) and slot != source:
-                    table[i][j] = math.inf
+                if slot not in movable or source not in movable:
+                    table[i][j] = _CERTAIN if slot == source else math.inf
         return _behind_origins(aligned_order(table, self.delta[axis])[0], own, len(order))
 
     def _blocks(self, axis: str, update: Update) -> list[tuple[int, dict[str, str]]]:
@@ -260,37 +280,3 @@ def _behind_origins(places: Sequence[Place], own: Sequence[int], rows: int) -> l
             place = Place(None, min(max(own[j], least), most))
         found.append(place)
     return found
-
-
-def parameters_apart(
-    model: Model, state: State, stacks: Mapping[str, Stack], align: bool = False
-) -> Distances:
-    """M1, by the parameters; with `align` of every pair at its best permutation of inner units."""
-
-    def turned(axis: str, reference: Params, given: Params) -> Params:
-        prefixes = model.depths[axis].prefixes
-        if len(prefixes) > 1:  # the whole model was aligned; between blocks there is no more to do
-            return given
-        inner = [
-            {name.removeprefix(prefixes[0]): value for name, value in block.items()}
-            for block in (reference, given)
-        ]
-        found = aligned_block(model, axis, *inner)
-        return {f"{prefixes[0]}{name}": value for name, value in found.items()}
-
-    def distances(axis: str, update: Update, slots: Sequence[int]) -> list[list[float]]:
-        server = blocks_in_order(model, axis, state.params, stacks[axis].order)
-        client = client_blocks(model, state, axis, update)
-        if not align:
-            return parameter_distances(server, client)
-        return [
-            [parameter_distances([one], [turned(axis, one, own)])[0][0] for own in client]
-            for one in server
-        ]
-
-    return distances
-
-
-def new_delta(stacks: Mapping[str, Stack], cutoff: float, deviations: float) -> dict[str, float]:
-    """Axis -> the distance beyond which a block is like none; fixed, or by what was seen lately."""
-    return {axis: cutoff or threshold(stack.spread, deviations) for axis, stack in stacks.items()}

@@ -103,4 +103,5 @@ def _of_families(stack: Stack, depth: int, draw: torch.Generator) -> list[int]:
     depth = min(depth, len(families))
     last = max(1, depth - 1)
     chosen = [families[j * (len(families) - 1) // last] for j in range(depth)]
-    return [family[int(torch.randint(len(family), (), generator=draw))] for family in chosen]
+    drawn = [family[int(torch.randint(len(family), (), generator=draw))] for family in chosen]
+    return sorted(drawn, key=stack.order.index)

@@ -11,7 +11,7 @@ from tesserafl.core.model import Model
 from tesserafl.core.params import Params
 from tesserafl.methods._depth import block_names, blocks_in_order
 from tesserafl.methods._growing import Growing
-from tesserafl.methods._match import parameter_distances
+from tesserafl.methods._match import parameter_distance
 from tesserafl.methods._public import accuracy_of, calibrated, public_of, weak_blocks
 from tesserafl.methods._stack import Stack, Stacks, noted, orders_of, stacks_of
 
@@ -62,10 +62,13 @@ def _tidied(growing: Growing, model: Model, state: State) -> State:
     if growing.prune and state.notes["grown"] is not None:
         public = public_of(state, "method.prune")
         scales = growing.scales(model, state, stacks)
-        for added, axis, slot in weak_blocks(model, params, stacks, scales, public)[:1]:
-            if added < growing.prune and _may_go(growing, model, axis, stacks[axis], slot):
+        for added, axis, slot in weak_blocks(model, params, stacks, scales, public):
+            is_old = state.round - stacks[axis].born.get(slot, 0) >= growing.cooldown
+            may_go = is_old and _may_go(growing, model, axis, stacks[axis], slot)
+            if added < growing.prune and may_go:
                 stacks[axis] = stacks[axis].without(slot)
                 log.append([state.round, "prune", axis, slot, -1, []])
+                break
     if growing.merge:
         for axis in stacks:
             stacks[axis] = _merged(growing, model, state.round, axis, stacks[axis], params, log)
@@ -84,8 +87,9 @@ def _merged(
     """Neighbours that were alike at several looks in a row become one; changes `params`."""
     blocks, close = blocks_in_order(model, axis, params, stack.order), {}
     for j, (slot, other) in enumerate(pairwise(stack.order)):
-        distance = parameter_distances([blocks[j]], [blocks[j + 1]])[0][0]
-        if distance < growing.merge and _may_go(growing, model, axis, stack, other):
+        if slot not in model.movable(axis) or not _may_go(growing, model, axis, stack, other):
+            continue
+        if parameter_distance(blocks[j], blocks[j + 1]) < growing.merge:
             close[slot] = stack.close.get(slot, 0) + 1
     stack = replace(stack, close=close)
     ready = [slot for slot, looks in close.items() if looks >= _LOOKS]
@@ -93,9 +97,11 @@ def _merged(
         return stack
     kept = ready[0]
     gone = stack.order[stack.order.index(kept) + 1]
-    names = block_names(model, axis)
+    names, shares = block_names(model, axis), stack.shares(len(stack.order))
+    both = shares[kept] + shares[gone]
+    part = shares[gone] / both if both else 0.5
     for rest, name in names[kept].items():
-        params[name] = (params[name] + params[names[gone][rest]]) / 2
+        params[name] = (1.0 - part) * params[name] + part * params[names[gone][rest]]
     log.append([round, "merge", axis, gone, kept, []])
     return stack.without(gone, into=kept)
 

@@ -67,22 +67,13 @@ def aligned_order(distances: Sequence[Sequence[float]], delta: float) -> tuple[l
     return places[::-1], cost[rows][columns]
 
 
-def parameter_distances(server: Sequence[Params], client: Sequence[Params]) -> list[list[float]]:
-    """M1 between every block of the server and every block of the client, 0 to 2.
-
-    All blocks have the same names and shapes.
-    """
-    theta, phi = (torch.stack([flat(block) for block in blocks]) for blocks in (server, client))
-    table: list[list[float]] = relative(theta, phi).tolist()
-    return table
-
-
-def relative(one: Tensor, other: Tensor) -> Tensor:
-    """M1 of vectors [m, n] and [k, n], [m, k]; 0 where both are zero."""
-    squares = one.square().sum(dim=1)[:, None] + other.square().sum(dim=1)[None, :]
-    # Not by products: vectors that are equal must have a distance of exactly zero.
-    apart = torch.stack([(row[None, :] - other).square().sum(dim=1) for row in one])
-    return apart / squares.clamp(min=torch.finfo(torch.float64).tiny)
+def parameter_distance(one: Params, other: Params) -> float:
+    """M1 of two blocks with the same names and shapes, 0 to 2; 0 where both are zero."""
+    theta, phi = flat(one), flat(other)
+    # Not by products: blocks that are equal must have a distance of exactly zero.
+    apart, both = float((theta - phi).square().sum()), float(theta.square().sum())
+    both += float(phi.square().sum())
+    return apart / both if both else 0.0
 
 
 def function_distances(server: Sequence[Tensor], client: Sequence[Tensor]) -> list[list[float]]:

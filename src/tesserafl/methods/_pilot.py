@@ -30,8 +30,9 @@ def settled(growing: Growing, model: Model, state: State) -> State:
     """
     if growing.policy == "pilot" and state.notes["pilot"] is None:
         stacks = state.notes["stacks"]
-        return _trial(model, state, state.params, stacks, {"found": [], "first": None})
-    return _damped(model, state)
+        known = {"found": [], "first": None, "log": state.notes["log"], "firsts": []}
+        return _trial(growing, model, state, state.params, stacks, known)
+    return _begun(growing, model, state)
 
 
 def piloted(growing: Growing, model: Model, state: State) -> State:
@@ -49,20 +50,23 @@ def piloted(growing: Growing, model: Model, state: State) -> State:
     if len(found) < len(TRIALS) and not last:
         kept = {f"{_KEPT}{name}": tensor for name, tensor in state.params.items()}
         state = replace(state, extra={**state.extra, **kept})
-        known = {"found": found, "first": noted(stacks)["stacks"]}
-        return _trial(model, state, _named(state, _FORK), pilot["stacks"], known)
+        known = {**pilot, "found": found, "first": noted(stacks)["stacks"]}
+        known |= {"firsts": state.notes["log"]}
+        return _trial(growing, model, state, _named(state, _FORK), pilot["stacks"], known)
     best = max(range(len(found)), key=lambda number: (found[number], -number))
-    entry = [state.round, TRIALS[best], "", -1, -1, found]
+    params, log = state.params, state.notes["log"]
     notes = {**state.notes, "policy": TRIALS[best], "grown": state.round}
-    notes |= {"pilot": {"done": True, "found": found}, "log": [*notes["log"], entry]}
-    params = state.params
-    if best < len(found) - 1:
-        params, notes["stacks"] = _named(state, _KEPT), pilot["first"]
+    if best < len(found) - 1:  # nothing of the trial that is dropped may stay
+        params, log = _named(state, _KEPT), pilot["firsts"]
+        notes |= {"stacks": pilot["first"], "calibrated": None, "served": None}
+    entry = [state.round, TRIALS[best], "", -1, -1, found]
+    notes |= {"pilot": {"done": True, "found": found}, "log": [*log, entry]}
     extra = {n: t for n, t in state.extra.items() if not n.startswith((_FORK, _KEPT))}
     return replace(state, params=params, notes=notes, extra=extra)
 
 
 def _trial(
+    growing: Growing,
     model: Model,
     state: State,
     params: Params,
@@ -73,16 +77,18 @@ def _trial(
     pilot = {**known, "begun": state.round, "stacks": stacks, "done": False}
     policy = TRIALS[len(known["found"])]
     notes = {**state.notes, "stacks": stacks, "policy": policy, "pilot": pilot}
+    notes |= {"log": pilot["log"], "calibrated": None, "served": None}
     fork = {f"{_FORK}{name}": tensor for name, tensor in params.items()}
     forked = replace(state, params=params, notes=notes, extra={**state.extra, **fork})
-    return _damped(model, forked)
+    return _begun(growing, model, forked)
 
 
-def _damped(model: Model, state: State) -> State:
-    if state.notes["policy"] not in ("resampled", "importance"):
-        return state
+def _begun(growing: Growing, model: Model, state: State) -> State:
+    """The state with the newest block as it is to begin."""
+    is_drawn = state.notes["policy"] in ("resampled", "importance")
+    factor = 0.0 if growing.insertion == "identity" else _DAMPED if is_drawn else 1.0
     axis, slot = next(e[2:4] for e in reversed(state.notes["log"]) if e[1] == "insert")
-    return replace(state, params=scaled_blocks(state.params, model, {axis: {slot: _DAMPED}}))
+    return replace(state, params=scaled_blocks(state.params, model, {axis: {slot: factor}}))
 
 
 def _named(state: State, start: str) -> Params:

@@ -17,7 +17,7 @@ from tesserafl.core.model import Model
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import cut
 from tesserafl.methods._blockscale import Scales, scaled_blocks
-from tesserafl.methods._growth import Distances
+from tesserafl.methods._distances import Distances
 from tesserafl.methods._match import function_distances, gram
 from tesserafl.methods._stack import Stack
 from tesserafl.models.inside import Inside
@@ -78,13 +78,18 @@ def functions_apart(
     model: Model, state: State, stacks: Mapping[str, Stack], scales: Scales, public: Public
 ) -> Distances:
     """M3: by what the blocks of the server's model and of the client's give for public inputs."""
-    orders = {axis: stack.order for axis, stack in stacks.items()}
-    small, values = part_of(model, state.params, orders, scales)
-    whole = public.inside(small)
-    server = {axis: [gram(out) for out in whole.outputs(values, axis)] for axis in stacks}
     known: dict[object, Inside] = {}
+    server: dict[str, list[Tensor]] = {}
+
+    def look() -> None:
+        orders = {axis: stack.order for axis, stack in stacks.items()}
+        small, values = part_of(model, state.params, orders, scales)
+        whole = public.inside(small)
+        server.update({a: [gram(out) for out in whole.outputs(values, a)] for a in stacks})
 
     def distances(axis: str, update: Update, slots: Sequence[int]) -> list[list[float]]:
+        if not server:  # when the first update is there: nobody may answer
+            look()
         own = cut(state.params, update.submodel)
         own |= {name: own[name] + change for name, change in update.delta.items()}
         shape = update.submodel.shape

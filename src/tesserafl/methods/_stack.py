@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 from tesserafl.core.method import State
@@ -27,7 +26,7 @@ class Stack:
     origin: Mapping[int, int] = field(default_factory=dict)
     """Slot -> the one that it was split from, and that one from, back to the first round."""
     born: Mapping[int, int] = field(default_factory=dict)
-    """Slot -> the round after which it was put in; those of the first round are not in it."""
+    """Slot -> the first round in which it could be held; founders are not in it."""
     paths: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """Client -> its slots, of clients for which that was ever changed."""
     held: Mapping[int, float] = field(default_factory=dict)
@@ -66,11 +65,19 @@ class Stack:
         return tuple(slots[j * (len(slots) - 1) // last] for j in range(depth))
 
     def with_path(self, client: int, path: Sequence[int]) -> Stack:
-        """The client's slots from now on, unless they are out of order or not in use."""
-        places = [self.order.index(slot) for slot in path if slot in self.order]
-        if len(places) != len(path) or any(a >= b for a, b in pairwise(places)):
+        """The client's slots from now on; out of order they move to the next that are free.
+
+        Nothing changes if one is not in use, or the client holds more blocks than there are.
+        """
+        count, size = len(path), len(self.order)
+        if count > size or not set(path) <= set(self.order):
             return self
-        return replace(self, paths={**self.paths, client: tuple(path)})
+        places: list[int] = []
+        for slot in path:
+            places.append(max(self.order.index(slot), places[-1] + 1 if places else 0))
+        places = [min(place, size - count + j) for j, place in enumerate(places)]
+        kept = tuple(self.order[place] for place in places)
+        return replace(self, paths={**self.paths, client: kept})
 
     def hearing(self, held: Mapping[int, int], heard: int) -> Stack:
         """After a round in which clients of these weights held these slots."""
@@ -102,10 +109,9 @@ class Stack:
             slot: where it lies.
             origin: the block that it was split from.
             after: the one that it follows.
-            members: clients that hold it from now on instead of its origin, and what they hold
-                today.
+            members: clients that hold it, and all that they hold from now on.
             part: their part of the weight that held the origin.
-            round: the round that has ended.
+            round: the first one in which it can be held.
         """
         place = self.order.index(after) + 1 if after >= 0 else 0
         held = self.held.get(origin, 0.0)
@@ -117,7 +123,7 @@ class Stack:
             held={**self.held, slot: part * held, origin: (1.0 - part) * held},
         )
         for client, path in members.items():
-            grown = grown.with_path(client, [slot if s == origin else s for s in path])
+            grown = grown.with_path(client, path)
         return grown
 
     def without(self, slot: int, into: int | None = None) -> Stack:

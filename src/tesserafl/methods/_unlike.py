@@ -27,6 +27,8 @@ class Unlike:
     axis: str
     origin: int
     """The slot that the client got it from."""
+    place: int
+    """Which of the client's blocks it is, counted from the input."""
     after: int
     """The slot that it would follow; -1: it would be the first."""
     delta: Params
@@ -50,7 +52,8 @@ class Grown:
     slot: int
     origin: int
     after: int
-    members: tuple[int, ...]
+    members: Mapping[int, tuple[int, ...]]
+    """Clients that made it, and the slots that they hold from now on."""
     part: float
     """The members' part of the weight that held the origin."""
 

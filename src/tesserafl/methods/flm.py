@@ -93,7 +93,9 @@ class FLM(Growing):
         ledger = self.ledger(model, state, clients, self.weighting)
         ledger.sums(updates)
         if not ledger.paths:
-            return replace(state, round=state.round + 1)
+            after = replace(state, round=state.round + 1)
+            ends = after.round == after.rounds and state.notes["grown"] is not None
+            return looked(self, model, piloted(self, model, after)) if ends else after
         free = free_slots(model, ledger.stacks)
         grown, block, rest = ledger.grow(free, self.support)
         ledger.fold_back(rest)
@@ -110,7 +112,7 @@ class FLM(Growing):
         notes = {**state.notes, **noted(stacks), "paths": matched}
         after = replace(state, params=params, round=state.round + 1, notes=notes)
         if grown is not None:
-            after = settled(self, model, self.put_in(after, model, stacks, grown, block, ledger))
+            after = settled(self, model, self.put_in(after, model, stacks, grown, block))
         return self._weighed(model, looked(self, model, piloted(self, model, after)))
 
     def predictor(self, model: Model, state: State) -> Predictor:
@@ -124,10 +126,7 @@ class FLM(Growing):
         return Predictor(model=small, params=params, part=model.slice(orders))
 
     def described(self, model: Model, state: State) -> dict[str, Any]:
-        """What a report shows of the round: blocks, scales, who was matched to what, what changed.
-
-        Plain JSON values.
-        """
+        """What a report shows of the round, as plain JSON values."""
         stacks = stacks_of(state)
         scales = self.scales(model, state, stacks)
         axes = {

@@ -17,8 +17,7 @@ from tesserafl.methods._match import (
     function_distances,
     gram,
     halves,
-    parameter_distances,
-    relative,
+    parameter_distance,
     spread_of,
     threshold,
 )
@@ -81,15 +80,15 @@ def test_a_match_wins_where_it_costs_as_much_as_an_insertion() -> None:
 
 
 def test_distances_of_parameters() -> None:
-    server = [{"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([[1.0]])}]
-    same, other = dict(server[0]), {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([[-1.0]])}
-    (row,) = parameter_distances(server, [same, other])
-    assert row == [0.0, pytest.approx((1 + 1 + 4) / (2 + 2))]
+    one = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([[1.0]])}
+    other = {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([[-1.0]])}
+    assert parameter_distance(one, dict(one)) == 0.0
+    assert parameter_distance(one, other) == pytest.approx((1 + 1 + 4) / (2 + 2))
 
 
 def test_zeros_are_at_no_distance_from_each_other() -> None:
-    zero = torch.zeros(1, 3, dtype=torch.float64)
-    assert relative(zero, zero).item() == 0.0
+    zero = {"a": torch.zeros(3)}
+    assert parameter_distance(zero, zero) == 0.0
 
 
 def test_cka_ignores_rotation_scale_and_offset() -> None:

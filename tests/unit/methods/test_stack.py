@@ -19,27 +19,41 @@ def test_paths_of_the_first_round_lie_at_equal_distances() -> None:
 
 def test_a_block_is_put_in_behind_its_origin() -> None:
     grown = STACK.hearing({0: 6, 1: 6, 2: 6}, 6).with_block(
-        3, origin=1, after=1, members={5: (0, 1, 2), 2: (0, 1, 2)}, part=1 / 3, round=9
+        3, origin=1, after=1, members={5: (0, 3, 2), 2: (0, 3, 2)}, part=1 / 3, round=9
     )
     assert grown.order == (0, 1, 3, 2)
     assert grown.path(5, 3) == (0, 3, 2) and grown.path(4, 3) == (0, 1, 2)
     assert grown.born == {3: 9} and grown.founders == (0, 1, 2)
     assert grown.families == [[0], [1, 3], [2]]
     assert grown.shares(3) == {0: 1.0, 1: pytest.approx(2 / 3), 3: pytest.approx(1 / 3), 2: 1.0}
-    again = grown.with_block(4, origin=3, after=3, members={5: (0, 3, 2)}, part=0.5, round=12)
+    again = grown.with_block(4, origin=3, after=3, members={5: (0, 4, 2)}, part=0.5, round=12)
     assert again.families == [[0], [1, 3, 4], [2]] and again.path(5, 3) == (0, 4, 2)
 
 
 def test_a_block_may_be_the_first() -> None:
-    grown = STACK.with_block(3, origin=0, after=-1, members={1: (0, 1, 2)}, part=0.5, round=0)
+    grown = STACK.with_block(3, origin=0, after=-1, members={1: (3, 1, 2)}, part=0.5, round=0)
     assert grown.order == (3, 0, 1, 2) and grown.path(1, 3) == (3, 1, 2)
 
 
-def test_a_path_out_of_order_is_refused() -> None:
-    assert STACK.with_path(1, (2, 0)) is STACK
-    assert STACK.with_path(1, (0, 0)) is STACK
+@pytest.mark.parametrize(
+    ("asked", "held"),
+    [
+        ((0, 2), (0, 2)),
+        ((2, 0), (1, 2)),
+        ((0, 0), (0, 1)),
+        ((2, 2), (1, 2)),
+        ((1, 1, 2), (0, 1, 2)),
+    ],
+)
+def test_a_path_out_of_order_moves_to_the_next_blocks(
+    asked: tuple[int, ...], held: tuple[int, ...]
+) -> None:
+    assert STACK.with_path(1, asked).path(1, len(asked)) == held
+
+
+def test_a_path_of_blocks_that_are_not_in_use_is_refused() -> None:
     assert STACK.with_path(1, (0, 9)) is STACK
-    assert STACK.with_path(1, (0, 2)).path(1, 2) == (0, 2)
+    assert STACK.with_path(1, (0, 1, 2, 2)) is STACK
 
 
 def test_who_always_held_all_scales_nothing() -> None:
@@ -60,7 +74,7 @@ def test_what_was_held_lately_counts_more() -> None:
 
 def test_a_block_is_taken_out() -> None:
     grown = STACK.hearing({0: 6, 1: 6, 2: 6}, 6).with_block(
-        3, origin=1, after=1, members={5: (0, 1, 2)}, part=1 / 3, round=9
+        3, origin=1, after=1, members={5: (0, 3, 2)}, part=1 / 3, round=9
     )
     left = grown.without(3, into=1)
     assert left.order == (0, 1, 2) and left.path(5, 3) == (0, 1, 2)
