@@ -42,7 +42,13 @@ SETTINGS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+SLOW = {"functions", "own starts"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SETTINGS],
+)
 def test_workers_and_a_cut_change_no_bit(name: str, tmp_path: Path) -> None:
     method = SETTINGS[name]
     plain = start(growing(method), tmp_path / "plain")

@@ -104,7 +104,7 @@ class Ledger:
         ]
 
         def weight(group: Sequence[Unlike]) -> int:
-            return sum(unlike.weight for unlike in group)
+            return sum(unlike.stake for unlike in group)
 
         for group in sorted(groups, key=weight, reverse=True):
             first = group[0]
@@ -138,7 +138,7 @@ class Ledger:
         """Sum what was set aside where it came from: no update is thrown away."""
         for each in unlike:
             part = SubModel({}, each.views)
-            self.total.fold(part, each.delta, each.weight, self.state.params, rest=True)
+            self.total.fold(part, each.delta, each.stake, self.state.params, rest=True)
 
     def merged(self) -> Params:
         """The parameters after the round."""
@@ -198,7 +198,7 @@ class Ledger:
                     self.aside.append(
                         Unlike(
                             client=client,
-                            weight=weight,
+                            stake=weight,
                             axis=axis,
                             origin=slot,
                             place=j,

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tesserafl.core.errors import ConfigError
-from tesserafl.core.fit import IGNORED
+from tesserafl.core.fit import cross_entropy
 from tesserafl.core.messages import Update
 from tesserafl.core.method import PUBLIC_INPUTS, PUBLIC_LABELS, State
 from tesserafl.core.model import Model
@@ -153,7 +152,7 @@ def calibrated(
     for _ in range(steps if plan else 0):
         optimiser.zero_grad()
         with torch.enable_grad():
-            inside.loss(scaled(values), learn, _cross_entropy).backward()  # type: ignore[no-untyped-call]
+            inside.loss(scaled(values), learn, cross_entropy).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         loss = inside.metrics(scaled(values.detach()), check).loss
         if loss < best[0]:
@@ -162,9 +161,3 @@ def calibrated(
     for (axis, j), value in zip(plan, best[1].tolist(), strict=True):
         found[axis][orders[axis][j]] = value
     return found
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED
-    )

@@ -23,7 +23,8 @@ class Unlike:
     """A client's block that was set aside."""
 
     client: int
-    weight: int
+    stake: int
+    """The client's weight in a mean."""
     axis: str
     origin: int
     """The slot that the client got it from."""
@@ -70,8 +71,8 @@ def alike(measure: Measure, group: Sequence[Unlike], origin: Params) -> list[lis
 
 def mean_block(group: Sequence[Unlike], origin: Params) -> Params:
     """The exact weighted mean of blocks that came from `origin`."""
-    total = ExactSum(max_weight=max(1, sum(unlike.weight for unlike in group)))
+    total = ExactSum(max_weight=max(1, sum(unlike.stake for unlike in group)))
     for unlike in group:
         own = {rest: View(rest, view.index) for rest, view in unlike.views.items()}
-        total.fold(SubModel({}, own), unlike.delta, unlike.weight, origin)
+        total.fold(SubModel({}, own), unlike.delta, unlike.stake, origin)
     return merge(origin, total)
