@@ -41,7 +41,13 @@ class Cut(Exception):
     """Stands for a power cut in the middle of a run."""
 
 
-@pytest.mark.parametrize("name", METHODS)
+SLOW = {"random_depth", "depthfl"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in METHODS],
+)
 def test_workers_and_a_cut_change_no_bit(name: str, tmp_path: Path) -> None:
     """The cut comes in the first round of progressive training's second phase."""
     plain = start(small(name), tmp_path / "plain")

@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, object]] = {
 }
 
 
-SLOW = {"functions", "own starts"}
+SLOW = {"updates", "functions", "own starts"}
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,7 @@ def test_the_programs_of_one_round_serve_the_next_at_another_rate() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in itself
+@pytest.mark.slow
 def test_compiled_exits_teach_each_other_in_the_same_way() -> None:
     model = Residual(stream=4, inner=4, blocks=2, exits=True).build_model(VECTORS)
     fit = Fit(

@@ -129,6 +129,7 @@ def test_a_client_counts_the_passes_that_it_makes_alone(monkeypatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in itself
+@pytest.mark.slow
 def test_a_compiled_cohort_reads_the_same() -> None:
     alone, together = both_ways([fit_of(client) for client in range(len(SIZES))], compiled=True)
     for one, other in zip(alone, together, strict=True):
