@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from interrupted import undisturbed
 
 from tesserafl.core.errors import CapacityError, ConfigError
 from tesserafl.core.method import Predictor, State
@@ -12,7 +13,7 @@ from tesserafl.methods import DepthFL
 from tesserafl.run.events import read_events
 from tesserafl.run.experiment import Experiment, from_json
 from tesserafl.run.plan import make_plan
-from tesserafl.run.runner import first_federation, resume, start
+from tesserafl.run.runner import first_federation, start
 from tesserafl.run.setup import prepare
 
 METHODS = {
@@ -37,10 +38,6 @@ def small(name: str, **changes: object) -> Experiment:
     )
 
 
-class Cut(Exception):
-    """Stands for a power cut in the middle of a run."""
-
-
 SLOW = {"random_depth", "depthfl"}
 
 
@@ -50,21 +47,7 @@ SLOW = {"random_depth", "depthfl"}
 )
 def test_workers_and_a_cut_change_no_bit(name: str, tmp_path: Path) -> None:
     """The cut comes in the first round of progressive training's second phase."""
-    plain = start(small(name), tmp_path / "plain")
-    workers = start(small(name, engine={"workers": 2}), tmp_path / "workers")
-    seen = []
-
-    def cut_off(event: dict[str, object]) -> None:
-        seen.append(event["kind"])
-        if seen.count("round") == 3:
-            raise Cut
-
-    with pytest.raises(Cut):
-        start(small(name), tmp_path / "cut", cut_off)
-    resumed = resume(tmp_path / "cut")
-    for other in (workers, resumed):
-        for key in ("state_sha256", "loss", "accuracy", "bytes_up", "coverage"):
-            assert other[key] == plain[key], key
+    undisturbed(small(name), tmp_path, rounds=3)
 
 
 def test_progressive_runs_grow_and_send_back_what_they_trained(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from interrupted import undisturbed
 from safetensors.torch import load_file
 
 from tesserafl.core.errors import ConfigError
@@ -11,7 +12,7 @@ from tesserafl.run.events import read_events
 from tesserafl.run.experiment import Experiment, from_json
 from tesserafl.run.plan import make_plan
 from tesserafl.run.report import write_report
-from tesserafl.run.runner import first_federation, resume, start
+from tesserafl.run.runner import first_federation, start
 from tesserafl.run.setup import prepare
 
 
@@ -30,10 +31,6 @@ def growing(method: dict[str, object], public: int = 60, **changes: object) -> E
     )
 
 
-class Cut(Exception):
-    """Stands for a power cut in the middle of a run."""
-
-
 SETTINGS: dict[str, dict[str, object]] = {
     "updates": {},
     "functions": {"measure": "functions", "threshold": 0.0},
@@ -50,22 +47,7 @@ SLOW = {"updates", "functions", "own starts"}
     [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SETTINGS],
 )
 def test_workers_and_a_cut_change_no_bit(name: str, tmp_path: Path) -> None:
-    method = SETTINGS[name]
-    plain = start(growing(method), tmp_path / "plain")
-    workers = start(growing(method, engine={"workers": 2}), tmp_path / "workers")
-    seen = []
-
-    def cut_off(event: dict[str, object]) -> None:
-        seen.append(event["kind"])
-        if seen.count("round") == 5:
-            raise Cut
-
-    with pytest.raises(Cut):
-        start(growing(method), tmp_path / "cut", cut_off)
-    resumed = resume(tmp_path / "cut")
-    for other in (workers, resumed):
-        for key in ("state_sha256", "loss", "accuracy", "bytes_up", "coverage"):
-            assert other[key] == plain[key], key
+    undisturbed(growing(SETTINGS[name]), tmp_path, rounds=5)
     last = [e for e in read_events(tmp_path / "plain" / "events.jsonl") if e["kind"] == "round"][-1]
     inserted = [entry for entry in last["structure"]["log"] if entry[1] == "insert"]
     assert name == "functions" or inserted

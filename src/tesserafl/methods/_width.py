@@ -50,6 +50,13 @@ def prefix(model: Model, ratio: float) -> SubModel:
     return model.slice({a: range(kept_units(model, a, ratio)) for a in model.cuttable})
 
 
+def smallest_part(model: Model, ratios: tuple[float, ...]) -> Model:
+    """The model that every client class can hold: the first units, as many as the smallest has."""
+    check_ratios(ratios)
+    smallest = min(ratios)
+    return model if smallest == 1.0 else model.resized(prefix(model, smallest))
+
+
 def window(start: int, count: int, total: int) -> Tensor:
     """Units start, start + 1, ..., cyclic; ascending, so that a whole window is the whole axis."""
     return ((torch.arange(count) + start) % total).sort().values

@@ -27,7 +27,7 @@ from tesserafl.core.method import (
     train_everything,
 )
 from tesserafl.core.model import Model
-from tesserafl.methods._width import check_ratios, prefix
+from tesserafl.methods._width import smallest_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +44,13 @@ class FedAvg:
 
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """The model at the clients' width, freshly initialised at that width."""
-        return State(params=self._trained(model).init(seed), seed=seed, rounds=rounds)
+        return State(params=smallest_part(model, self.ratio).init(seed), seed=seed, rounds=rounds)
 
     def configure(
         self, model: Model, state: State, clients: Sequence[Client], training: Training
     ) -> Iterator[Task]:
         """Everybody gets everything (Alg. 1, server, line 6)."""
-        everything = self._trained(model).whole()
+        everything = smallest_part(model, self.ratio).whole()
         for client in clients:  # nobody writes to a task's parameters: all may hold the same
             yield Task(
                 round=state.round,
@@ -66,9 +66,4 @@ class FedAvg:
 
     def predictor(self, model: Model, state: State) -> Predictor:
         """The averaged model."""
-        return Predictor(model=self._trained(model), params=state.params)
-
-    def _trained(self, model: Model) -> Model:
-        check_ratios(self.ratio)
-        smallest = min(self.ratio)
-        return model if smallest == 1.0 else model.resized(prefix(model, smallest))
+        return Predictor(model=smallest_part(model, self.ratio), params=state.params)

@@ -29,7 +29,7 @@ from tesserafl.core.method import (
 from tesserafl.core.model import Model
 from tesserafl.methods._ordered import in_order_of
 from tesserafl.methods._starts import Start, start_options, train_from_start
-from tesserafl.methods._width import check_ratios, prefix
+from tesserafl.methods._width import smallest_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,13 @@ class MatchedAveraging:
 
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """The model at the clients' width, freshly initialised at that width."""
-        return State(params=self._trained(model).init(seed), seed=seed, rounds=rounds)
+        return State(params=smallest_part(model, self.ratio).init(seed), seed=seed, rounds=rounds)
 
     def configure(
         self, model: Model, state: State, clients: Sequence[Client], training: Training
     ) -> Iterator[Task]:
         """Everybody gets everything, and in round 0 perhaps a seed to start from instead."""
-        everything = self._trained(model).whole()
+        everything = smallest_part(model, self.ratio).whole()
         for client in clients:
             yield Task(
                 round=state.round,
@@ -76,7 +76,7 @@ class MatchedAveraging:
         self, model: Model, state: State, clients: Sequence[Client], updates: Iterable[Update]
     ) -> State:
         """Mean of the clients' models, each with its units in the global model's order."""
-        trained = self._trained(model)
+        trained = smallest_part(model, self.ratio)
 
         def matched() -> Iterator[Update]:
             for update in updates:
@@ -90,9 +90,4 @@ class MatchedAveraging:
 
     def predictor(self, model: Model, state: State) -> Predictor:
         """The averaged model."""
-        return Predictor(model=self._trained(model), params=state.params)
-
-    def _trained(self, model: Model) -> Model:
-        check_ratios(self.ratio)
-        smallest = min(self.ratio)
-        return model if smallest == 1.0 else model.resized(prefix(model, smallest))
+        return Predictor(model=smallest_part(model, self.ratio), params=state.params)
