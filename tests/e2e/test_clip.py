@@ -118,6 +118,7 @@ FAMILIES = {
 ENTRIES = {"prompts": 3 * 32, "feature_adapter": 2 * (32 * 32 + 32)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prompts", "feature_adapter"])
 def test_two_workers_give_the_bits_of_one(images, pretrained, name, tmp_path):
     settings = {"name": name, "config": str(pretrained), **FAMILIES[name]}

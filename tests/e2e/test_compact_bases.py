@@ -62,6 +62,7 @@ def test_it_learns_and_the_result_loads_without_us(tmp_path, folder, base):
     assert resume(tmp_path / "run")["state_sha256"] == summary["state_sha256"]
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_bits_of_one(tmp_path, folder):
     one = run(folder, "nf4", tmp_path / "one")
     two = run(folder, "nf4", tmp_path / "two", engine={"workers": 2})

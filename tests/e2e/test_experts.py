@@ -132,6 +132,7 @@ def test_two_workers_give_the_bits_of_one(tmp_path, texts, encoder, method):
     assert events[0] == events[1]
 
 
+@pytest.mark.slow
 @each_method
 def test_a_language_models_gates_are_the_same_with_two_workers(tmp_path, texts, method):
     data = {
@@ -328,6 +329,7 @@ def started(rows: dict[str, Experiment], folder: Path, **changes: object) -> Non
         assert ("own_share" in summary) is mixes
 
 
+@pytest.mark.slow
 def test_the_papers_rows_run_on_texts(tmp_path, texts):
     rows = rows_on(DataSettings(path=texts))
     assert rows["promptfl"].model.config == "bert"

@@ -62,6 +62,7 @@ def test_a_worker_is_given_the_memory_and_the_validation_examples(texts: Path) -
     assert client_worker(prepare(short(texts, {"cache_mib": 0}))).cache_bytes == 0
 
 
+@pytest.mark.slow
 def test_what_is_kept_does_not_change_a_run(texts: Path, tmp_path: Path, monkeypatch) -> None:
     computed: list[int] = []
     plain_hidden_of = frozen.hidden_of

@@ -28,8 +28,22 @@ def small(**changes: object) -> Experiment:
     return from_json({**base, **changes})
 
 
-@pytest.mark.parametrize("batching", ["sequential", "vmapped"])
-@pytest.mark.parametrize("method", ["heterofl", "fedbrb", "fedecover"])
+@pytest.mark.parametrize(
+    ("method", "batching"),
+    [
+        ("fedbrb", "sequential"),
+        ("heterofl", "vmapped"),
+        *[
+            pytest.param(method, batching, marks=pytest.mark.slow)
+            for method, batching in [
+                ("fedbrb", "vmapped"),
+                ("heterofl", "sequential"),
+                ("fedecover", "sequential"),
+                ("fedecover", "vmapped"),
+            ]
+        ],
+    ],
+)
 def test_two_workers_give_the_same_bits_as_one(tmp_path, method, batching):
     chosen = {"name": method, "ratio": [0.5, 0.25]}
     how = {"batching": batching, "group": 3}

@@ -83,6 +83,7 @@ def test_unequal_clients_train_some_of_the_heads(tmp_path, texts, encoder):
             assert (row["bytes_down"], row["bytes_up"]) == (HEAD + CORES, HEAD + CORES // share)
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_bits_of_one(tmp_path, texts, encoder):
     one, two = (
         start(

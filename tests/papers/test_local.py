@@ -72,6 +72,7 @@ def test_own_models_are_tested_on_own_examples(tmp_path: Path) -> None:
     assert "accuracy of own models, mean over the clients" in page
 
 
+@pytest.mark.slow
 def test_fine_tuning_helps_where_clients_differ(tmp_path: Path) -> None:
     tuned = start(experiment(finetune_epochs=8), tmp_path / "tuned")
     plain = start(experiment(), tmp_path / "plain")

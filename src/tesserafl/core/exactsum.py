@@ -89,6 +89,12 @@ class ExactSum:
         self._add_alike()
         return self._sums
 
+    @property
+    def reported(self) -> Weights:
+        """Distinct places that somebody reported, each with the sum of their weights."""
+        self._add_alike()
+        return list(self._views.values())
+
     def fold(
         self, submodel: SubModel, delta: Params, weight: int, params: Params, *, rest: bool = False
     ) -> None:

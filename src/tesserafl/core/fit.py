@@ -43,6 +43,8 @@ class Training:
     """largest norm of a step's gradient; None: not clipped"""
     epochs: int = 1
     """passes over a client's data in a round"""
+    steps: int | None = None
+    """optimiser steps of a client in a round, over as many passes as that takes; None: `epochs`"""
     batch_size: int = 32
     """examples in a step; a client's last batch of an epoch may be smaller"""
     mask_absent_classes: bool = False
@@ -62,6 +64,10 @@ class Training:
         for name, low in (("lr", 0.0), ("epochs", 1), ("batch_size", 1)):
             if not getattr(self, name) >= low or getattr(self, name) == 0:
                 raise ConfigError(f"training.{name} must be positive; got {getattr(self, name)!r}")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(
+                f"training.steps must be positive, or None to train whole epochs; got {self.steps}"
+            )
         if not self.weight_decay >= 0.0:
             raise ConfigError(f"training.weight_decay must be 0 or more; got {self.weight_decay!r}")
         if not 0.0 <= self.momentum < 1.0:

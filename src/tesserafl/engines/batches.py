@@ -18,6 +18,57 @@ def batches(total: int, size: int, draw: torch.Generator) -> Iterator[Tensor]:
     yield from _split(torch.randperm(total, generator=draw), size)
 
 
+def passes(total: int, training: Training, draw: torch.Generator) -> Iterator[list[Tensor]]:
+    """The batches of each epoch of a client's round; the last is cut off where steps are counted.
+
+    An epoch is drawn when it is asked for, after what its batches drew in the one before it.
+    """
+    if training.steps is None:
+        for _ in range(training.epochs):
+            yield list(batches(total, training.batch_size, draw))
+        return
+    left = training.steps
+    while left:
+        epoch = list(batches(total, training.batch_size, draw))[:left]
+        left -= len(epoch)
+        yield epoch
+
+
+def num_steps(total: int, training: Training) -> int:
+    """Optimiser steps of a client with so many examples in a round."""
+    if training.steps is not None:
+        return training.steps
+    return training.epochs * len(_sizes(total, training.batch_size))
+
+
+def steps_of_last_pass(total: int, training: Training) -> int:
+    """Of the optimiser steps, those of the last epoch, which may have been cut off."""
+    each = len(_sizes(total, training.batch_size))
+    return each if training.steps is None else (training.steps - 1) % each + 1
+
+
+def num_seen(total: int, training: Training) -> int:
+    """Examples that a client's round goes through, each as often as it is."""
+    if training.steps is None:
+        return training.epochs * total
+    sizes = _sizes(total, training.batch_size)
+    whole, rest = divmod(training.steps, len(sizes))
+    return whole * total + sum(sizes[:rest])
+
+
+def _sizes(total: int, size: int) -> list[int]:
+    """Examples in each batch of an epoch, as `_split` makes them."""
+    if total <= size:
+        return [total]
+    whole, rest = divmod(total, size)
+    sizes = [size] * whole
+    if rest == 1:
+        sizes[-1] += 1
+    elif rest:
+        sizes.append(rest)
+    return sizes
+
+
 def in_order(total: int, size: int) -> Iterator[Tensor]:
     """Every example once, in their order, in batches as in training."""
     yield from _split(torch.arange(total), size)

@@ -21,6 +21,7 @@ from torch.func import grad_and_value, vmap
 
 from tesserafl.core.fit import Fitted, Forward, Training
 from tesserafl.core.params import Params, packable, packed_rows
+from tesserafl.engines.batches import steps_of_last_pass
 from tesserafl.engines.gather import Order, batch_rows, order_of, pooled
 from tesserafl.engines.graphs import Program, trace
 from tesserafl.engines.member import Member
@@ -101,7 +102,7 @@ class _Stack:
         self.cohorts, self.forward, self.members = cohorts, forward, members
         self.fit = fit = members[0].fit
         # A schedule changes the rate in every round; programs take it as an input.
-        self.key = (key, replace(fit.training, lr=1.0), fit.objective)
+        self.key = (key, replace(fit.training, lr=1.0, steps=None), fit.objective)
         self.trained = trained_names(fit)
         self.frozen = [n for n in fit.params if n not in self.trained]
         self.extra = list(fit.extra) + ["classes"] * fit.training.mask_absent_classes
@@ -253,10 +254,10 @@ class _Stack:
         fitted = []
         for rank, (member, order) in enumerate(zip(self.members, orders, strict=True)):
             total = len(member.examples)
-            epoch = len(order) // member.fit.training.epochs  # steps of one
+            epoch = steps_of_last_pass(total, member.fit.training)
             sizes = [len(batch) for batch in order[-epoch:]]
             last = table[len(order) - epoch : len(order), rank]
-            metrics = {"loss": float(last @ np.array(sizes)) / total}
+            metrics = {"loss": float(last @ np.array(sizes)) / sum(sizes)}
             passes = self.reads.num_passes[rank]
             if self.fit.references:
                 metrics["reference_examples"] = float(passes)

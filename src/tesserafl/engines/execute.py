@@ -9,7 +9,7 @@ from tesserafl.core.fit import HELD_OUT, Fit, Fitted, Forward
 from tesserafl.core.metrics import Metrics, measure
 from tesserafl.core.params import aligned
 from tesserafl.data.examples import Examples
-from tesserafl.engines.batches import augment, augments, batches, held_out_of, in_order
+from tesserafl.engines.batches import augment, augments, held_out_of, in_order, passes
 from tesserafl.engines.frozen import frozen_below
 from tesserafl.engines.kept import Shelf
 from tesserafl.engines.optimisers import Optimiser, check_momentum, trained_names
@@ -67,9 +67,9 @@ def execute(
     losses: list[Tensor] = []
     sizes: list[int] = []
     steps = 0
-    for _ in range(training.epochs):
+    for epoch in passes(len(examples), training, draw):
         losses, sizes = [], []
-        for rows in batches(len(examples), training.batch_size, draw):
+        for rows in epoch:
             inputs, labels = examples.batch(rows)
             if augmented:
                 inputs = augment(inputs, draw)
@@ -89,7 +89,7 @@ def execute(
             sizes.append(len(rows))
             steps += 1
     shares = torch.tensor(sizes, dtype=losses[0].dtype, device=device)
-    metrics = {"loss": float((torch.stack(losses) * shares).sum()) / len(examples)}
+    metrics = {"loss": float((torch.stack(losses) * shares).sum()) / sum(sizes)}
     if references is not None:
         metrics["reference_examples"] = float(references.num_examples)
     momentum = None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tesserafl.core.fit import IGNORED, Training
 from tesserafl.data.examples import Examples
-from tesserafl.engines.batches import batches
+from tesserafl.engines.batches import passes
 
 Order = list[NDArray[np.int64]]
 """The rows of every batch of a client."""
@@ -22,12 +22,9 @@ _AT_ONCE = 1 << 22
 def order_of(total: int, training: Training, draw: torch.Generator) -> Order:
     """The rows of every batch of every epoch, drawn as for a client alone."""
     if total <= training.batch_size:  # an epoch is a batch
-        return [torch.randperm(total, generator=draw).numpy() for _ in range(training.epochs)]
-    return [
-        rows.numpy()
-        for _ in range(training.epochs)
-        for rows in batches(total, training.batch_size, draw)
-    ]
+        count = training.epochs if training.steps is None else training.steps
+        return [torch.randperm(total, generator=draw).numpy() for _ in range(count)]
+    return [rows.numpy() for epoch in passes(total, training, draw) for rows in epoch]
 
 
 def pooled(parts: Sequence[Examples]) -> Examples:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,9 +38,11 @@ class Member:
 
         Momentum buffers are no part of it: those that a member lacks are zeros, to the same bits.
         """
-        fit = self.fit
+        fit, training = self.fit, self.fit.training
+        if training.steps is not None:  # members may take unequal numbers of steps
+            training = replace(training, steps=1)
         return (
-            fit.training,
+            training,
             fit.objective,
             fit.trainable,
             fit.beside,

@@ -28,8 +28,9 @@ _GRAINS = 1 << 16
 class NetworkSettings:
     """How participants are connected; only peers have a graph and links of their own."""
 
-    topology: Literal["auto", "star", "peers"] = "auto"
-    """a server and its clients, or peers without a server; auto: what the method is made for"""
+    topology: Literal["auto", "star", "tree", "peers"] = "auto"
+    """a server and its clients; a cloud, the edges of the fleet and their devices; or peers without
+    a server; auto: a tree if the fleet has edges, else what the method is made for"""
     graph: Literal["complete", "ring", "erdos_renyi", "file"] = "complete"
     """which peers are linked"""
     probability: float = 0.3

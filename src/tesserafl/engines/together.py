@@ -17,6 +17,7 @@ from torch.func import vmap
 from tesserafl.core.fit import HELD_OUT, Fit, Forward, logits_of
 from tesserafl.core.params import Params
 from tesserafl.data.examples import Examples
+from tesserafl.engines.batches import num_seen
 from tesserafl.engines.gather import gathered
 from tesserafl.engines.references import outputs_of, too_large
 from tesserafl.engines.stacking import Given
@@ -75,7 +76,7 @@ class Reads:
                 names += own
                 tables += found.values()
             self.num_passes = [
-                n + count * (1 if once else fit.training.epochs)
+                n + (count if once else num_seen(count, fit.training))
                 for n, count, once in zip(self.num_passes, counts, alone, strict=True)
             ]
         self._tables = tables

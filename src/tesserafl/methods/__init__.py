@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from tesserafl.methods.depthfl import DepthFL
 from tesserafl.methods.dpsgd import DPSGD
+from tesserafl.methods.equal_finish import EqualFinish
+from tesserafl.methods.fedasync import FedAsync
 from tesserafl.methods.fedavg import FedAvg
 from tesserafl.methods.fedbrb import FedBRB
+from tesserafl.methods.fedbuff import FedBuff
 from tesserafl.methods.fedecover import FedEcover
 from tesserafl.methods.federated_dropout import FederatedDropout
 from tesserafl.methods.fedfmsl import FedFMSL
 from tesserafl.methods.fedit import FedIT
+from tesserafl.methods.fednova import FedNova
 from tesserafl.methods.fedrolex import FedRolex
 from tesserafl.methods.fedsa_lora import FedSALoRA
 from tesserafl.methods.ffa_lora import FFALoRA
@@ -18,6 +22,7 @@ from tesserafl.methods.flm import FLM
 from tesserafl.methods.flora import FLoRA
 from tesserafl.methods.heterofl import HeteroFL
 from tesserafl.methods.hetlora import HetLoRA
+from tesserafl.methods.hierfavg import HierFAVG
 from tesserafl.methods.local import Local
 from tesserafl.methods.matched_averaging import MatchedAveraging
 from tesserafl.methods.msfusion import MSfusion
@@ -50,6 +55,11 @@ MethodSettings = (
     | Progressive
     | Local
     | MatchedAveraging
+    | EqualFinish
+    | FedAsync
+    | FedBuff
+    | FedNova
+    | HierFAVG
 )
 
 METHODS: dict[str, type[MethodSettings]] = {
@@ -76,6 +86,11 @@ METHODS: dict[str, type[MethodSettings]] = {
     "progressive": Progressive,
     "local": Local,
     "matched_averaging": MatchedAveraging,
+    "hierfavg": HierFAVG,
+    "fednova": FedNova,
+    "fedbuff": FedBuff,
+    "fedasync": FedAsync,
+    "equal_finish": EqualFinish,
 }
 
 __all__ = [
@@ -83,19 +98,24 @@ __all__ = [
     "FLM",
     "METHODS",
     "DepthFL",
+    "EqualFinish",
     "FFALoRA",
     "FLoRA",
+    "FedAsync",
     "FedAvg",
     "FedBRB",
+    "FedBuff",
     "FedEcover",
     "FedFMSL",
     "FedIT",
+    "FedNova",
     "FedRolex",
     "FedSALoRA",
     "FederatedDropout",
     "FlexLoRA",
     "HetLoRA",
     "HeteroFL",
+    "HierFAVG",
     "Local",
     "MSfusion",
     "MatchedAveraging",

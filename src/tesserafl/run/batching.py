@@ -17,7 +17,7 @@ from tesserafl.core.errors import ConfigError, TesseraError
 from tesserafl.core.messages import Client, Memory, Task
 from tesserafl.core.model import Model
 from tesserafl.data.examples import Examples, FederatedData
-from tesserafl.engines.batches import widest
+from tesserafl.engines.batches import num_steps, widest
 from tesserafl.engines.client import ClientWorker
 from tesserafl.engines.cohort import Cohorts, obstacle
 from tesserafl.engines.graphs import trace
@@ -82,10 +82,9 @@ def group_of(experiment: Experiment) -> int:
 
 def _steps(experiment: Experiment, clients: Sequence[Client]) -> float:
     """Optimiser steps of all clients in all rounds, expected."""
-    size = experiment.training.batch_size
-    batches = sum(math.ceil(client.num_examples / size) for client in clients) / len(clients)
-    rounds = experiment.rounds * experiment.clients_per_round
-    return rounds * experiment.training.epochs * batches
+    training = experiment.training
+    steps = sum(num_steps(client.num_examples, training) for client in clients) / len(clients)
+    return experiment.rounds * experiment.clients_per_round * steps
 
 
 def _obstacle(

@@ -30,6 +30,8 @@ _COLUMNS: dict[str, tuple[str, Quantity]] = {
     "bytes": ("sent", "bytes"),
     "flops": ("work", "flops"),
     "seconds": ("time", "seconds"),
+    "virtual_seconds": ("virtual time", "virtual_seconds"),
+    "joules": ("energy", "joules"),
 }
 _CAPTION = "Bands: +- one standard deviation. Dotted: the equal cost of the table's columns."
 
@@ -128,14 +130,14 @@ class Comparison:
                 lines=[row.curves[cost] for row in self.rows],
                 mark=self.equal_cost.get(cost),
             )
-            for cost in COSTS
+            for cost in self.equal_cost
         ]
         title = f"Comparison of {sum(len(row.runs) for row in self.rows)} runs"
         folders = "\n".join(escape(run) for row in self.rows for run in row.runs)
-        drawn = figure_html(panels_figure(panels), "accuracy", _CAPTION)
+        drawn = figure_html(panels_figure(panels), "accuracy", _CAPTION) if panels else ""
         parts = [
             f"<h1>{title}</h1><p>{escape(self._note())}</p>",
-            drawn if self.equal_cost else "<p>No run has been evaluated yet.</p>",
+            drawn or "<p>No run has been evaluated yet.</p>",
             table_html(["", *headers[words:]], named, 1),
             f"<details><summary>The runs</summary><pre>{folders}</pre></details>",
         ]
@@ -182,7 +184,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
         copy = times[setting, seed] = times.get((setting, seed), 0) + 1
         groups.setdefault((setting, copy), []).append(record)
     reached: dict[Cost, float] = {}
-    for cost in COSTS:
+    shared = [c for c in COSTS if all(c in r.costs for group in groups.values() for r in group)]
+    for cost in shared:
         ends = [r.curve(cost)[0][-1] for group in groups.values() for r in group if r.evaluations]
         if ends:
             reached[cost] = min(ends)
@@ -207,9 +210,9 @@ def _row(
     values["largest_client"] = _spread(h / widest if h and widest else None for h in held)
     begun = [end for end in ends if end["rounds"]]
     values["bytes"] = _spread(end["bytes_down"] + end["bytes_up"] for end in begun)
-    for key in ("coverage", "flops", "seconds"):
-        values[key] = _spread(end[key] for end in begun)
-    curves = {cost: _mean_curve(name_of(label), group, cost) for cost in COSTS}
+    for key in ("coverage", "flops", "seconds", "virtual_seconds", "joules"):
+        values[key] = _spread(end.get(key) for end in begun)
+    curves = {cost: _mean_curve(name_of(label), group, cost) for cost in reached}
     runs = (str(record.folder) for record in group)
     return Row(label=label, runs=tuple(runs), values=values, curves=curves)
 

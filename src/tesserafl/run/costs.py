@@ -11,6 +11,7 @@ from tesserafl.core.messages import Client, Task
 from tesserafl.core.model import Model
 from tesserafl.core.submodel import SubModel
 from tesserafl.data.examples import FederatedData
+from tesserafl.engines.batches import num_seen
 from tesserafl.models.costs import Costs, costs_of
 from tesserafl.run.experiment import Experiment
 
@@ -69,8 +70,9 @@ def with_depth(client: Client, costs: CostTable) -> Client:
     looked_at = getattr(experiment.method, "num_references", 0)
     for blocks in range(least, 0, -1):
         cost = costs.of_part(model.whole(), trained_in(model, blocks))
-        each = cost.flops_per_example * experiment.training.epochs
-        work = client.num_examples * (each + looked_at * cost.forward_flops_per_example)
+        trained = num_seen(client.num_examples, experiment.training) * cost.flops_per_example
+        seen = client.num_examples * looked_at
+        work = trained + seen * cost.forward_flops_per_example
         if client.memory_bytes is not None and cost.peak_bytes > client.memory_bytes:
             continue
         if seconds is None or work <= seconds * 1e9 * gflops[client.id % len(gflops)]:

@@ -16,6 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 from tesserafl.core.errors import ConfigError, did_you_mean
 from tesserafl.core.fit import Training
 from tesserafl.data.settings import DataSettings
+from tesserafl.engines.clock import ClockSettings
+from tesserafl.engines.fleet import FleetSettings
 from tesserafl.engines.network import NetworkSettings
 from tesserafl.methods import METHODS, FedBRB, MethodSettings
 from tesserafl.models import (
@@ -60,6 +62,8 @@ class Experiment:
     training: Training = field(default_factory=Training)
     engine: EngineSettings = field(default_factory=EngineSettings)
     network: NetworkSettings = field(default_factory=NetworkSettings)
+    fleet: FleetSettings = field(default_factory=FleetSettings)
+    clock: ClockSettings = field(default_factory=ClockSettings)
     rounds: int = 60
     """communication rounds"""
     clients_per_round: int = 10
@@ -100,6 +104,11 @@ class Experiment:
             )
         if not all(speed > 0 for speed in self.client_gflops):
             raise ConfigError(f"client_gflops must be positive; got {list(self.client_gflops)}")
+        if not self.fleet.is_there and self.clock != ClockSettings():
+            raise ConfigError(
+                "settings of the clock need devices whose time they measure; add fleet.profiles or "
+                "fleet.file"
+            )
         if self.engine.cache_mib < 0:
             raise ConfigError(f"engine.cache_mib must be 0 or more; got {self.engine.cache_mib}")
         for name in ("workers", "threads", "group"):
@@ -129,7 +138,10 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
         model = dataclasses.replace(model, adapter=model.adapter.absolute())
     if network.file is not None:
         network = dataclasses.replace(network, file=network.file.absolute())
-    return dataclasses.replace(experiment, data=data, model=model, network=network)
+    fleet = experiment.fleet
+    if fleet.file is not None:
+        fleet = dataclasses.replace(fleet, file=fleet.file.absolute())
+    return dataclasses.replace(experiment, data=data, model=model, network=network, fleet=fleet)
 
 
 def name_of(section: str, settings: object) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from tesserafl.core.errors import ConfigError
-from tesserafl.core.method import State
+from tesserafl.core.method import State, Topology
 from tesserafl.engines.federation import Federation, Star
 from tesserafl.engines.lean import lean
 from tesserafl.engines.network import Exchange, Network, NetworkSettings
@@ -17,21 +15,28 @@ _MOST_LINKS = 2000
 """Links that a run's record names and its report draws."""
 
 
-def topology_of(experiment: Experiment) -> Literal["star", "peers"]:
-    """The experiment's own choice, or what its method is made for.
+def topology_of(experiment: Experiment) -> Topology:
+    """The experiment's own choice, or what its fleet and its method are made for.
 
     Raises:
-        ConfigError: the method needs another one than these.
+        ConfigError: a tree has no edges, or edges have no tree.
     """
-    asked, made_for = experiment.network.topology, experiment.method.topology
-    if asked != "auto":
-        return asked
-    if made_for == "tree":
+    asked, fleet = experiment.network.topology, experiment.fleet
+    has_edges = fleet.edges > 0 or fleet.file is not None
+    found = experiment.method.topology if asked == "auto" else asked
+    if asked == "auto" and fleet.edges > 0:
+        found = "tree"
+    if found == "tree" and not has_edges:
         raise ConfigError(
-            f"method {name_of('method', experiment.method)!r} is made for a tree of edges; set "
-            f"network.topology to 'star' or 'peers' to run it otherwise"
+            f"method {name_of('method', experiment.method)!r} on a tree needs edges and devices; "
+            f"add fleet.profiles and fleet.edges, or fleet.file (see docs/howto/fleets.md)"
         )
-    return made_for
+    if found != "tree" and fleet.edges > 0:
+        raise ConfigError(
+            f"the fleet has edges and network.topology is {found!r}; leave fleet.edges away, or "
+            f"use 'tree'"
+        )
+    return found
 
 
 def exchange_of(experiment: Experiment) -> Exchange:
@@ -56,8 +61,9 @@ def federate(setup: Setup, state: State) -> Federation:
     """
     experiment = setup.experiment
     method, settings = experiment.method, experiment.network
-    if topology_of(experiment) == "star":
-        if settings not in (NetworkSettings(), NetworkSettings(topology="star")):
+    topology = topology_of(experiment)
+    if topology != "peers":
+        if settings not in (NetworkSettings(), NetworkSettings(topology=settings.topology)):
             raise ConfigError(
                 "network.* describes the links between peers, and this run has a server; add "
                 "--network.topology peers, or leave the others away"
@@ -98,8 +104,8 @@ def federate(setup: Setup, state: State) -> Federation:
 
 
 def links_of(setup: Setup) -> list[list[int]] | None:
-    """The graph's links, each once; None where there is a server, or too many to look at."""
-    if topology_of(setup.experiment) == "star":
+    """The graph's links of peers, each once; None where there are none, or too many to look at."""
+    if topology_of(setup.experiment) != "peers":
         return None
     links = sorted(sorted(edge) for edge in network_of(setup).graph.edges)
     return links if len(links) <= _MOST_LINKS else None

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-Quantity = Literal["rounds", "bytes", "flops", "seconds", "percent", "plain"]
+Quantity = Literal[
+    "rounds", "bytes", "flops", "seconds", "virtual_seconds", "joules", "percent", "plain"
+]
 """What an axis or a number counts; decides its unit."""
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c8c8c")
@@ -25,6 +27,12 @@ INK = "#1d2125"
 """Text and axes; becomes the page's own text colour in an SVG."""
 _MARKERS = "osD^vPX*"
 _STYLES = ("-", "--", "-.", ":")
+_ACROSS = {
+    "bytes": "bytes down and up",
+    "flops": "clients' work",
+    "virtual_seconds": "virtual time",
+    "joules": "energy of the devices",
+}
 _MAX_CLASSES = 20
 _MAX_BUBBLES = 60
 """Clients up to which each is a column of circles; beyond that, cells."""
@@ -32,6 +40,8 @@ _UNITS: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "bytes": (1024, 1, ("B", "KiB", "MiB", "GiB", "TiB", "PiB")),
     "flops": (1000, 1, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")),
     "seconds": (60, 2, ("s", "min", "h")),
+    "virtual_seconds": (60, 2, ("s", "min", "h")),
+    "joules": (1000, 1, ("J", "kJ", "MJ", "GJ")),
 }
 """Quantity -> size of a step, how many of the next unit there must be to use it, names."""
 
@@ -123,7 +133,7 @@ def panels_figure(panels: Sequence[Panel], *, width: float = 10.5, height: float
                 below = [y - s for y, s in zip(ys, around, strict=True)]
                 above = [y + s for y, s in zip(ys, around, strict=True)]
                 axes.fill_between(xs, below, above, color=color, alpha=0.18, linewidth=0)
-        name = {"bytes": "bytes down and up", "flops": "clients' work"}.get(panel.across, "rounds")
+        name = _ACROSS.get(panel.across, "rounds")
         dress(axes, panel.title, f"{name} ({unit})" if unit else name)
         axes.set_xlim(left=0)
         if panel.mark is not None:

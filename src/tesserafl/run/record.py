@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +11,10 @@ from tesserafl.core.errors import CheckpointError
 from tesserafl.run.events import read_events
 from tesserafl.run.files import read_json
 
-Cost = Literal["rounds", "bytes", "flops"]
-COSTS: tuple[Cost, ...] = ("rounds", "bytes", "flops")
-"""What accuracy is held against: rounds, bytes down and up, the clients' FLOPs; cumulative."""
+Cost = Literal["rounds", "bytes", "flops", "virtual_seconds", "joules"]
+COSTS: tuple[Cost, ...] = ("rounds", "bytes", "flops", "virtual_seconds", "joules")
+"""What accuracy is held against: rounds, bytes down and up, the clients' FLOPs, and of runs with a
+fleet its virtual time and energy; cumulative."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +45,23 @@ class Record:
             **(self.finish or {}),
         }
 
+    @property
+    def costs(self) -> list[Cost]:
+        """The costs that the run counts."""
+        known = self.rounds[-1] if self.rounds else {}
+        return [c for c in COSTS if c in ("rounds", "bytes", "flops") or c in known]
+
     def curve(self, cost: Cost) -> tuple[list[float], list[float]]:
         """(cumulative cost, accuracy) of every evaluation."""
-        spent = {
-            "rounds": [event["round"] for event in self.evaluations],
-            "bytes": [event["bytes_down"] + event["bytes_up"] for event in self.evaluations],
-            "flops": [event["flops"] for event in self.evaluations],
-        }[cost]
-        return spent, [event["accuracy"] for event in self.evaluations]
+        spent: dict[Cost, Callable[[Mapping[str, Any]], float]] = {
+            "rounds": lambda event: event["round"],
+            "bytes": lambda event: event["bytes_down"] + event["bytes_up"],
+        }
+        if cost in spent:
+            across = [spent[cost](event) for event in self.evaluations]
+        else:
+            across = [event[cost] for event in self.evaluations]
+        return across, [event["accuracy"] for event in self.evaluations]
 
 
 def read_record(folder: Path) -> Record:

@@ -23,7 +23,7 @@ from tesserafl.run.plots import (
     panels_figure,
     partition_figure,
 )
-from tesserafl.run.record import COSTS, Record, read_record
+from tesserafl.run.record import Record, read_record
 
 if TYPE_CHECKING:
     from tesserafl.run.setup import Setup
@@ -98,6 +98,11 @@ def _headline(record: Record) -> str:
         ("FLOPs of the clients", known["flops"], "flops"),
         ("time of the rounds", known["seconds"], "seconds"),
     ]
+    if "joules" in record.costs:
+        tiles += [
+            ("virtual time", known["virtual_seconds"], "virtual_seconds"),
+            ("energy of the devices", known["joules"], "joules"),
+        ]
     if own := known.get("accuracy_clients"):
         tiles.insert(2, ("accuracy, mean over the clients' tests", sum(own) / len(own), "percent"))
     for key, what in {"personal": "own models", "finetuned": "fine-tuned models"}.items():
@@ -114,7 +119,7 @@ def _curves(record: Record) -> str:
     parts = ["<h2>Accuracy and what it costs</h2>"]
     if record.evaluations:
         panels = []
-        for cost in COSTS:
+        for cost in record.costs:
             x, y = record.curve(cost)
             lines = [Line(label="accuracy", x=x, y=y)]
             title = "Test accuracy" if cost == "rounds" else ""

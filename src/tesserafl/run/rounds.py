@@ -12,12 +12,14 @@ from typing import Any
 from tesserafl.core.checks import MAX_ENTRY, check_delta, check_deltas, check_entries
 from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import CapacityError, UpdateError
+from tesserafl.core.fit import Training
 from tesserafl.core.lowrank import Collected, aggregation_error
 from tesserafl.core.messages import Client, Task, Update
 from tesserafl.core.method import State, weights_of
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import SubModel
-from tesserafl.engines.federation import Federation, Folded, Star
+from tesserafl.engines.batches import num_seen
+from tesserafl.engines.federation import Federation, Folded, Star, Traffic
 from tesserafl.engines.seam import Done, Engine, Failed
 from tesserafl.run.classes import classes_of
 from tesserafl.run.costs import CostTable
@@ -43,16 +45,31 @@ class Notes:
     structure: dict[str, Any] | None = None
     """Of methods whose model grows: what it is built of, and who was matched to what."""
     seconds: float = 0.0
+    virtual_seconds: float | None = None
+    """Of runs with a fleet."""
+    joules: float = 0.0
+    """What the devices of a fleet took."""
+    traffic: dict[int, Traffic] = field(default_factory=dict)
+    """Bytes of the devices of a fleet."""
+    backhaul: int | None = None
+    """Bytes on the links of edges."""
+    periods: dict[str, Any] | None = None
+    """Edge -> how often it averaged, and the steps of its devices."""
 
     @property
     def amounts(self) -> dict[str, float]:
         """What the round adds to the run's totals."""
-        return {
+        amounts = {
             "bytes_down": sum(each.received for each in self.folded.traffic.values()),
             "bytes_up": sum(each.sent for each in self.folded.traffic.values()),
             "flops": sum(sorted(row["flops"] for row in self.clients)),
             "seconds": self.seconds,
         }
+        if self.virtual_seconds is not None:
+            amounts |= {"virtual_seconds": self.virtual_seconds, "joules": self.joules}
+        if self.backhaul is not None:
+            amounts["bytes_backhaul"] = self.backhaul
+        return amounts
 
     @property
     def exchange(self) -> dict[str, float | int]:
@@ -82,12 +99,37 @@ def play_round(
         UpdateError: the work of every client that answered was refused.
     """
     begun = time.perf_counter()
-    experiment, notes, round = setup.experiment, Notes(), federation.round
+    notes, round = Notes(), federation.round
     cohort = setup.cohort(round)
-    training = experiment.training
-    training = replace(training, lr=training.lr_at(round, federation.rounds))
-    tasks = federation.tasks(cohort, training)
-    updates = _updates(setup, engine, tasks, federation.shapes, costs, notes)
+    tasks = federation.tasks(cohort, training_of(setup, federation))
+    updates = answers(setup, engine, tasks, federation.shapes, costs, notes)
+    fold(setup, federation, cohort, updates, notes)
+    for row in notes.clients:
+        row["bytes_up"], row["bytes_down"] = notes.folded.traffic[row["client"]]
+    count(federation, coverage, notes)
+    refused = [note for note in notes.failures if note["reason"] != "offline"]
+    if refused and not notes.clients:
+        raise UpdateError(
+            f"round {round}: the work of every client failed; the first: {refused[0]['text']}"
+        )
+    notes.seconds = time.perf_counter() - begun
+    return notes
+
+
+def training_of(setup: Setup, federation: Federation) -> Training:
+    """How clients train in the next round."""
+    training = setup.experiment.training
+    return replace(training, lr=training.lr_at(federation.round, federation.rounds))
+
+
+def fold(
+    setup: Setup,
+    federation: Federation,
+    cohort: Sequence[Client],
+    updates: Iterable[Update],
+    notes: Notes,
+) -> None:
+    """End the federation's round with these updates, and note what they made of the model."""
     factors = _factors(setup, federation, cohort)
     if factors is not None:
         before = federation.shapes
@@ -97,22 +139,17 @@ def play_round(
         after = federation.assembled().params
         notes.error = aggregation_error(setup.model, after, factors.shares, before)
     if isinstance(federation, Star):
-        described = getattr(experiment.method, "described", None)
+        described = getattr(setup.experiment.method, "described", None)
         notes.structure = described and described(setup.model, federation.state)
-    for row in notes.clients:
-        row["bytes_up"], row["bytes_down"] = notes.folded.traffic[row["client"]]
+
+
+def count(federation: Federation, coverage: Coverage, notes: Notes) -> None:
+    """Count what the round trained."""
     coverage.add(notes.trained)
     if notes.folded.stored is not None:
         alone = Coverage({name: tuple(t.shape) for name, t in federation.shapes.items()})
         alone.add(notes.trained)
         notes.union = alone.share
-    refused = [note for note in notes.failures if note["reason"] != "offline"]
-    if refused and not notes.clients:
-        raise UpdateError(
-            f"round {round}: the work of every client failed; the first: {refused[0]['text']}"
-        )
-    notes.seconds = time.perf_counter() - begun
-    return notes
 
 
 def _factors(setup: Setup, federation: Federation, cohort: Sequence[Client]) -> Collected | None:
@@ -140,7 +177,7 @@ def check_memory(setup: Setup, state: State, costs: CostTable) -> None:
             )
 
 
-def _updates(
+def answers(
     setup: Setup,
     engine: Engine,
     tasks: Iterator[Task],
@@ -148,7 +185,11 @@ def _updates(
     costs: CostTable,
     notes: Notes,
 ) -> Iterator[Update]:
-    """Submit as many groups as the engine takes at once; pass each answer on, then forget it."""
+    """The updates of those that answer, each noted, in the order of the answers.
+
+    As many groups are submitted as the engine takes at once. An update's tensors hold until the
+    next one is asked for; its row is then the last of `notes.clients`.
+    """
     groups = _groups(_asked(setup, tasks, notes), engine.group)
     pending: dict[int, tuple[Task, list[int]]] = {}  # client -> its task, its group's clients
     under_way = 0
@@ -219,7 +260,8 @@ def _all_good(updates: Sequence[Update], large: Params) -> bool:
 
 def _note(task: Task, done: Done, costs: CostTable, notes: Notes) -> None:
     update, cost = done.update, costs.of(task)
-    trained = cost.flops_per_example * update.num_examples * task.training.epochs
+    seen = num_seen(update.num_examples, task.training)
+    trained = cost.flops_per_example * seen
     forward = sum(update.metrics.get(f"{kind}_examples", 0.0) for kind in _LOOKED_AT)
     looked_at = cost.forward_flops_per_example * forward
     trained_part = update.submodel

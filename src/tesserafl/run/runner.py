@@ -33,8 +33,9 @@ from tesserafl.run.federate import federate, links_of
 from tesserafl.run.files import alone_in, read_json, write_json
 from tesserafl.run.first import first_state
 from tesserafl.run.personal import check_personal, personal_accuracies
+from tesserafl.run.player import Player, player_of
 from tesserafl.run.report import write_partition, write_report
-from tesserafl.run.rounds import check_memory, play_round
+from tesserafl.run.rounds import check_memory
 from tesserafl.run.setup import Setup, device_of, make_engine, prepare
 
 Listener = Callable[[Event], None]
@@ -126,11 +127,12 @@ class _Run:
         experiment, federation = self.setup.experiment, self.federation
         costs = self.setup.costs()
         evaluator = Evaluator(data=self.setup.data, device=device_of(experiment))
-        coverage = self._begin()
-        while federation.round < experiment.rounds:
-            notes = play_round(self.setup, self.engine, federation, coverage, costs)
+        player = player_of(self.setup, self.engine, federation, costs)
+        coverage = self._begin(player)
+        while not player.over:
+            notes = player.play(coverage)
             for key, amount in notes.amounts.items():
-                self.totals[key] += amount
+                self.totals[key] = self.totals.get(key, 0.0) + amount
             self.totals["params_largest_client"] = max(
                 self.totals["params_largest_client"], costs.largest_client
             )
@@ -151,14 +153,14 @@ class _Run:
                     "failures": sorted(notes.failures, key=lambda row: int(row["client"])),
                 }
             )
-            last = federation.round == experiment.rounds
+            last = player.over
             if last or federation.round % experiment.evaluate_every == 0:
                 self._evaluate(federation.assembled(), evaluator)
             if last or federation.round % experiment.checkpoint_every == 0:
-                self._checkpoint(coverage)
+                self._checkpoint(player, coverage)
         return self._finish(federation.assembled(), coverage, evaluator)
 
-    def _begin(self) -> Coverage:
+    def _begin(self, player: Player) -> Coverage:
         experiment, federation = self.setup.experiment, self.federation
         coverage = Coverage({name: tuple(t.shape) for name, t in federation.shapes.items()})
         checkpoint = checkpoints.latest(self.folder / "checkpoints")
@@ -179,7 +181,7 @@ class _Run:
             self.engine.restore(checkpoint.memories)
             self.totals |= checkpoint.totals
             self._refuse_other_shapes(checkpoint.coverage)
-            federation.restore(
+            player.restore(
                 (checkpoint.states, dict(checkpoint.federation), dict(checkpoint.tensors))
             )
             coverage.counts = checkpoint.coverage
@@ -220,9 +222,9 @@ class _Run:
         total = sum((evaluator.evaluate(predictor, examples) for examples in held), Metrics())
         return {"validation_accuracy": total.accuracy, "validation_loss": total.loss}
 
-    def _checkpoint(self, coverage: Coverage) -> None:
+    def _checkpoint(self, player: Player, coverage: Coverage) -> None:
         self.log.sync()
-        states, values, tensors = self.federation.held()
+        states, values, tensors = player.held()
         checkpoint = Checkpoint(
             states=states,
             federation=values,
@@ -261,6 +263,9 @@ class _Run:
             "seconds": self.totals["seconds"],
             "state_sha256": sha256(state.params),
         }
+        for key in ("virtual_seconds", "joules"):
+            if key in self.totals:
+                summary[key] = self.totals[key]
         if predictor.part is not None:
             summary["params_served"] = predictor.model.num_entries
         if frozen := frozen_entries(self.setup.model):

@@ -40,9 +40,14 @@ class Setup:
 
     def cohort(self, round: int) -> list[Client]:
         """The clients that are asked in a round, in the order in which they are asked."""
+        picked = self.order(round)[: self.experiment.clients_per_round]
+        return [self.clients[i] for i in picked]
+
+    def order(self, round: int) -> list[int]:
+        """All clients' numbers, in the order in which a round would ask them."""
         draw = seeds.generator(self.experiment.seed, round, "cohort")
-        picked = torch.randperm(len(self.clients), generator=draw)
-        return [self.clients[i] for i in picked[: self.experiment.clients_per_round].tolist()]
+        numbers: list[int] = torch.randperm(len(self.clients), generator=draw).tolist()
+        return numbers
 
     def answers(self, round: int, client: Client) -> bool:
         """Whether a client that was asked answers."""

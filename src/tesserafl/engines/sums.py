@@ -1,0 +1,165 @@
+"""What a node of a tree adds up of those below it, and hands on.
+
+Of methods that average entry by entry an exact sum: sub-sums of sub-sums have the bits of the whole
+sum. Of others the updates themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from tesserafl.core.errors import ConfigError
+from tesserafl.core.exactsum import ExactSum
+from tesserafl.core.messages import Client, Update
+from tesserafl.core.method import Method, State, next_round, weights_of
+from tesserafl.core.model import Model
+from tesserafl.core.params import Params, subtract
+from tesserafl.core.submodel import SubModel, View, merge
+
+
+class Sums(Protocol):
+    """What was reported to a node in one of its averages."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what it hands on."""
+        ...
+
+    def add(self, update: Update) -> None:
+        """A client's update; its tensors hold until this returns."""
+        ...
+
+    def add_change(self, before: State, after: State, covered: Covered, clients: Clients) -> None:
+        """What an edge with these clients made of its model in several averages."""
+        ...
+
+    def merge(self, other: Sums) -> None:
+        """What an edge hands on; of the same kind."""
+        ...
+
+    def reported(self) -> Covered:
+        """Who reported what, without what they reported."""
+        ...
+
+    def finish(self, state: State) -> State:
+        """The model after the average."""
+        ...
+
+
+Clients = Sequence[Client]
+Covered = dict[tuple[object, ...], tuple[View, int]]
+"""Key of a view -> it, and the weight of those who trained it."""
+
+
+def sums_of(
+    model: Model, method: Method, cohort: Mapping[int, Client], params: Params
+) -> Callable[[], Sums]:
+    """Makes empty sums for a round in which these clients take part.
+
+    Args:
+        model: the global model.
+        method: whose updates are added.
+        cohort: client -> what is known of it.
+        params: of the model, read for shapes.
+    """
+    if not method.entrywise:
+        return lambda: Passed(model=model, method=method, clients=dict(cohort))
+    weights = weights_of(list(cohort.values()), method.weighting)  # type: ignore[attr-defined]
+    return lambda: Added(weights=weights, params=params)
+
+
+@dataclass(kw_only=True)
+class Added:
+    """An exact sum; its bounds are those of the whole cohort, so that any two can be merged."""
+
+    weights: Mapping[int, int]
+    params: Params
+    _total: ExactSum = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._total = ExactSum(max_weight=max(1, sum(self.weights.values())))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the integers."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._total.sums.values())
+
+    def add(self, update: Update) -> None:
+        """Fold it."""
+        weight = self.weights[update.client]
+        self._total.fold(update.submodel, update.delta, weight, self.params)
+
+    def add_change(self, before: State, after: State, covered: Covered, clients: Clients) -> None:
+        """Fold the change of every entry with the weight of those who trained it."""
+        change = subtract(after.params, before.params)
+        for view, weight in covered.values():
+            place = SubModel({}, {view.name: view})
+            delta = {view.name: view.read(change[view.name])}
+            self._total.fold(place, delta, weight, self.params, rest=True)
+
+    def merge(self, other: Sums) -> None:
+        """Add the integers."""
+        assert isinstance(other, Added)
+        self._total.merge(other._total)
+
+    def reported(self) -> Covered:
+        """Every view that somebody reported."""
+        return {view.key: (view, weight) for view, weight in self._total.reported}
+
+    def finish(self, state: State) -> State:
+        """The mean, added."""
+        return next_round(state, merge(state.params, self._total))
+
+
+@dataclass(kw_only=True)
+class Passed:
+    """The updates, for a method that looks at them one by one."""
+
+    model: Model
+    method: Method
+    clients: dict[int, Client]
+    _updates: list[Update] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all updates."""
+        return sum(update.num_bytes for update in self._updates)
+
+    def add(self, update: Update) -> None:
+        """Keep a copy."""
+        delta = {name: tensor.clone() for name, tensor in update.delta.items()}
+        extra = {name: tensor.clone() for name, tensor in update.extra.items()}
+        self._updates.append(replace(update, delta=delta, extra=extra))
+
+    def add_change(self, before: State, after: State, covered: Covered, clients: Clients) -> None:
+        """The edge as one client, whose update the method's `relayed` makes.
+
+        Raises:
+            ConfigError: the method has none.
+        """
+        relayed = getattr(self.method, "relayed", None)
+        if relayed is None:
+            raise ConfigError(
+                f"{type(self.method).__name__} looks at each update by itself, so its edges can "
+                f"only hand updates on: let them average once in a round of the cloud"
+            )
+        edge = replace(clients[0], num_examples=sum(client.num_examples for client in clients))
+        self.clients[edge.id] = edge
+        self._updates.append(relayed(self.model, before, after, edge))
+
+    def merge(self, other: Sums) -> None:
+        """Take them over."""
+        assert isinstance(other, Passed)
+        self._updates += other._updates
+        self.clients |= {u.client: other.clients[u.client] for u in other._updates}
+
+    def reported(self) -> Covered:
+        """Nothing: an edge's update is of its whole model."""
+        return {}
+
+    def finish(self, state: State) -> State:
+        """As the method aggregates."""
+        clients = [self.clients[update.client] for update in self._updates]
+        return self.method.aggregate(self.model, state, clients, self._updates)

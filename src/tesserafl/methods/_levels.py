@@ -1,0 +1,42 @@
+"""What methods for trees share: everybody trains the same part, every node takes the same mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+from tesserafl.core.fit import Training
+from tesserafl.core.messages import Client, Task, Update
+from tesserafl.core.method import State, Weighting, average_trained
+from tesserafl.core.model import Model
+from tesserafl.methods._normalised import normalised
+from tesserafl.methods._width import prefix_tasks
+
+
+class _Levelled(Protocol):
+    @property
+    def ratio(self) -> tuple[float, ...]: ...
+    @property
+    def weighting(self) -> Weighting: ...
+    @property
+    def normalised(self) -> bool: ...
+
+
+def first_units(
+    self: _Levelled, model: Model, state: State, clients: Sequence[Client], training: Training
+) -> Iterator[Task]:
+    """Everybody gets everything, or the first units of every axis."""
+    return prefix_tasks(model, state, clients, training, self.ratio)
+
+
+def mean_of_level(
+    self: _Levelled,
+    model: Model,
+    state: State,
+    clients: Sequence[Client],
+    updates: Iterable[Update],
+) -> State:
+    """The mean of those below a node; with `normalised` per local step (FedNova)."""
+    if self.normalised:
+        return normalised(state, clients, updates, self.weighting)
+    return average_trained(self, model, state, clients, updates)

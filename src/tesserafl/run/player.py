@@ -1,0 +1,137 @@
+"""Who plays a run's rounds: one after another as fast as they can, or in the time of devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from tesserafl.core.coverage import Coverage
+from tesserafl.core.errors import ConfigError
+from tesserafl.core.method import State
+from tesserafl.engines.federation import Federation, Held, Star
+from tesserafl.engines.fleet_file import fleet_of
+from tesserafl.engines.seam import Engine
+from tesserafl.run.costs import CostTable
+from tesserafl.run.evaluate import Evaluator
+from tesserafl.run.federate import topology_of
+from tesserafl.run.rounds import Notes, play_round
+from tesserafl.run.setup import Setup, device_of
+from tesserafl.run.timed import Timed
+from tesserafl.run.tree import Tree
+
+_CLOCK = "clock"
+"""What a checkpoint calls the clock's own, beside the federation's."""
+
+
+class Player(Protocol):
+    """Plays rounds until a run is over."""
+
+    @property
+    def over(self) -> bool:
+        """Whether no further round begins."""
+        ...
+
+    def play(self, coverage: Coverage) -> Notes:
+        """Play the next round; `coverage` counts what was trained."""
+        ...
+
+    def held(self) -> Held:
+        """All that a checkpoint needs, the federation's included."""
+        ...
+
+    def restore(self, held: Held) -> None:
+        """Go on from a checkpoint."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Untimed:
+    """Rounds without a clock: everybody who answers does so at once."""
+
+    setup: Setup
+    engine: Engine
+    federation: Federation
+    costs: CostTable
+
+    @property
+    def over(self) -> bool:
+        """Whether all rounds are done."""
+        return self.federation.round >= self.federation.rounds
+
+    def play(self, coverage: Coverage) -> Notes:
+        """A synchronous round."""
+        return play_round(self.setup, self.engine, self.federation, coverage, self.costs)
+
+    def held(self) -> Held:
+        """The federation's."""
+        return self.federation.held()
+
+    def restore(self, held: Held) -> None:
+        """Go on from a checkpoint."""
+        self.federation.restore(held)
+
+
+@dataclass(kw_only=True)
+class Clocked:
+    """Rounds in virtual time, with all that a checkpoint needs."""
+
+    timed: Timed | Tree
+
+    @property
+    def over(self) -> bool:
+        """Whether all rounds or the horizon's time are over."""
+        return self.timed.over
+
+    def play(self, coverage: Coverage) -> Notes:
+        """What makes the next model."""
+        return self.timed.play(coverage)
+
+    def held(self) -> Held:
+        """The federation's and the clock's."""
+        states, values, tensors = self.timed.federation.held()
+        clock, flights = self.timed.held()
+        return states, {**values, _CLOCK: clock}, {**tensors, **flights}
+
+    def restore(self, held: Held) -> None:
+        """Go on from a checkpoint."""
+        states, values, tensors = held
+        flights = {name: group for name, group in tensors.items() if name.startswith(_CLOCK)}
+        others = {name: group for name, group in tensors.items() if name not in flights}
+        rest = {name: value for name, value in values.items() if name != _CLOCK}
+        self.timed.federation.restore((states, rest, others))
+        self.timed.restore(values[_CLOCK], flights)
+
+
+def player_of(setup: Setup, engine: Engine, federation: Federation, costs: CostTable) -> Player:
+    """Plays the rounds of an experiment, in virtual time if it has a fleet.
+
+    Raises:
+        ConfigError: peers have no clock, or the fleet does not fit the experiment.
+    """
+    experiment = setup.experiment
+    if not experiment.fleet.is_there:
+        return Untimed(setup=setup, engine=engine, federation=federation, costs=costs)
+    if not isinstance(federation, Star):
+        raise ConfigError(
+            "virtual time is for runs with a server; leave fleet away, or set network.topology to "
+            "'star'"
+        )
+    fleet = fleet_of(experiment.fleet, len(setup.clients), experiment.seed)
+    given: dict[str, Any] = {"setup": setup, "engine": engine, "fleet": fleet, "costs": costs}
+    if topology_of(experiment) == "star":
+        return Clocked(timed=Timed(federation=federation, **given))
+    if experiment.clock.mode != "synchronous":
+        raise ConfigError(
+            f"the rounds of a tree are synchronous; clock.mode is {experiment.clock.mode!r}"
+        )
+    measure = None
+    if getattr(experiment.method, "watches_accuracy", False):
+        evaluator = Evaluator(data=setup.data, device=device_of(experiment))
+        measure = partial(_accuracy, setup, evaluator)
+    return Clocked(timed=Tree(federation=federation, measure=measure, **given))
+
+
+def _accuracy(setup: Setup, evaluator: Evaluator, state: State) -> float:
+    predictor = setup.experiment.method.predictor(setup.model, state)
+    return evaluator.evaluate(predictor, setup.data.test).accuracy

@@ -1,0 +1,283 @@
+"""Rounds in virtual time: the server asks devices, waits as the clock's settings say, and folds.
+
+    synchronous        until the last has answered or failed; updates are folded as they are made
+    semi-synchronous   until a quorum or a deadline; who is late counts later, or not at all
+    asynchronous       always so many devices at work, a new model for every full buffer
+
+What is late or under way is held as updates, not as models: a checkpoint holds it too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tesserafl.core.coverage import Coverage
+from tesserafl.core.errors import TesseraError
+from tesserafl.core.messages import Client, Update
+from tesserafl.core.params import Params
+from tesserafl.engines.clock import EventQueue
+from tesserafl.engines.federation import Federation
+from tesserafl.engines.fleet import Fleet
+from tesserafl.engines.seam import Engine
+from tesserafl.run.costs import CostTable
+from tesserafl.run.flights import UPDATE_GROUPS, Flight, flight_of, flight_parts, fly
+from tesserafl.run.rounds import Notes, count, fold, training_of
+from tesserafl.run.setup import Setup
+
+_LATE = {"reason": "expired", "text": "came after its round had ended"}
+
+
+@dataclass(kw_only=True)
+class Timed:
+    """A server and its devices in virtual time."""
+
+    setup: Setup
+    engine: Engine
+    federation: Federation
+    fleet: Fleet
+    costs: CostTable
+    queue: EventQueue[Flight] = field(default_factory=EventQueue)
+    """Flights, by when they end."""
+    sent: int = 0
+    """Flights so far; their keys."""
+    ended: list[Flight] = field(default_factory=list)
+    """Flights that ended and are not part of a model yet."""
+    asked: set[int] = field(default_factory=set)
+    """asynchronous: who was sent the present model."""
+
+    @property
+    def now(self) -> float:
+        """Virtual seconds since the start."""
+        return self.queue.now
+
+    @property
+    def over(self) -> bool:
+        """Whether no further round begins."""
+        horizon = self.setup.experiment.clock.horizon_seconds
+        done = self.federation.round >= self.federation.rounds
+        return done or (horizon is not None and self.now >= horizon)
+
+    def play(self, coverage: Coverage) -> Notes:
+        """The next round, or what makes the next model.
+
+        Raises:
+            TesseraError: no device can be reached any more.
+        """
+        begun, begin = time.perf_counter(), self.now
+        notes = {
+            "synchronous": self._synchronous,
+            "semi-synchronous": self._semi_synchronous,
+            "asynchronous": self._asynchronous,
+        }[self.setup.experiment.clock.mode]()
+        count(self.federation, coverage, notes)
+        notes.virtual_seconds = self.now - begin
+        notes.seconds = time.perf_counter() - begun
+        return notes
+
+    def held(self) -> tuple[dict[str, Any], dict[str, Params]]:
+        """All that a checkpoint needs beside the federation."""
+        waiting = self.queue.waiting()
+        values: dict[str, Any] = {
+            "now": self.now,
+            "taken": self.queue.taken,
+            "sent": self.sent,
+            "asked": sorted(self.asked),
+            "keys": [key for _, key, _ in waiting],
+            "flights": [],
+        }
+        tensors: dict[str, Params] = {}
+        for number, flight in enumerate([*(f for _, _, f in waiting), *self.ended]):
+            header, groups = flight_parts(flight)
+            values["flights"].append(header)
+            tensors |= {f"clock-{number}-{name}": group for name, group in groups.items()}
+        return values, tensors
+
+    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Params]) -> None:
+        """Go on from a checkpoint."""
+        flights = [
+            flight_of(header, {n: tensors[f"clock-{number}-{n}"] for n in UPDATE_GROUPS})
+            if header["update"] is not None
+            else flight_of(header, {})
+            for number, header in enumerate(values["flights"])
+        ]
+        self.queue = EventQueue(now=values["now"], taken=values["taken"])
+        for key, flight in zip(values["keys"], flights, strict=False):
+            self.queue.put(flight.ends, key, flight)
+        self.ended = flights[len(values["keys"]) :]
+        self.sent, self.asked = values["sent"], set(values["asked"])
+
+    # One way to wait each.
+
+    def _synchronous(self) -> Notes:
+        notes, flights = Notes(), list[Flight]()
+        cohort = self._pick(self.setup.experiment.clients_per_round)
+
+        def updates() -> Iterator[Update]:
+            for flight in self._fly(cohort):
+                flights.append(flight.without_update())
+                if flight.update is not None:
+                    yield flight.update
+                del flight  # its update's memory serves the next client
+
+        fold(self.setup, self.federation, cohort, updates(), notes)
+        self.queue.wait_until(max(flight.ends for flight in flights))
+        self._note(flights, notes, self.federation.round - 1, waited=True)
+        return notes
+
+    def _semi_synchronous(self) -> Notes:
+        settings, wanted = self.setup.experiment.clock, self.setup.experiment.clients_per_round
+        cohort = self._pick(math.ceil(wanted * (1 + settings.over_selection)))
+        begin, version = self.now, self.federation.round
+        self._send(cohort)
+        needed = min(math.ceil(settings.quorum * wanted), len(cohort))
+        until = begin + (settings.deadline_seconds or math.inf)
+        under_way, answered, ended = len(cohort), 0, self.ended
+        while under_way and answered < needed and self.queue.next_time() <= until:
+            flight = self.queue.take()
+            ended.append(flight)
+            own = flight.round == version
+            under_way -= own
+            answered += own and flight.answered
+        if under_way and answered < needed:
+            self.queue.wait_until(until)
+        if settings.late == "refuse":
+            self._refuse()
+        self.ended = []
+        return self._folded(ended, waited=True)
+
+    def _asynchronous(self) -> Notes:
+        size = self.setup.experiment.clock.buffer or self.setup.experiment.clients_per_round
+        # Of one client one answer makes a model: another waits for the next.
+        buffer: dict[int, Flight] = {}
+        failed: list[Flight] = []
+        more: list[Flight] = []
+        for flight in self.ended:
+            self._sort(flight, buffer, failed, more)
+        while len(buffer) < size:
+            # All that ends at one moment is looked at before anybody is asked.
+            if self.queue.next_time() > self.now and not self._fill():
+                if not buffer and not self.asked:
+                    raise self._deserted()
+                break
+            if not len(self.queue):
+                continue
+            flight = self.queue.take()
+            self._sort(flight, buffer, failed, more)
+            if not flight.answered and flight.row["reason"] == "offline":
+                self.asked.discard(flight.client)
+        self.ended, self.asked = more, set()
+        return self._folded([*failed, *buffer.values()], waited=False)
+
+    @staticmethod
+    def _sort(
+        flight: Flight, buffer: dict[int, Flight], failed: list[Flight], more: list[Flight]
+    ) -> None:
+        if not flight.answered:
+            failed.append(flight)
+        elif flight.client in buffer:
+            more.append(flight)
+        else:
+            buffer[flight.client] = flight
+
+    def _fill(self) -> bool:
+        """Ask devices until as many work as should; False: nobody works, and none can be asked.
+
+        A device trains one model once: the same work again would give the same answer.
+        """
+        experiment = self.setup.experiment
+        slots = (experiment.clock.concurrency or experiment.clients_per_round) - len(self.queue)
+        if slots <= 0:
+            return True
+        if picked := self._online(slots):
+            self.asked |= {client.id for client in picked}
+            self._send(picked)
+            return True
+        comes = self._next_comer()
+        if comes < self.queue.next_time():
+            self.queue.wait_until(comes)
+            return self._fill()
+        return len(self.queue) > 0
+
+    # Who is asked.
+
+    def _free(self) -> Iterator[Client]:
+        busy = {flight.client for _, _, flight in self.queue.waiting()} | self.asked
+        clients = self.setup.clients
+        return (clients[c] for c in self.setup.order(self.federation.round) if c not in busy)
+
+    def _comes(self, client: Client) -> float:
+        return self.fleet.devices[client.id].online_from(self.now)
+
+    def _next_comer(self) -> float:
+        """When the next device that could be asked can be reached; infinite: never."""
+        return min((self._comes(client) for client in self._free()), default=math.inf)
+
+    def _online(self, most: int) -> list[Client]:
+        """The first that can be reached now, in the round's order."""
+        here = (client for client in self._free() if self._comes(client) == self.now)
+        return list(itertools.islice(here, most))
+
+    def _pick(self, most: int) -> list[Client]:
+        """Who is asked in a round; waits for the first that can be reached."""
+        while not (picked := self._online(most)):
+            comes = self._next_comer()
+            if self.queue.next_time() <= comes:
+                if not len(self.queue):
+                    raise self._deserted()
+                self.ended.append(self.queue.take())
+            else:
+                self.queue.wait_until(comes)
+        return picked
+
+    def _deserted(self) -> TesseraError:
+        return TesseraError(
+            f"after {self.now:.0f} virtual seconds no device can be reached any more; let devices "
+            f"leave later, or play fewer rounds"
+        )
+
+    # Flights.
+
+    def _fly(self, cohort: Sequence[Client]) -> Iterator[Flight]:
+        tasks = self.federation.tasks(cohort, training_of(self.setup, self.federation))
+        starts = {client.id: self.now for client in cohort}
+        large = self.federation.shapes
+        return fly(self.setup, self.engine, self.fleet, tasks, starts, large, self.costs)
+
+    def _send(self, cohort: Sequence[Client]) -> None:
+        flights = [flight.lasting() for flight in self._fly(cohort)]
+        # Not in the order of the training, which depends on the number of workers.
+        for flight in sorted(flights, key=lambda flight: flight.client):
+            self.queue.put(flight.ends, self.sent, flight)
+            self.sent += 1
+
+    def _refuse(self) -> None:
+        """Whoever is still at work works on for nothing."""
+        waiting = self.queue.waiting()
+        self.queue = EventQueue(now=self.now, taken=self.queue.taken)
+        for ends, key, flight in waiting:
+            if flight.answered:
+                row = {"client": flight.client, **_LATE}
+                flight = replace(flight, update=None, trained=None, row=row)
+            self.queue.put(ends, key, flight)
+
+    def _folded(self, ended: Sequence[Flight], *, waited: bool) -> Notes:
+        """The next model, from the answers among what ended."""
+        notes, version = Notes(), self.federation.round
+        updates = [flight.update for flight in ended if flight.update is not None]
+        clients = [self.setup.clients[update.client] for update in updates]
+        fold(self.setup, self.federation, clients, updates, notes)
+        self._note(ended, notes, version, waited=waited)
+        return notes
+
+    def _note(self, flights: Sequence[Flight], notes: Notes, version: int, *, waited: bool) -> None:
+        for flight in flights:
+            if waited and flight.round == version:
+                flight = flight.waiting_until(self.now)
+            device = self.fleet.devices[flight.client].device
+            flight.note_in(notes, device, staleness=version - flight.round)
+        notes.folded = replace(notes.folded, traffic=notes.traffic)

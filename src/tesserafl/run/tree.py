@@ -1,0 +1,301 @@
+"""Rounds of a tree in virtual time: devices report to edges, edges to the cloud.
+
+    a round of the cloud   every edge takes the model, averages over those below as often as its
+                           period says, each device training its own number of steps, and reports
+    what goes up           a sub-sum, where the edge averages once: integers, so that the tree's
+                           bits are the star's; else the change of its model, each entry weighted
+                           by those who trained it
+
+An edge is a server to those below and a client to the node above; the method's hooks are the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from tesserafl.core.coverage import Coverage
+from tesserafl.core.errors import ConfigError
+from tesserafl.core.messages import Client, Task
+from tesserafl.core.method import State
+from tesserafl.core.params import Params, norm, num_bytes
+from tesserafl.core.schedule import Periods, Report, Seen, Situation
+from tesserafl.engines.federation import Folded, Star
+from tesserafl.engines.fleet import CLOUD, Edge, Fleet
+from tesserafl.engines.seam import Engine
+from tesserafl.engines.sums import Covered, Sums, sums_of
+from tesserafl.run.costs import CostTable
+from tesserafl.run.flights import Flight, fly
+from tesserafl.run.rounds import Notes, count, training_of
+from tesserafl.run.setup import Setup
+
+MOST_ROUNDS = 1000
+"""Averages of an edge in a round of the node above are fewer."""
+
+
+@dataclass(kw_only=True)
+class _Job:
+    """One round of the cloud."""
+
+    cohort: Mapping[int, Client]
+    periods: Mapping[str, Periods]
+    steps: Mapping[int, int]
+    """client -> its steps"""
+    empty: Callable[[], Sums]
+    """A sum that nothing was added to."""
+    flights: list[Flight] = field(default_factory=list)
+    changes: dict[int, float] = field(default_factory=dict)
+    """client -> L2 norm of its last change"""
+    taken: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """edge -> seconds of its averages, and of its link"""
+    backhaul: int = 0
+    """Bytes on the links of the edges."""
+
+    def rounds(self, edge: Edge) -> int:
+        """How often the edge averages."""
+        return self.periods.get(edge.name, Periods()).rounds
+
+
+@dataclass(kw_only=True)
+class Tree:
+    """A cloud, edges and devices in virtual time."""
+
+    setup: Setup
+    engine: Engine
+    federation: Star
+    """The cloud's model."""
+    fleet: Fleet
+    costs: CostTable
+    measure: Callable[[State], float] | None = None
+    """Accuracy of the cloud's model, for methods that decide by it."""
+    now: float = 0.0
+    """Virtual seconds since the start."""
+    reports: dict[str, Report] = field(default_factory=dict)
+    """edge -> of its last round"""
+    accuracy: float | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether no further round begins."""
+        horizon = self.setup.experiment.clock.horizon_seconds
+        done = self.federation.round >= self.federation.rounds
+        return done or (horizon is not None and self.now >= horizon)
+
+    def play(self, coverage: Coverage) -> Notes:
+        """The next round of the cloud.
+
+        Raises:
+            ConfigError: the method's schedule asks for what the tree cannot do.
+        """
+        begun, begin, notes, state = time.perf_counter(), self.now, Notes(), self.federation.state
+        method = self.setup.experiment.method
+        cohort = {client.id: client for client in self.setup.cohort(state.round)}
+        periods = self._periods(state, cohort)
+        job = _Job(
+            cohort=cohort,
+            periods=periods,
+            steps={c: n for each in periods.values() for c, n in each.steps.items()},
+            empty=sums_of(self.setup.model, method, cohort, state.params),
+        )
+        total, self.now = self._average(CLOUD, state, begin, 1, job)
+        self.federation.state = total.finish(state)
+        self._note(job, begin, notes)
+        count(self.federation, coverage, notes)
+        self.reports = {edge: self._report(edge, job) for edge in job.taken}
+        notes.seconds = time.perf_counter() - begun
+        return notes
+
+    def held(self) -> tuple[dict[str, Any], dict[str, Params]]:
+        """All that a checkpoint needs beside the federation."""
+        reports = {edge: asdict(report) for edge, report in self.reports.items()}
+        return {"now": self.now, "reports": reports, "accuracy": self.accuracy}, {}
+
+    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Params]) -> None:
+        """Go on from a checkpoint."""
+        self.now, self.accuracy = values["now"], values["accuracy"]
+        self.reports = {
+            edge: Report(**{**report, "devices": tuple(Seen(**s) for s in report["devices"])})
+            for edge, report in values["reports"].items()
+        }
+
+    def _periods(self, state: State, cohort: Mapping[int, Client]) -> Mapping[str, Periods]:
+        schedule = getattr(self.setup.experiment.method, "periods", None)
+        if schedule is None:
+            return {}
+        if self.measure is not None:
+            self.accuracy = self.measure(state)
+        below = {
+            edge.name: tuple(cohort[c] for c in self.fleet.below(edge.name) if c in cohort)
+            for edge in self.fleet.edges
+        }
+        situation = Situation(
+            round=state.round,
+            seconds=self.now,
+            horizon=self.setup.experiment.clock.horizon_seconds,
+            accuracy=self.accuracy,
+            edges={edge: clients for edge, clients in below.items() if clients},
+            reports=self.reports,
+        )
+        periods: Mapping[str, Periods] = schedule(self.setup.model, state, situation)
+        for edge, each in periods.items():
+            if not 1 <= each.rounds < MOST_ROUNDS or min(each.steps.values(), default=1) < 1:
+                raise ConfigError(
+                    f"edge {edge!r}: periods are positive, and an edge averages fewer than "
+                    f"{MOST_ROUNDS} times in a round; the schedule says {each}"
+                )
+        return periods
+
+    def _average(
+        self, node: str, state: State, start: float, number: int, job: _Job
+    ) -> tuple[Sums, float]:
+        """What those below a node report in one of its averages, and when the last one has.
+
+        Edges that average once hand on what they get: for the method those below them are the
+        node's own clients. `number` tells this average from all others of the round.
+        """
+        starts, sums = {node: start}, {node: job.empty()}
+        passing: list[Edge] = []
+        deeper: list[Edge] = []
+        self._reach(node, state, job, starts, passing, deeper)
+        ends = dict(starts)
+        sums |= {edge.name: job.empty() for edge in passing}
+        clients = [c for c in job.cohort.values() if self.fleet.homes[c.id] in starts]
+        for flight in self._fly(clients, state, starts, number, job):
+            home = self.fleet.homes[flight.client]
+            ends[home] = max(ends[home], flight.ends)
+            if flight.update is not None:
+                sums[home].add(flight.update)
+                job.changes[flight.client] = norm(flight.update.delta)
+            job.flights.append(flight.without_update())
+            del flight  # its update's memory serves the next client
+        for edge in deeper:
+            parent = edge.parent
+            arrives = self._several(edge, state, starts[parent], number, job, sums[parent])
+            ends[parent] = max(ends[parent], arrives)
+        for edge in reversed(passing):
+            size = sums[edge.name].num_bytes
+            sums[edge.parent].merge(sums.pop(edge.name))
+            arrives = ends[edge.name] + edge.link.seconds_up(size)
+            ends[edge.parent] = max(ends[edge.parent], arrives)
+            self._took(edge, job, state, starts[edge.name], ends[edge.name], size)
+        return sums[node], ends[node]
+
+    def _reach(
+        self,
+        node: str,
+        state: State,
+        job: _Job,
+        starts: dict[str, float],
+        passing: list[Edge],
+        deeper: list[Edge],
+    ) -> None:
+        """When the model reaches the edges below that hand on; those that average more often."""
+        for edge in self.fleet.edges_of(node):
+            if not any(client in job.cohort for client in self.fleet.below(edge.name)):
+                continue
+            if job.rounds(edge) > 1:
+                deeper.append(edge)
+                continue
+            starts[edge.name] = starts[node] + edge.link.seconds_down(num_bytes(state.params))
+            passing.append(edge)
+            self._reach(edge.name, state, job, starts, passing, deeper)
+
+    def _several(
+        self, edge: Edge, state: State, start: float, number: int, job: _Job, above: Sums
+    ) -> float:
+        """An edge averages several times; its change is added to the sum above.
+
+        Returns when it is there.
+        """
+        begin = now = start + edge.link.seconds_down(num_bytes(state.params))
+        model, covered = state, Covered()
+        for turn in range(job.rounds(edge)):
+            total, now = self._average(edge.name, model, now, number * MOST_ROUNDS + turn, job)
+            model = replace(total.finish(model), round=state.round)
+            covered |= total.reported()
+        clients = [job.cohort[c] for c in self.fleet.below(edge.name) if c in job.cohort]
+        above.add_change(state, model, covered, clients)
+        size = num_bytes(model.params)
+        self._took(edge, job, state, begin, now, size)
+        return now + edge.link.seconds_up(size)
+
+    def _took(
+        self, edge: Edge, job: _Job, state: State, begin: float, end: float, size: int
+    ) -> None:
+        down = num_bytes(state.params)
+        link = edge.link.seconds_down(down) + edge.link.seconds_up(size)
+        seconds, before = job.taken.get(edge.name, (0.0, 0.0))
+        job.taken[edge.name] = seconds + end - begin, before + link
+        job.backhaul += down + size
+
+    def _fly(
+        self,
+        clients: Sequence[Client],
+        state: State,
+        starts: Mapping[str, float],
+        number: int,
+        job: _Job,
+    ) -> Iterator[Flight]:
+        method, model = self.setup.experiment.method, self.setup.model
+        training = training_of(self.setup, self.federation)
+
+        def tasks() -> Iterator[Task]:
+            for task in method.configure(model, state, clients, training):
+                own = task.training
+                if task.client.id in job.steps:
+                    own = replace(own, steps=job.steps[task.client.id])
+                # In a star, and where edges hand on, a round has its own number.
+                round = state.round if number == 1 else state.round + number * state.rounds
+                yield replace(task, round=round, training=own)
+
+        begin = {client.id: starts[self.fleet.homes[client.id]] for client in clients}
+        large = state.params
+        return fly(self.setup, self.engine, self.fleet, tasks(), begin, large, self.costs)
+
+    def _note(self, job: _Job, begin: float, notes: Notes) -> None:
+        """The round's rows; between its works, and until the round ends, a device waits."""
+        free = dict.fromkeys(job.cohort, begin)
+        for position, flight in enumerate(job.flights):
+            job.flights[position] = flight.waiting_since(free[flight.client])
+            free[flight.client] = flight.ends
+        last = {flight.client: position for position, flight in enumerate(job.flights)}
+        for position in last.values():
+            job.flights[position] = job.flights[position].waiting_until(self.now)
+        for flight in job.flights:
+            home = self.fleet.homes[flight.client]
+            flight.note_in(notes, self.fleet.devices[flight.client].device, edge=home)
+        notes.virtual_seconds = self.now - begin
+        notes.backhaul = job.backhaul
+        if job.periods:
+            notes.periods = {edge: asdict(each) for edge, each in job.periods.items()}
+        notes.folded = Folded(traffic=notes.traffic)
+
+    def _report(self, edge: str, job: _Job) -> Report:
+        below = set(self.fleet.below(edge))
+        own = [flight for flight in job.flights if flight.client in below]
+        latest = {flight.client: flight for flight in own if flight.answered}
+        seconds, link = job.taken[edge]
+        devices = self.fleet.devices
+        return Report(
+            rounds=job.periods.get(edge, Periods()).rounds,
+            seconds=seconds,
+            link_seconds=link,
+            joules=sum(f.joules(devices[f.client].device) for f in own),
+            devices=tuple(
+                Seen(
+                    client=client,
+                    steps=flight.row["steps"],
+                    compute_seconds=_seconds(flight, "compute"),
+                    link_seconds=_seconds(flight, "download") + _seconds(flight, "upload"),
+                    joules=flight.joules(devices[client].device),
+                    change=job.changes[client],
+                )
+                for client, flight in sorted(latest.items())
+            ),
+        )
+
+
+def _seconds(flight: Flight, kind: str) -> float:
+    return sum(piece.end - piece.start for piece in flight.pieces if piece.kind == kind)
