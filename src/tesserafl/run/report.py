@@ -24,6 +24,7 @@ from tesserafl.run.plots import (
     partition_figure,
 )
 from tesserafl.run.record import Record, read_record
+from tesserafl.run.timeline import timeline_html
 
 if TYPE_CHECKING:
     from tesserafl.run.setup import Setup
@@ -41,7 +42,7 @@ def write_report(folder: Path, setup: Setup | None = None) -> Path:
     if setup is not None and not (folder / "partition.json").exists():
         write_partition(folder, setup)
     parts = [_heading(record), _headline(record), _curves(record), _peers(record)]
-    parts += [adaptation_html(record), growth_html(record)]
+    parts += [adaptation_html(record), growth_html(record), timeline_html(record)]
     if (folder / "partition.json").exists():
         held = read_json(folder / "partition.json")
         drawn = partition_figure(held["counts"], held["class_names"])

@@ -72,13 +72,14 @@ class Notes:
         return amounts
 
     @property
-    def exchange(self) -> dict[str, float | int]:
-        """What some runs alone have: peers (see `Folded`), low-rank adapters."""
+    def exchange(self) -> dict[str, Any]:
+        """What some runs alone have: peers (see `Folded`), low-rank adapters, trees."""
         known = {
             "aggregation_error": self.error,
             "consensus": self.folded.consensus,
             "params_stored": self.folded.stored,
             "round_coverage": self.union,
+            "periods": self.periods,
         }
         return {name: value for name, value in known.items() if value is not None}
 
