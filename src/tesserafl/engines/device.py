@@ -178,6 +178,16 @@ class Placed:
     device: Device
     id: int
     seed: int
+    beyond: tuple[Link, ...] = ()
+    """links of the edges that its messages pass on their way, where nobody averages"""
+
+    def seconds_down(self, num_bytes: float) -> float:
+        """Time of a message from its server."""
+        return sum(link.seconds_down(num_bytes) for link in (self.device.link, *self.beyond))
+
+    def seconds_up(self, num_bytes: float) -> float:
+        """Time of a message to its server."""
+        return sum(link.seconds_up(num_bytes) for link in (self.device.link, *self.beyond))
 
     def compute_until(self, start: float, flops: float) -> float:
         """When work that begins at `start` is done."""

@@ -118,6 +118,18 @@ class Fleet:
                 seen.add(node)
                 node = self.edge(node).parent
 
+    def flat(self) -> Fleet:
+        """The same devices without edges, whose links their messages pass one after another."""
+        devices = []
+        for placed, home in zip(self.devices, self.homes, strict=True):
+            beyond: list[Link] = []
+            while home != CLOUD:
+                edge = self.edge(home)
+                beyond.append(edge.link)
+                home = edge.parent
+            devices.append(replace(placed, beyond=tuple(beyond)))
+        return Fleet(devices=tuple(devices), homes=(CLOUD,) * len(devices))
+
     def edge(self, name: str) -> Edge:
         """The edge of a name."""
         return next(edge for edge in self.edges if edge.name == name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tesserafl.data import DataSettings
 from tesserafl.experiments import comparison as _comparison
+from tesserafl.experiments import fleet_comparison as _fleet_comparison
 from tesserafl.experiments import lora_comparison as _lora_comparison
 from tesserafl.experiments import paper_fedbrb as _paper_fedbrb
 from tesserafl.experiments import paper_fedfmsl as _paper_fedfmsl
@@ -43,6 +44,7 @@ EXPERIMENTS: dict[str, Named] = {
     "comparison": Named(base=_comparison.comparison, rows=_comparison.rows),
     "width_grid": Named(base=_width_grid.width_grid, rows=_width_grid.rows),
     "paper_fedbrb": Named(base=_paper_fedbrb.paper_fedbrb, rows=_paper_fedbrb.rows),
+    "fleet_comparison": Named(base=_fleet_comparison.fleet_comparison, rows=_fleet_comparison.rows),
     "lora_comparison": Named(base=_lora_comparison.lora_comparison, rows=_lora_comparison.rows),
     "paper_fedfmsl": Named(base=_paper_fedfmsl.paper_fedfmsl, rows=_paper_fedfmsl.rows),
     "paper_flm": Named(base=_paper_flm.paper_flm, rows=_paper_flm.rows),

@@ -31,11 +31,6 @@ def topology_of(experiment: Experiment) -> Topology:
             f"method {name_of('method', experiment.method)!r} on a tree needs edges and devices; "
             f"add fleet.profiles and fleet.edges, or fleet.file (see docs/howto/fleets.md)"
         )
-    if found != "tree" and fleet.edges > 0:
-        raise ConfigError(
-            f"the fleet has edges and network.topology is {found!r}; leave fleet.edges away, or "
-            f"use 'tree'"
-        )
     return found
 
 

@@ -138,8 +138,8 @@ def fly(
     def reached() -> Iterator[Task]:
         for task in tasks:
             placed = fleet.devices[task.client.id]
-            link, start = placed.device.link, starts[task.client.id]
-            down = Piece("download", start, start + link.seconds_down(task.num_bytes))
+            start = starts[task.client.id]
+            down = Piece("download", start, start + placed.seconds_down(task.num_bytes))
             seen = num_seen(task.client.num_examples, task.training)
             flops = costs.of(task).flops_per_example * seen
             done = placed.compute_until(down.end, flops)
@@ -156,7 +156,7 @@ def fly(
         task, down = sent.pop(update.client)
         placed = fleet.devices[update.client]
         done = placed.compute_until(down.end, row["flops"])
-        ends = done + placed.device.link.seconds_up(update.num_bytes)
+        ends = done + placed.seconds_up(update.num_bytes)
         pieces = (down, Piece("compute", down.end, done), Piece("upload", done, ends))
         gone = placed.online_until(down.start)
         if gone < ends:

@@ -118,18 +118,19 @@ def player_of(setup: Setup, engine: Engine, federation: Federation, costs: CostT
             "'star'"
         )
     fleet = fleet_of(experiment.fleet, len(setup.clients), experiment.seed)
-    given: dict[str, Any] = {"setup": setup, "engine": engine, "fleet": fleet, "costs": costs}
+    given: dict[str, Any] = {"setup": setup, "engine": engine, "costs": costs}
     if topology_of(experiment) == "star":
-        return Clocked(timed=Timed(federation=federation, **given))
+        return Clocked(timed=Timed(federation=federation, fleet=fleet.flat(), **given))
     if experiment.clock.mode != "synchronous":
         raise ConfigError(
-            f"the rounds of a tree are synchronous; clock.mode is {experiment.clock.mode!r}"
+            f"the rounds of a tree are synchronous; clock.mode is {experiment.clock.mode!r}: use "
+            f"network.topology 'star', whose messages pass the edges' links"
         )
     measure = None
     if getattr(experiment.method, "watches_accuracy", False):
         evaluator = Evaluator(data=setup.data, device=device_of(experiment))
         measure = partial(_accuracy, setup, evaluator)
-    return Clocked(timed=Tree(federation=federation, measure=measure, **given))
+    return Clocked(timed=Tree(federation=federation, fleet=fleet, measure=measure, **given))
 
 
 def _accuracy(setup: Setup, evaluator: Evaluator, state: State) -> float:
