@@ -71,7 +71,8 @@ class Experiment:
     dropout: float = 0.0
     """probability that a client that was asked does not answer"""
     client_memory_mib: tuple[float, ...] = ()
-    """memory for training on the client classes, dealt like method.ratio; empty: no limit"""
+    """memory for training on the client classes, dealt like method.ratio; empty: what the fleet's
+    devices have, or no limit"""
     client_gflops: tuple[float, ...] = ()
     """speed of the client classes in GFLOP/s, dealt like method.ratio; with client_seconds"""
     client_seconds: float | None = None

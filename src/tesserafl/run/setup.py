@@ -15,6 +15,7 @@ from tesserafl.core.model import Model
 from tesserafl.data import load
 from tesserafl.data.examples import Examples, FederatedData
 from tesserafl.engines.client import ClientWorker
+from tesserafl.engines.fleet_file import fleet_of
 from tesserafl.engines.local import InProcess, WorkerPool
 from tesserafl.engines.seam import Engine
 from tesserafl.methods import MethodSettings
@@ -85,6 +86,11 @@ def with_depths(setup: Setup) -> Setup:
 def clients_of(experiment: Experiment, data: FederatedData) -> tuple[Client, ...]:
     """What the server knows of every client."""
     limits = experiment.client_memory_mib
+    if experiment.fleet.is_there and not limits:
+        fleet = fleet_of(experiment.fleet, len(data.clients), experiment.seed)
+        devices = [placed.device.memory_mib for placed in fleet.devices]
+    else:
+        devices = [limits[n % len(limits)] if limits else None for n in range(len(data.clients))]
     if experiment.clients_per_round > len(data.clients):
         raise ConfigError(
             f"clients_per_round is {experiment.clients_per_round}, but there are only "
@@ -94,9 +100,9 @@ def clients_of(experiment: Experiment, data: FederatedData) -> tuple[Client, ...
         Client(
             id=number,
             num_examples=len(client.train),
-            memory_bytes=int(limits[number % len(limits)] * _MIB) if limits else None,
+            memory_bytes=None if memory is None else int(memory * _MIB),
         )
-        for number, client in enumerate(data.clients)
+        for number, (client, memory) in enumerate(zip(data.clients, devices, strict=True))
     )
 
 
