@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, make_dataclass, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Generic, NamedTuple, TypeVar
 
@@ -13,6 +13,7 @@ from tesserafl.data import DataSettings
 from tesserafl.experiments import EXPERIMENTS, Named
 from tesserafl.models import HuggingFace, LoRA
 from tesserafl.run.experiment import REGISTRIES, Experiment, choose, from_file
+from tesserafl.run.learn import LearnSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,19 @@ class BenchOptions:
     """rounds that are timed, for each way"""
     json: bool = False
     """print what was measured as one JSON object"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnOptions:
+    """Options of the command itself."""
+
+    out: Path | None = None
+    """the policy's folder; default runs/NAME-policy, runs/NAME-policy-2, ..."""
+    json: bool = False
+    """print the result as one JSON object on the last line"""
+    learning: Annotated[LearnSettings, tyro.conf.arg(name="")] = field(
+        default_factory=LearnSettings
+    )
 
 
 @dataclass(frozen=True)

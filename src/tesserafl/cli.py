@@ -20,6 +20,7 @@ COMMANDS = {
     "resume": "RUN     continue a run or a study that was interrupted",
     "plan": "NAME|FILE  what a run would cost each client, and how coverage grows; trains nothing",
     "bench": "NAME|FILE  how fast its rounds are here, for every way to train the clients",
+    "learn": "NAME|FILE  learn when the nodes of a tree synchronise (tomtit, hwamei)",
     "list": "WHAT       methods, models, data or experiments",
     "compare": "RUN... tables and plots of several runs at equal rounds, bytes and FLOPs",
     "report": "RUN     write the report of a run folder anew",
@@ -137,6 +138,19 @@ def _bench(args: list[str]) -> None:
         console.print(part)
 
 
+def _learn(args: list[str]) -> None:
+    from tesserafl.arguments import LearnOptions, configured
+    from tesserafl.run.learn import learn, line_of
+
+    name, _, options, experiment, _ = configured("learn", args, LearnOptions())
+    folder = options.out or _fresh(Path("runs") / f"{name}-policy")
+    result = learn(
+        experiment, folder, options.learning, lambda event: print(line_of(event), flush=True)
+    )
+    if options.json:
+        print(json.dumps(result))
+
+
 def _list(args: list[str]) -> None:
     from rich.console import Console
 
@@ -205,6 +219,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "resume": _resume,
     "plan": _plan,
     "bench": _bench,
+    "learn": _learn,
     "list": _list,
     "compare": _compare,
     "report": _report,

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from tesserafl.core.messages import Client
+from tesserafl.core.params import Params
+from tesserafl.core.submodel import SubModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,8 @@ class Seen:
     joules: float
     change: float
     """L2 norm of what it changed"""
+    sketch: tuple[float, ...] = ()
+    """what it changed, in the coordinates of the method's `Sketch`"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,8 @@ class Report:
     """of its devices"""
     devices: tuple[Seen, ...]
     """of its last average"""
+    sketch: tuple[float, ...] = ()
+    """its model, in the coordinates of the method's `Sketch`"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +73,15 @@ class Situation:
     """edge -> the clients below it that take part"""
     reports: Mapping[str, Report]
     """edge -> of its last round; none before the first"""
+
+
+class Sketch(Protocol):
+    """A few coordinates of models and changes, for methods that decide by them."""
+
+    def model(self, params: Params) -> tuple[float, ...]:
+        """Of a global model's parameters."""
+        ...
+
+    def change(self, delta: Params, submodel: SubModel) -> tuple[float, ...]:
+        """Of what a device changed in its part."""
+        ...

@@ -14,6 +14,7 @@ from tesserafl.experiments import paper_fedbrb as _paper_fedbrb
 from tesserafl.experiments import paper_fedfmsl as _paper_fedfmsl
 from tesserafl.experiments import paper_flm as _paper_flm
 from tesserafl.experiments import paper_msfusion as _paper_msfusion
+from tesserafl.experiments import paper_tomtit as _paper_tomtit
 from tesserafl.experiments import width_grid as _width_grid
 from tesserafl.experiments.quickstart import quickstart
 from tesserafl.run.experiment import Experiment
@@ -49,4 +50,5 @@ EXPERIMENTS: dict[str, Named] = {
     "paper_fedfmsl": Named(base=_paper_fedfmsl.paper_fedfmsl, rows=_paper_fedfmsl.rows),
     "paper_flm": Named(base=_paper_flm.paper_flm, rows=_paper_flm.rows),
     "paper_msfusion": Named(base=_paper_msfusion.paper_msfusion, rows=_paper_msfusion.rows),
+    "paper_tomtit": Named(base=_paper_tomtit.paper_tomtit, rows=_paper_tomtit.rows),
 }

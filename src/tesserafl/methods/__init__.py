@@ -23,6 +23,7 @@ from tesserafl.methods.flora import FLoRA
 from tesserafl.methods.heterofl import HeteroFL
 from tesserafl.methods.hetlora import HetLoRA
 from tesserafl.methods.hierfavg import HierFAVG
+from tesserafl.methods.hwamei import Hwamei
 from tesserafl.methods.local import Local
 from tesserafl.methods.matched_averaging import MatchedAveraging
 from tesserafl.methods.msfusion import MSfusion
@@ -30,6 +31,7 @@ from tesserafl.methods.pfl_moe import PFLMoE
 from tesserafl.methods.progressive import Progressive
 from tesserafl.methods.random_depth import RandomDepth
 from tesserafl.methods.ravan import Ravan
+from tesserafl.methods.tomtit import Tomtit
 
 MethodSettings = (
     FedAvg
@@ -60,6 +62,8 @@ MethodSettings = (
     | FedBuff
     | FedNova
     | HierFAVG
+    | Hwamei
+    | Tomtit
 )
 
 METHODS: dict[str, type[MethodSettings]] = {
@@ -91,6 +95,8 @@ METHODS: dict[str, type[MethodSettings]] = {
     "fedbuff": FedBuff,
     "fedasync": FedAsync,
     "equal_finish": EqualFinish,
+    "hwamei": Hwamei,
+    "tomtit": Tomtit,
 }
 
 __all__ = [
@@ -116,6 +122,7 @@ __all__ = [
     "HetLoRA",
     "HeteroFL",
     "HierFAVG",
+    "Hwamei",
     "Local",
     "MSfusion",
     "MatchedAveraging",
@@ -124,4 +131,5 @@ __all__ = [
     "Progressive",
     "RandomDepth",
     "Ravan",
+    "Tomtit",
 ]

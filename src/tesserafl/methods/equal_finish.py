@@ -14,14 +14,11 @@ its link's.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
 from typing import ClassVar
 
 from tesserafl.core.errors import ConfigError
-from tesserafl.core.messages import Client
 from tesserafl.core.method import (
     State,
     Topology,
@@ -31,7 +28,8 @@ from tesserafl.core.method import (
     train_everything,
 )
 from tesserafl.core.model import Model
-from tesserafl.core.schedule import Periods, Report, Situation
+from tesserafl.core.schedule import Periods, Situation
+from tesserafl.methods._balance import equal_finish
 from tesserafl.methods._levels import first_units, mean_of_level
 from tesserafl.methods._normalised import relayed_normed, report_normed
 
@@ -74,26 +72,13 @@ class EqualFinish:
 
     def periods(self, model: Model, state: State, seen: Situation) -> Mapping[str, Periods]:
         """By what the last round took."""
-        longest = max((r.seconds + r.link_seconds for r in seen.reports.values()), default=0.0)
-        return {
-            edge: self._of(clients, seen.reports.get(edge), longest)
-            for edge, clients in seen.edges.items()
-        }
-
-    def _of(self, clients: Sequence[Client], report: Report | None, longest: float) -> Periods:
-        steps = {client.id: self.local_steps for client in clients}
-        if report is None or not report.devices:
-            return Periods(rounds=self.edge_rounds, steps=steps)
-        each = {seen.client: seen.compute_seconds / seen.steps for seen in report.devices}
-        limit = median(each.values()) * self.local_steps
-        for client in steps.keys() & each.keys():
-            if each[client] > 0:
-                steps[client] = _within(math.floor(limit / each[client] + 1e-9), self.most_steps)
-        own = report.seconds / report.rounds
-        rounds = self.edge_rounds
-        if own > 0:
-            rounds = _within(round((longest - report.link_seconds) / own), self.most_rounds)
-        return Periods(rounds=rounds, steps=steps)
+        return equal_finish(
+            seen,
+            steps=self.local_steps,
+            rounds=self.edge_rounds,
+            most_steps=self.most_steps,
+            most_rounds=self.most_rounds,
+        )
 
     configure = first_units
     local = train_everything
@@ -101,7 +86,3 @@ class EqualFinish:
     aggregate = mean_of_level
     relayed = relayed_normed
     predictor = predict_whole
-
-
-def _within(value: int, most: int) -> int:
-    return min(max(value, 1), most)

@@ -19,7 +19,7 @@ from tesserafl.data.settings import DataSettings
 from tesserafl.engines.clock import ClockSettings
 from tesserafl.engines.fleet import FleetSettings
 from tesserafl.engines.network import NetworkSettings
-from tesserafl.methods import METHODS, FedBRB, MethodSettings
+from tesserafl.methods import METHODS, FedBRB, Hwamei, MethodSettings, Tomtit
 from tesserafl.models import (
     MLP,
     MODELS,
@@ -142,7 +142,12 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
     fleet = experiment.fleet
     if fleet.file is not None:
         fleet = dataclasses.replace(fleet, file=fleet.file.absolute())
-    return dataclasses.replace(experiment, data=data, model=model, network=network, fleet=fleet)
+    method = experiment.method
+    if isinstance(method, Tomtit | Hwamei) and method.policy is not None:
+        method = dataclasses.replace(method, policy=method.policy.absolute())
+    return dataclasses.replace(
+        experiment, data=data, model=model, method=method, network=network, fleet=fleet
+    )
 
 
 def name_of(section: str, settings: object) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 from tesserafl.core.coverage import Coverage
@@ -126,13 +126,25 @@ def player_of(setup: Setup, engine: Engine, federation: Federation, costs: CostT
             f"the rounds of a tree are synchronous; clock.mode is {experiment.clock.mode!r}: use "
             f"network.topology 'star', whose messages pass the edges' links"
         )
-    measure = None
-    if getattr(experiment.method, "watches_accuracy", False):
-        evaluator = Evaluator(data=setup.data, device=device_of(experiment))
-        measure = partial(_accuracy, setup, evaluator)
-    return Clocked(timed=Tree(federation=federation, fleet=fleet, measure=measure, **given))
+    watches = getattr(experiment.method, "watches_accuracy", False)
+    sketch = getattr(experiment.method, "sketch", None)
+    tree = Tree(
+        federation=federation,
+        fleet=fleet,
+        measure=accuracy_of(setup) if watches else None,
+        sketch=sketch and sketch(setup.model),
+        schedule=getattr(experiment.method, "periods", None),
+        **given,
+    )
+    return Clocked(timed=tree)
 
 
-def _accuracy(setup: Setup, evaluator: Evaluator, state: State) -> float:
-    predictor = setup.experiment.method.predictor(setup.model, state)
-    return evaluator.evaluate(predictor, setup.data.test).accuracy
+def accuracy_of(setup: Setup) -> Callable[[State], float]:
+    """Measures a state's accuracy on the cloud's test examples."""
+    evaluator = Evaluator(data=setup.data, device=device_of(setup.experiment))
+
+    def measured(state: State) -> float:
+        predictor = setup.experiment.method.predictor(setup.model, state)
+        return evaluator.evaluate(predictor, setup.data.test).accuracy
+
+    return measured

@@ -20,42 +20,23 @@ from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import ConfigError
 from tesserafl.core.messages import Client, Task
 from tesserafl.core.method import State
-from tesserafl.core.params import Params, norm, num_bytes
-from tesserafl.core.schedule import Periods, Report, Seen, Situation
+from tesserafl.core.model import Model
+from tesserafl.core.params import Params, num_bytes
+from tesserafl.core.schedule import Periods, Report, Seen, Situation, Sketch
 from tesserafl.engines.federation import Folded, Star
 from tesserafl.engines.fleet import CLOUD, Edge, Fleet
 from tesserafl.engines.seam import Engine
 from tesserafl.engines.sums import Covered, Sums, sums_of
 from tesserafl.run.costs import CostTable
 from tesserafl.run.flights import Flight, fly
+from tesserafl.run.job import Job
 from tesserafl.run.rounds import Notes, count, training_of
 from tesserafl.run.setup import Setup
 
 MOST_ROUNDS = 1000
 """Averages of an edge in a round of the node above are fewer."""
-
-
-@dataclass(kw_only=True)
-class _Job:
-    """One round of the cloud."""
-
-    cohort: Mapping[int, Client]
-    periods: Mapping[str, Periods]
-    steps: Mapping[int, int]
-    """client -> its steps"""
-    empty: Callable[[], Sums]
-    """A sum that nothing was added to."""
-    flights: list[Flight] = field(default_factory=list)
-    changes: dict[int, float] = field(default_factory=dict)
-    """client -> L2 norm of its last change"""
-    taken: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """edge -> seconds of its averages, and of its link"""
-    backhaul: int = 0
-    """Bytes on the links of the edges."""
-
-    def rounds(self, edge: Edge) -> int:
-        """How often the edge averages."""
-        return self.periods.get(edge.name, Periods()).rounds
+Schedule = Callable[[Model, State, Situation], Mapping[str, Periods]]
+"""Decides on the periods of a round of the cloud."""
 
 
 @dataclass(kw_only=True)
@@ -70,6 +51,10 @@ class Tree:
     costs: CostTable
     measure: Callable[[State], float] | None = None
     """Accuracy of the cloud's model, for methods that decide by it."""
+    sketch: Sketch | None = None
+    """Coordinates of the nodes' models and changes, for methods that decide by them."""
+    schedule: Schedule | None = None
+    """Decides on the periods; None: all train as `Training` says, and nodes average once."""
     now: float = 0.0
     """Virtual seconds since the start."""
     reports: dict[str, Report] = field(default_factory=dict)
@@ -93,7 +78,7 @@ class Tree:
         method = self.setup.experiment.method
         cohort = {client.id: client for client in self.setup.cohort(state.round)}
         periods = self._periods(state, cohort)
-        job = _Job(
+        job = Job(
             cohort=cohort,
             periods=periods,
             steps={c: n for each in periods.values() for c, n in each.steps.items()},
@@ -103,7 +88,8 @@ class Tree:
         self.federation.state = total.finish(state)
         self._note(job, begin, notes)
         count(self.federation, coverage, notes)
-        self.reports = {edge: self._report(edge, job) for edge in job.taken}
+        reported = {edge: job.report(edge, self.fleet) for edge in job.taken}
+        self.reports = {**self.reports, **reported}
         notes.seconds = time.perf_counter() - begun
         return notes
 
@@ -115,14 +101,10 @@ class Tree:
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Params]) -> None:
         """Go on from a checkpoint."""
         self.now, self.accuracy = values["now"], values["accuracy"]
-        self.reports = {
-            edge: Report(**{**report, "devices": tuple(Seen(**s) for s in report["devices"])})
-            for edge, report in values["reports"].items()
-        }
+        self.reports = {edge: _report_of(report) for edge, report in values["reports"].items()}
 
     def _periods(self, state: State, cohort: Mapping[int, Client]) -> Mapping[str, Periods]:
-        schedule = getattr(self.setup.experiment.method, "periods", None)
-        if schedule is None:
+        if self.schedule is None:
             return {}
         if self.measure is not None:
             self.accuracy = self.measure(state)
@@ -138,7 +120,7 @@ class Tree:
             edges={edge: clients for edge, clients in below.items() if clients},
             reports=self.reports,
         )
-        periods: Mapping[str, Periods] = schedule(self.setup.model, state, situation)
+        periods = self.schedule(self.setup.model, state, situation)
         for edge, each in periods.items():
             if not 1 <= each.rounds < MOST_ROUNDS or min(each.steps.values(), default=1) < 1:
                 raise ConfigError(
@@ -148,7 +130,7 @@ class Tree:
         return periods
 
     def _average(
-        self, node: str, state: State, start: float, number: int, job: _Job
+        self, node: str, state: State, start: float, number: int, job: Job
     ) -> tuple[Sums, float]:
         """What those below a node report in one of its averages, and when the last one has.
 
@@ -167,7 +149,7 @@ class Tree:
             ends[home] = max(ends[home], flight.ends)
             if flight.update is not None:
                 sums[home].add(flight.update)
-                job.changes[flight.client] = norm(flight.update.delta)
+                job.changed(flight.update, self.sketch)
             job.flights.append(flight.without_update())
             del flight  # its update's memory serves the next client
         for edge in deeper:
@@ -175,6 +157,9 @@ class Tree:
             arrives = self._several(edge, state, starts[parent], number, job, sums[parent])
             ends[parent] = max(ends[parent], arrives)
         for edge in reversed(passing):
+            if self.sketch is not None:
+                own = sums[edge.name].finish(state)
+                job.models[edge.name] = self.sketch.model(own.params)
             size = sums[edge.name].num_bytes
             sums[edge.parent].merge(sums.pop(edge.name))
             arrives = ends[edge.name] + edge.link.seconds_up(size)
@@ -186,7 +171,7 @@ class Tree:
         self,
         node: str,
         state: State,
-        job: _Job,
+        job: Job,
         starts: dict[str, float],
         passing: list[Edge],
         deeper: list[Edge],
@@ -203,7 +188,7 @@ class Tree:
             self._reach(edge.name, state, job, starts, passing, deeper)
 
     def _several(
-        self, edge: Edge, state: State, start: float, number: int, job: _Job, above: Sums
+        self, edge: Edge, state: State, start: float, number: int, job: Job, above: Sums
     ) -> float:
         """An edge averages several times; its change is added to the sum above.
 
@@ -216,13 +201,15 @@ class Tree:
             model = replace(total.finish(model), round=state.round)
             covered |= total.reported()
         clients = [job.cohort[c] for c in self.fleet.below(edge.name) if c in job.cohort]
+        if self.sketch is not None:
+            job.models[edge.name] = self.sketch.model(model.params)
         above.add_change(state, model, covered, clients)
         size = num_bytes(model.params)
         self._took(edge, job, state, begin, now, size)
         return now + edge.link.seconds_up(size)
 
     def _took(
-        self, edge: Edge, job: _Job, state: State, begin: float, end: float, size: int
+        self, edge: Edge, job: Job, state: State, begin: float, end: float, size: int
     ) -> None:
         down = num_bytes(state.params)
         link = edge.link.seconds_down(down) + edge.link.seconds_up(size)
@@ -236,7 +223,7 @@ class Tree:
         state: State,
         starts: Mapping[str, float],
         number: int,
-        job: _Job,
+        job: Job,
     ) -> Iterator[Flight]:
         method, model = self.setup.experiment.method, self.setup.model
         training = training_of(self.setup, self.federation)
@@ -254,7 +241,7 @@ class Tree:
         large = state.params
         return fly(self.setup, self.engine, self.fleet, tasks(), begin, large, self.costs)
 
-    def _note(self, job: _Job, begin: float, notes: Notes) -> None:
+    def _note(self, job: Job, begin: float, notes: Notes) -> None:
         """The round's rows; between its works, and until the round ends, a device waits."""
         free = dict.fromkeys(job.cohort, begin)
         for position, flight in enumerate(job.flights):
@@ -272,30 +259,8 @@ class Tree:
             notes.periods = {edge: asdict(each) for edge, each in job.periods.items()}
         notes.folded = Folded(traffic=notes.traffic)
 
-    def _report(self, edge: str, job: _Job) -> Report:
-        below = set(self.fleet.below(edge))
-        own = [flight for flight in job.flights if flight.client in below]
-        latest = {flight.client: flight for flight in own if flight.answered}
-        seconds, link = job.taken[edge]
-        devices = self.fleet.devices
-        return Report(
-            rounds=job.periods.get(edge, Periods()).rounds,
-            seconds=seconds,
-            link_seconds=link,
-            joules=sum(f.joules(devices[f.client].device) for f in own),
-            devices=tuple(
-                Seen(
-                    client=client,
-                    steps=flight.row["steps"],
-                    compute_seconds=_seconds(flight, "compute"),
-                    link_seconds=_seconds(flight, "download") + _seconds(flight, "upload"),
-                    joules=flight.joules(devices[client].device),
-                    change=job.changes[client],
-                )
-                for client, flight in sorted(latest.items())
-            ),
-        )
 
-
-def _seconds(flight: Flight, kind: str) -> float:
-    return sum(piece.end - piece.start for piece in flight.pieces if piece.kind == kind)
+def _report_of(values: Mapping[str, Any]) -> Report:
+    """From plain values, which have lists where we have tuples."""
+    devices = tuple(Seen(**{**s, "sketch": tuple(s["sketch"])}) for s in values["devices"])
+    return Report(**{**values, "devices": devices, "sketch": tuple(values["sketch"])})
