@@ -28,7 +28,7 @@ from tesserafl.engines.seam import Engine
 from tesserafl.engines.sums import Covered, Sums, sums_of
 from tesserafl.run.costs import CostTable
 from tesserafl.run.flights import Flight, fly
-from tesserafl.run.rounds import Notes, count, training_of
+from tesserafl.run.rounds import Notes, check_answered, count, training_of
 from tesserafl.run.setup import Setup
 
 MOST_ROUNDS = 1000
@@ -88,6 +88,7 @@ class Tree:
 
         Raises:
             ConfigError: the method's schedule asks for what the tree cannot do.
+            UpdateError: the work of every client that answered was refused.
         """
         begun, begin, notes, state = time.perf_counter(), self.now, Notes(), self.federation.state
         method = self.setup.experiment.method
@@ -102,6 +103,7 @@ class Tree:
         total, self.now = self._average(CLOUD, state, begin, 1, job)
         self.federation.state = total.finish(state)
         self._note(job, begin, notes)
+        check_answered(state.round, notes)
         count(self.federation, coverage, notes)
         self.reports = {edge: self._report(edge, job) for edge in job.taken}
         notes.seconds = time.perf_counter() - begun
@@ -210,13 +212,14 @@ class Tree:
         Returns when it is there.
         """
         begin = now = start + edge.link.seconds_down(num_bytes(state.params))
-        model, covered = state, Covered()
+        model, covered, before = state, Covered(), len(job.flights)
         for turn in range(job.rounds(edge)):
             total, now = self._average(edge.name, model, now, number * MOST_ROUNDS + turn, job)
             model = replace(total.finish(model), round=state.round)
             covered |= total.reported()
-        clients = [job.cohort[c] for c in self.fleet.below(edge.name) if c in job.cohort]
-        above.add_change(state, model, covered, clients)
+        heard = {flight.client for flight in job.flights[before:] if flight.answered}
+        if heard:
+            above.add_change(state, model, covered, [job.cohort[c] for c in sorted(heard)])
         size = num_bytes(model.params)
         self._took(edge, job, state, begin, now, size)
         return now + edge.link.seconds_up(size)
@@ -263,7 +266,8 @@ class Tree:
         last = {flight.client: position for position, flight in enumerate(job.flights)}
         for position in last.values():
             job.flights[position] = job.flights[position].waiting_until(self.now)
-        for flight in job.flights:
+        # Not in the order of the training: a sum of joules depends on its order.
+        for flight in sorted(job.flights, key=lambda flight: flight.client):
             home = self.fleet.homes[flight.client]
             flight.note_in(notes, self.fleet.devices[flight.client].device, edge=home)
         notes.virtual_seconds = self.now - begin
@@ -284,18 +288,7 @@ class Tree:
             link_seconds=link,
             joules=sum(f.joules(devices[f.client].device) for f in own),
             devices=tuple(
-                Seen(
-                    client=client,
-                    steps=flight.row["steps"],
-                    compute_seconds=_seconds(flight, "compute"),
-                    link_seconds=_seconds(flight, "download") + _seconds(flight, "upload"),
-                    joules=flight.joules(devices[client].device),
-                    change=job.changes[client],
-                )
+                flight.seen(devices[client].device, job.changes[client])
                 for client, flight in sorted(latest.items())
             ),
         )
-
-
-def _seconds(flight: Flight, kind: str) -> float:
-    return sum(piece.end - piece.start for piece in flight.pieces if piece.kind == kind)
