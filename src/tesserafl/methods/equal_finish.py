@@ -74,7 +74,8 @@ class EqualFinish:
 
     def periods(self, model: Model, state: State, seen: Situation) -> Mapping[str, Periods]:
         """By what the last round took."""
-        longest = max((r.seconds + r.link_seconds for r in seen.reports.values()), default=0.0)
+        reports = seen.reports.values()
+        longest = max((r.seconds / r.rounds + r.link_seconds for r in reports), default=0.0)
         return {
             edge: self._of(clients, seen.reports.get(edge), longest)
             for edge, clients in seen.edges.items()
