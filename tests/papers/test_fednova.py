@@ -17,7 +17,7 @@ MODEL = mlp(2)
 
 def in_steps(task: Task, change: float, steps: int) -> Update:
     """A change that was made in so many steps of SGD."""
-    metrics = {"step_norm": float(steps)}
+    metrics = {"accumulated_steps": float(steps)}
     return replace(answer(task, change), num_steps=steps, metrics=metrics)
 
 
@@ -77,7 +77,7 @@ def test_the_norm_is_the_change_over_a_constant_slope(momentum: float) -> None:
     method, asked, state = FedNova(), clients(1), state_of(MODEL)
     (task,) = method.configure(MODEL, state, asked, training)
     update = trained(method, MODEL, task, [[1.0, 2.0]], [0])
-    norm = update.metrics["step_norm"]
+    norm = update.metrics["accumulated_steps"]
     assert update.delta["head.bias"].tolist() == pytest.approx(
         [0.5e-4 * norm, -0.5e-4 * norm], rel=2e-3
     )
@@ -117,4 +117,4 @@ def test_an_edge_reports_its_change_and_the_steps_behind_it() -> None:
     edge = replace(asked[0], num_examples=4)
     update = relayed_normed(method, MODEL, state, after, edge)
     assert all((delta == 8.75 + 1.0).all() for delta in update.delta.values())
-    assert (update.metrics["step_norm"], update.num_examples) == (6.5, 4)
+    assert (update.metrics["accumulated_steps"], update.num_examples) == (6.5, 4)

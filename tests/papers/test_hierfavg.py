@@ -112,7 +112,7 @@ def test_normalised_an_edge_counts_changes_per_step() -> None:
     for method, expected in ((HierFAVG(normalised=True), 8.75), (HierFAVG(), 9.5)):
         one, other = method.configure(model, state, asked, TRAINING)
         updates = [
-            replace(answer(task, change), num_steps=steps, metrics={"step_norm": float(steps)})
+            replace(answer(task, change), num_steps=steps, metrics={"accumulated_steps": float(steps)})
             for task, change, steps in ((one, 2.0, 1), (other, 12.0, 3))
         ]
         after = method.aggregate(model, state, asked, updates)

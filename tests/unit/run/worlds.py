@@ -176,7 +176,7 @@ class Constant:
             delta={name: torch.full_like(t, value) for name, t in task.params.items()},
             num_examples=task.client.num_examples,
             num_steps=num_steps(task.client.num_examples, task.training),
-            metrics={"loss": 1.0, "step_norm": 1.0},
+            metrics={"loss": 1.0, "accumulated_steps": 1.0},
         )
 
     def close(self) -> None:
