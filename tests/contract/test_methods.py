@@ -35,12 +35,16 @@ from tesserafl.methods import (
     FLM,
     METHODS,
     DepthFL,
+    EqualFinish,
+    FedAsync,
     FedAvg,
     FedBRB,
+    FedBuff,
     FedEcover,
     FederatedDropout,
     FedFMSL,
     FedIT,
+    FedNova,
     FedRolex,
     FedSALoRA,
     FFALoRA,
@@ -48,6 +52,7 @@ from tesserafl.methods import (
     FLoRA,
     HeteroFL,
     HetLoRA,
+    HierFAVG,
     Local,
     MatchedAveraging,
     MethodSettings,
@@ -91,7 +96,15 @@ CUT: dict[str, MethodSettings] = {
     "flm": FLM(depth=DEPTH, warmup=1, cooldown=1, support=0.0, policy="persistent"),
     "local": Local(ratio=RATIO),
     "matched_averaging": MatchedAveraging(ratio=RATIO),
+    "hierfavg": HierFAVG(ratio=RATIO),
+    "equal_finish": EqualFinish(ratio=RATIO),
+    "fednova": FedNova(ratio=RATIO),
+    "fedbuff": FedBuff(ratio=RATIO),
+    "fedasync": FedAsync(ratio=RATIO),
     # Further settings of the same methods.
+    "hierfavg normalised": HierFAVG(ratio=RATIO, normalised=True, weighting="uniform"),
+    "fedbuff by examples": FedBuff(ratio=RATIO, weighting="examples", server_lr=0.5),
+    "fedasync by examples": FedAsync(ratio=RATIO, weighting="examples", staleness="hinge"),
     "matched_averaging from own starts": MatchedAveraging(
         ratio=RATIO, start="own", weighting="uniform"
     ),
@@ -170,6 +183,10 @@ WHOLE: dict[str, MethodSettings] = {
     "random_depth": RandomDepth(depth=(3,)),
     "progressive": Progressive(depth=(3,)),
     "flm": FLM(depth=(3,), warmup=0, policy="persistent", weighting="uniform"),
+    "hierfavg": HierFAVG(weighting="uniform"),
+    "equal_finish": EqualFinish(weighting="uniform"),
+    "fedbuff": FedBuff(),
+    "fedasync": FedAsync(alpha=1.0),
     "random_depth decaying": RandomDepth(depth=(4, 3), keep="linear"),
     "progressive by copies": Progressive(depth=(3,), start="copy"),
     "heterofl in parameters": HeteroFL(ratio=(1.0,), width_scaling="parameters"),
@@ -185,7 +202,17 @@ WHOLE: dict[str, MethodSettings] = {
         ratio=(1.0,), contrast=0.0, weighting="uniform", layer_phase="staggered", stride=3
     ),
 }
-OTHERWISE = {"ffa_lora", "flexlora", "hetlora", "fedsa_lora", "flora", "ravan", "local", "depthfl"}
+OTHERWISE = {
+    "ffa_lora",
+    "flexlora",
+    "hetlora",
+    "fedsa_lora",
+    "flora",
+    "ravan",
+    "local",
+    "depthfl",
+    "fednova",
+}
 """Methods that do something else than FedAvg even where everybody trains everything."""
 
 
@@ -342,9 +369,13 @@ ON_BLOCKS_TOO = (FedRolex, FlexLoRA)
 OF_DEPTH = (RandomDepth, DepthFL, Progressive, FLM)
 ON_DEPTH_TOO = (FedAvg, FedRolex)
 """To the others a deep model is a model like any other."""
+OF_WEIGHING = (HierFAVG, EqualFinish, FedNova, FedBuff, FedAsync)
+"""They weigh answers in other ways, of whatever model: one family is enough."""
 
 
 def suits(method: type[MethodSettings], family: str) -> bool:
+    if method in OF_WEIGHING:
+        return family == "mlp"
     if family == "merging" or method is FLoRA:
         return family == "merging" and method is FLoRA
     if family == "blocks" or method in OF_BLOCKS:
@@ -708,6 +739,12 @@ def test_what_looks_at_the_whole_is_not_entrywise() -> None:
         "flm resampled",
         "flm by importance",
         "flm by families",
+        "hierfavg normalised",
+        "fednova",
+        "fedbuff",
+        "fedbuff by examples",
+        "fedasync",
+        "fedasync by examples",
     }
 
 

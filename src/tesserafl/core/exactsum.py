@@ -239,10 +239,7 @@ class ExactSum:
             self._views[view.key] = (view, self._views.get(view.key, (view, 0))[1] + weight)
 
     def whole(self, params: Params) -> Packed | None:
-        """`finished` of all parameters as one, where all deltas were small ones of the whole model.
-
-        None: they were not.
-        """
+        """`finished` of all parameters as one; None: not all deltas were small and of the whole."""
         alike = self._alike
         if alike is None or self._views or alike.params is not params or not packable(params):
             return None

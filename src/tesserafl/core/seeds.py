@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -22,6 +23,11 @@ def derive(seed: int, *keys: int | str) -> int:
 def generator(seed: int, *keys: int | str) -> torch.Generator:
     """A CPU generator for one purpose: `generator(seed, round, client, "batches")`."""
     return torch.Generator().manual_seed(derive(seed, *keys))
+
+
+def numpy_generator(seed: int, *keys: int | str) -> np.random.Generator:
+    """The same for NumPy, where many short draws are wanted."""
+    return np.random.Generator(np.random.Philox(key=derive(seed, *keys)))
 
 
 @contextmanager

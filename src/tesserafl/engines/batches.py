@@ -14,7 +14,10 @@ from tesserafl.data.examples import Examples
 
 
 def batches(total: int, size: int, draw: torch.Generator) -> Iterator[Tensor]:
-    """One epoch: every example once, int64 [batch] rows each, at most `size + 1` of them."""
+    """One epoch: every example once, int64 [batch] rows each, at most `size + 1` of them.
+
+    Of a `size` of 1 every example is a batch.
+    """
     yield from _split(torch.randperm(total, generator=draw), size)
 
 
@@ -79,7 +82,7 @@ def _split(rows: Tensor, size: int) -> Iterator[Tensor]:
         yield rows
         return
     split = list(torch.split(rows, size))
-    if len(split) > 1 and len(split[-1]) == 1:
+    if size > 1 and len(split) > 1 and len(split[-1]) == 1:
         # One example alone has no batch statistics: it joins the batch before it.
         split[-2:] = [torch.cat(split[-2:])]
     yield from split

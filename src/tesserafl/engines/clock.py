@@ -121,7 +121,7 @@ class ClockSettings:
             )
         if not 0.0 < self.quorum <= 1.0:
             raise ConfigError(f"clock.quorum is a share, in (0, 1]; got {self.quorum}")
-        if not self.over_selection >= 0.0:
+        if not 0.0 <= self.over_selection < math.inf:
             raise ConfigError(f"clock.over_selection must be 0 or more; got {self.over_selection}")
         for name in ("deadline_seconds", "horizon_seconds", "buffer", "concurrency"):
             value = getattr(self, name)

@@ -103,7 +103,7 @@ def _lot(
     chain: Chain, seed: int, device: int, name: str, number: int
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """The stays of one block: their ends, counted from its beginning, and their states."""
-    draw = np.random.Generator(np.random.Philox(key=seeds.derive(seed, device, name, number)))
+    draw = seeds.numpy_generator(seed, device, name, number)
     means, count = np.array(chain.mean_seconds), len(chain.values)
     first = draw.choice(count, p=means / means.sum())
     stays, states = np.empty(0), np.array([first])

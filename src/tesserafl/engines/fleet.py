@@ -114,7 +114,11 @@ class Fleet:
             seen, node = {edge.name}, edge.parent
             while node != CLOUD:
                 if node in seen:
-                    raise ConfigError(f"edge {edge.name!r} reports to itself, over {node!r}")
+                    over = self.edge(node).parent
+                    way = "" if over == node else f", over {over!r}"
+                    raise ConfigError(
+                        f"edge {node!r} reports to itself{way}; every way must end at {CLOUD!r}"
+                    )
                 seen.add(node)
                 node = self.edge(node).parent
 

@@ -27,6 +27,8 @@ from tesserafl.engines.fleet import (
 from tesserafl.engines.profiles import LINKS, PROFILES
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_FORMS = ("str", "_LinkTable")
+"""How pydantic calls the two ways to write a link."""
 
 
 class _Part(BaseModel):
@@ -88,44 +90,57 @@ def fleet_of(settings: FleetSettings, clients: int, seed: int) -> Fleet:
 
 
 def _read(path: Path, clients: int, seed: int) -> Fleet:
+    table = _table(path)
     try:
-        table = _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        fleet = _from_tables(table, seed)
+    except ConfigError as error:
+        raise ConfigError(f"fleet {path}: {error}") from error
+    if len(fleet.devices) != clients:
+        raise ConfigError(
+            f"fleet {path} has {len(fleet.devices)} devices, the run has {clients} clients; set "
+            f"data.num_clients to {len(fleet.devices)}, or change the counts in the file"
+        )
+    return fleet
+
+
+def _table(path: Path) -> _File:
+    try:
+        return _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"fleet {path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
+        # Of a link that is no name and no table either, the deepest problem is the table's.
+        problem = max(error.errors(), key=lambda each: len(each["loc"]))
+        place = ".".join(str(part) for part in problem["loc"] if part not in _FORMS)
         raise ConfigError(f"fleet {path}: {place}: {problem['msg']}") from error
     except ValueError as error:
         raise ConfigError(f"fleet {path} is not valid TOML: {error}") from error
+
+
+def _from_tables(table: _File, seed: int) -> Fleet:
     devices: list[Placed] = []
     homes: list[str] = []
     for entry in table.devices:
-        device = _from_table(entry, path)
+        device = _from_table(entry)
         for _ in range(entry.count):
             devices.append(Placed(device=device, id=len(devices), seed=seed))
             homes.append(entry.edge)
-    if len(devices) != clients:
-        raise ConfigError(
-            f"fleet {path} has {len(devices)} devices, the run has {clients} clients; set "
-            f"data.num_clients to {len(devices)}, or change the counts in the file"
-        )
-    edges = tuple(Edge(name=e.name, parent=e.parent, link=_link(e.link, path)) for e in table.edges)
+    edges = tuple(Edge(name=e.name, parent=e.parent, link=_link(e.link)) for e in table.edges)
     return Fleet(devices=tuple(devices), edges=edges, homes=tuple(homes))
 
 
-def _from_table(entry: _DeviceTable, path: Path) -> Device:
+def _from_table(entry: _DeviceTable) -> Device:
     if entry.profile is not None:
-        check_known(entry.profile, PROFILES, f"fleet {path}: devices.profile")
+        check_known(entry.profile, PROFILES, "devices.profile")
         device = PROFILES[entry.profile]
     elif entry.gflops is None:
-        raise ConfigError(f"fleet {path}: a device needs a profile, or gflops of its own")
+        raise ConfigError("a device needs a profile, or gflops of its own")
     else:
         device = Device(gflops=entry.gflops)
     names = ("gflops", "memory_mib", "idle_watts", "busy_watts", "radio_watts")
     given = {name: value for name in names if (value := getattr(entry, name)) is not None}
     if entry.link is not None:
-        given["link"] = _link(entry.link, path)
+        given["link"] = _link(entry.link)
     if entry.load is not None:
         given["load"] = loads(entry.load.levels, entry.load.minutes)
     if entry.online is not None:
@@ -137,8 +152,8 @@ def _from_table(entry: _DeviceTable, path: Path) -> Device:
     return replace(device, **given)
 
 
-def _link(given: str | _LinkTable, path: Path) -> Link:
+def _link(given: str | _LinkTable) -> Link:
     if isinstance(given, str):
-        check_known(given, LINKS, f"fleet {path}: link")
+        check_known(given, LINKS, "link")
         return LINKS[given]
     return Link(**given.model_dump())

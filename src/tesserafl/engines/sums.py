@@ -120,6 +120,7 @@ class Passed:
     model: Model
     method: Method
     clients: dict[int, Client]
+    """All that take part in the round; edges that averaged stand for one of theirs."""
     _updates: list[Update] = field(default_factory=list)
 
     @property
@@ -145,7 +146,10 @@ class Passed:
                 f"{type(self.method).__name__} looks at each update by itself, so its edges can "
                 f"only hand updates on: let them average once in a round of the cloud"
             )
-        edge = replace(clients[0], num_examples=sum(client.num_examples for client in clients))
+        examples = sum(client.num_examples for client in clients)
+        alike = self.method.weighting == "uniform"  # type: ignore[attr-defined]
+        mixing = len(clients) if alike else 1
+        edge = replace(clients[0], num_examples=examples, mixing=mixing)
         self.clients[edge.id] = edge
         self._updates.append(relayed(self.model, before, after, edge))
 
@@ -160,6 +164,9 @@ class Passed:
         return {}
 
     def finish(self, state: State) -> State:
-        """As the method aggregates."""
-        clients = [self.clients[update.client] for update in self._updates]
+        """As the method aggregates.
+
+        It is told of all clients, as on a star: the grid of exact sums goes by them.
+        """
+        clients = list(self.clients.values())
         return self.method.aggregate(self.model, state, clients, self._updates)

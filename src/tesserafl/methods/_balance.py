@@ -44,7 +44,8 @@ def equal_finish(
             averages = _within(round((longest - report.link_seconds) / own), most_rounds)
         return Periods(rounds=averages, steps={c: unit * n for c, n in units.items()})
 
-    longest = max((r.seconds + r.link_seconds for r in seen.reports.values()), default=0.0)
+    reports = seen.reports.values()
+    longest = max((r.seconds / r.rounds + r.link_seconds for r in reports), default=0.0)
     return {edge: of(clients, seen.reports.get(edge)) for edge, clients in seen.edges.items()}
 
 

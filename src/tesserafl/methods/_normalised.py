@@ -14,7 +14,7 @@ from tesserafl.core.model import Model
 from tesserafl.core.params import Params, subtract
 from tesserafl.core.submodel import whole
 
-NORM = "step_norm"
+NORM = "accumulated_steps"
 """Metric of an update: ||a_i||_1, what its local steps weigh together."""
 
 

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
+
 from tesserafl.core.errors import ConfigError
 from tesserafl.core.fit import Fitted, Training
 from tesserafl.core.messages import Client, Memory, Task, Update
@@ -76,9 +78,10 @@ class FedAsync:
 
     def report(self, model: Model, task: Task, fitted: Fitted, memory: Memory) -> Report:
         """The trained values: the server no longer has what the client began with."""
-        update, memory = report_deltas(self, model, task, fitted, memory)
-        values = dict(fitted.params)
-        return replace(update, submodel=task.submodel, delta={}, extra=values), memory
+        # As what they are more than nothing, so that only owners of a class report its rows.
+        nothing = {name: torch.zeros_like(tensor) for name, tensor in task.params.items()}
+        update, memory = report_deltas(self, model, replace(task, params=nothing), fitted, memory)
+        return replace(update, delta={}, extra=dict(update.delta)), memory
 
     def aggregate(
         self, model: Model, state: State, clients: Sequence[Client], updates: Iterable[Update]

@@ -48,6 +48,11 @@ class Flight:
         return self.pieces[-1].end
 
     @property
+    def took_time(self) -> bool:
+        """Whether its device took the task at all, if that takes time."""
+        return self.ends > self.start
+
+    @property
     def answered(self) -> bool:
         """Whether it came to its end."""
         return self.trained is not None
@@ -55,6 +60,10 @@ class Flight:
     def joules(self, device: Device) -> float:
         """What it costs the device."""
         return sum(joules_of(piece, device) for piece in self.pieces)
+
+    def seconds(self, *kinds: str) -> float:
+        """Time of its pieces of these kinds."""
+        return sum(piece.end - piece.start for piece in self.pieces if piece.kind in kinds)
 
     def note_in(self, notes: Notes, device: Device, **more: Any) -> None:
         """Add what it was and took to a round's notes."""
@@ -130,10 +139,10 @@ def fly(
         costs: of tasks.
 
     A device that goes offline while it receives or computes trains nothing. One that goes offline
-    while it sends has trained, and nobody hears of it.
+    while it sends has trained, and nobody hears of it. Work that is refused took its time.
     """
     notes, lost = Notes(), list[Flight]()
-    sent: dict[int, tuple[Task, Piece]] = {}
+    sent: dict[int, tuple[Task, Piece, Piece]] = {}
 
     def reached() -> Iterator[Task]:
         for task in tasks:
@@ -142,18 +151,18 @@ def fly(
             down = Piece("download", start, start + placed.seconds_down(task.num_bytes))
             seen = num_seen(task.client.num_examples, task.training)
             flops = costs.of(task).flops_per_example * seen
-            done = placed.compute_until(down.end, flops)
+            work = Piece("compute", down.end, placed.compute_until(down.end, flops))
             gone = placed.online_until(start)
-            if gone < done:
-                pieces = _until(gone, [down, Piece("compute", down.end, done)])
+            if gone < work.end:
+                pieces = _until(gone, [down, work])
                 lost.append(_failed(task, pieces, "offline", "went offline at its work"))
             else:
-                sent[task.client.id] = (task, down)
+                sent[task.client.id] = (task, down, work)
                 yield task
 
     for update in answers(setup, engine, reached(), large, costs, notes):
         row, trained = notes.clients.pop(), notes.trained.pop()
-        task, down = sent.pop(update.client)
+        task, down, _ = sent.pop(update.client)
         placed = fleet.devices[update.client]
         done = placed.compute_until(down.end, row["flops"])
         ends = done + placed.seconds_up(update.num_bytes)
@@ -177,10 +186,10 @@ def fly(
         del update  # its memory serves the next client
     yield from lost
     for note in notes.failures:  # it did not take the task, or what it did was refused
-        task, down = sent.pop(note["client"])
-        came = note["reason"] != "offline"
-        until = down if came else down._replace(end=down.start)
-        yield _failed(task, (until,), note["reason"], note["text"])
+        task, down, work = sent.pop(note["client"])
+        none = (down._replace(end=down.start),)
+        taken = none if note["reason"] == "offline" else (down, work)
+        yield _failed(task, taken, note["reason"], note["text"])
 
 
 UPDATE_GROUPS = ("delta", "extra", "memory")

@@ -57,8 +57,8 @@ class Job:
                 Seen(
                     client=client,
                     steps=flight.row["steps"],
-                    compute_seconds=_seconds(flight, "compute"),
-                    link_seconds=_seconds(flight, "download") + _seconds(flight, "upload"),
+                    compute_seconds=flight.seconds("compute"),
+                    link_seconds=flight.seconds("download", "upload"),
                     joules=flight.joules(fleet.devices[client].device),
                     change=self.changes[client][0],
                     sketch=self.changes[client][1],
@@ -67,7 +67,3 @@ class Job:
             ),
             sketch=self.models.get(edge, ()),
         )
-
-
-def _seconds(flight: Flight, kind: str) -> float:
-    return sum(piece.end - piece.start for piece in flight.pieces if piece.kind == kind)

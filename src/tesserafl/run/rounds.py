@@ -108,13 +108,18 @@ def play_round(
     for row in notes.clients:
         row["bytes_up"], row["bytes_down"] = notes.folded.traffic[row["client"]]
     count(federation, coverage, notes)
-    refused = [note for note in notes.failures if note["reason"] != "offline"]
+    check_answered(round, notes)
+    notes.seconds = time.perf_counter() - begun
+    return notes
+
+
+def check_answered(round: int, notes: Notes) -> None:
+    """Raise UpdateError if clients answered and all that they did was refused."""
+    refused = [note for note in notes.failures if note["reason"] not in ("offline", "expired")]
     if refused and not notes.clients:
         raise UpdateError(
             f"round {round}: the work of every client failed; the first: {refused[0]['text']}"
         )
-    notes.seconds = time.perf_counter() - begun
-    return notes
 
 
 def training_of(setup: Setup, federation: Federation) -> Training:

@@ -9,10 +9,9 @@ What is late or under way is held as updates, not as models: a checkpoint holds 
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +25,8 @@ from tesserafl.engines.fleet import Fleet
 from tesserafl.engines.seam import Engine
 from tesserafl.run.costs import CostTable
 from tesserafl.run.flights import UPDATE_GROUPS, Flight, flight_of, flight_parts, fly
-from tesserafl.run.rounds import Notes, count, fold, training_of
+from tesserafl.run.roster import Roster
+from tesserafl.run.rounds import Notes, check_answered, count, fold, training_of
 from tesserafl.run.setup import Setup
 
 _LATE = {"reason": "expired", "text": "came after its round had ended"}
@@ -47,8 +47,10 @@ class Timed:
     """Flights so far; their keys."""
     ended: list[Flight] = field(default_factory=list)
     """Flights that ended and are not part of a model yet."""
-    asked: set[int] = field(default_factory=set)
-    """asynchronous: who was sent the present model."""
+    _roster: Roster = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._roster = Roster(setup=self.setup, fleet=self.fleet)
 
     @property
     def now(self) -> float:
@@ -67,6 +69,7 @@ class Timed:
 
         Raises:
             TesseraError: no device can be reached any more.
+            UpdateError: the work of every client that answered was refused.
         """
         begun, begin = time.perf_counter(), self.now
         notes = {
@@ -74,6 +77,7 @@ class Timed:
             "semi-synchronous": self._semi_synchronous,
             "asynchronous": self._asynchronous,
         }[self.setup.experiment.clock.mode]()
+        check_answered(self.federation.round - 1, notes)
         count(self.federation, coverage, notes)
         notes.virtual_seconds = self.now - begin
         notes.seconds = time.perf_counter() - begun
@@ -86,7 +90,7 @@ class Timed:
             "now": self.now,
             "taken": self.queue.taken,
             "sent": self.sent,
-            "asked": sorted(self.asked),
+            "asked": sorted(self._roster.asked),
             "keys": [key for _, key, _ in waiting],
             "flights": [],
         }
@@ -109,7 +113,8 @@ class Timed:
         for key, flight in zip(values["keys"], flights, strict=False):
             self.queue.put(flight.ends, key, flight)
         self.ended = flights[len(values["keys"]) :]
-        self.sent, self.asked = values["sent"], set(values["asked"])
+        self.sent, self._roster.asked = values["sent"], set(values["asked"])
+        self._roster.working = {flight.client for _, _, flight in self.queue.waiting()}
 
     # One way to wait each.
 
@@ -131,15 +136,15 @@ class Timed:
 
     def _semi_synchronous(self) -> Notes:
         settings, wanted = self.setup.experiment.clock, self.setup.experiment.clients_per_round
-        cohort = self._pick(math.ceil(wanted * (1 + settings.over_selection)))
+        cohort = self._pick(_up(wanted * (1 + settings.over_selection)))
         begin, version = self.now, self.federation.round
         self._send(cohort)
-        needed = min(math.ceil(settings.quorum * wanted), len(cohort))
+        needed = min(_up(settings.quorum * wanted), len(cohort))
         until = begin + (settings.deadline_seconds or math.inf)
-        under_way, answered, ended = len(cohort), 0, self.ended
+        under_way, answered = len(cohort), 0
         while under_way and answered < needed and self.queue.next_time() <= until:
-            flight = self.queue.take()
-            ended.append(flight)
+            flight = self._take()
+            self.ended.append(flight)
             own = flight.round == version
             under_way -= own
             answered += own and flight.answered
@@ -147,31 +152,37 @@ class Timed:
             self.queue.wait_until(until)
         if settings.late == "refuse":
             self._refuse()
-        self.ended = []
-        return self._folded(ended, waited=True)
+        buffer, failed, more = self._sorted(self.ended)
+        self.ended = more
+        return self._folded([*failed, *buffer.values()], waited=True)
 
     def _asynchronous(self) -> Notes:
         size = self.setup.experiment.clock.buffer or self.setup.experiment.clients_per_round
-        # Of one client one answer makes a model: another waits for the next.
-        buffer: dict[int, Flight] = {}
-        failed: list[Flight] = []
-        more: list[Flight] = []
-        for flight in self.ended:
-            self._sort(flight, buffer, failed, more)
+        buffer, failed, more = self._sorted(self.ended)
         while len(buffer) < size:
             # All that ends at one moment is looked at before anybody is asked.
             if self.queue.next_time() > self.now and not self._fill():
-                if not buffer and not self.asked:
+                if not buffer and not self._roster.asked:
                     raise self._deserted()
                 break
-            if not len(self.queue):
-                continue
-            flight = self.queue.take()
+            flight = self._take()
             self._sort(flight, buffer, failed, more)
-            if not flight.answered and flight.row["reason"] == "offline":
-                self.asked.discard(flight.client)
-        self.ended, self.asked = more, set()
+            if not flight.answered and flight.row["reason"] == "offline" and flight.took_time:
+                # Who did not take the model would not take it now: the draw is the model's.
+                self._roster.asked.discard(flight.client)
+        self.ended, self._roster.asked = more, set()
         return self._folded([*failed, *buffer.values()], waited=False)
+
+    def _sorted(
+        self, flights: Iterable[Flight]
+    ) -> tuple[dict[int, Flight], list[Flight], list[Flight]]:
+        """Answers that make the next model, failures, and what waits for the model after it."""
+        buffer: dict[int, Flight] = {}
+        failed: list[Flight] = []
+        more: list[Flight] = []
+        for flight in flights:
+            self._sort(flight, buffer, failed, more)
+        return buffer, failed, more
 
     @staticmethod
     def _sort(
@@ -179,7 +190,7 @@ class Timed:
     ) -> None:
         if not flight.answered:
             failed.append(flight)
-        elif flight.client in buffer:
+        elif flight.client in buffer:  # of one client one answer makes a model
             more.append(flight)
         else:
             buffer[flight.client] = flight
@@ -194,7 +205,7 @@ class Timed:
         if slots <= 0:
             return True
         if picked := self._online(slots):
-            self.asked |= {client.id for client in picked}
+            self._roster.asked |= {client.id for client in picked}
             self._send(picked)
             return True
         comes = self._next_comer()
@@ -205,22 +216,11 @@ class Timed:
 
     # Who is asked.
 
-    def _free(self) -> Iterator[Client]:
-        busy = {flight.client for _, _, flight in self.queue.waiting()} | self.asked
-        clients = self.setup.clients
-        return (clients[c] for c in self.setup.order(self.federation.round) if c not in busy)
-
-    def _comes(self, client: Client) -> float:
-        return self.fleet.devices[client.id].online_from(self.now)
+    def _online(self, most: int) -> list[Client]:
+        return self._roster.online(self.federation.round, self.now, most)
 
     def _next_comer(self) -> float:
-        """When the next device that could be asked can be reached; infinite: never."""
-        return min((self._comes(client) for client in self._free()), default=math.inf)
-
-    def _online(self, most: int) -> list[Client]:
-        """The first that can be reached now, in the round's order."""
-        here = (client for client in self._free() if self._comes(client) == self.now)
-        return list(itertools.islice(here, most))
+        return self._roster.next_comer(self.federation.round, self.now)
 
     def _pick(self, most: int) -> list[Client]:
         """Who is asked in a round; waits for the first that can be reached."""
@@ -229,7 +229,7 @@ class Timed:
             if self.queue.next_time() <= comes:
                 if not len(self.queue):
                     raise self._deserted()
-                self.ended.append(self.queue.take())
+                self.ended.append(self._take())
             else:
                 self.queue.wait_until(comes)
         return picked
@@ -253,7 +253,13 @@ class Timed:
         # Not in the order of the training, which depends on the number of workers.
         for flight in sorted(flights, key=lambda flight: flight.client):
             self.queue.put(flight.ends, self.sent, flight)
+            self._roster.working.add(flight.client)
             self.sent += 1
+
+    def _take(self) -> Flight:
+        flight = self.queue.take()
+        self._roster.working.remove(flight.client)
+        return flight
 
     def _refuse(self) -> None:
         """Whoever is still at work works on for nothing."""
@@ -269,15 +275,22 @@ class Timed:
         """The next model, from the answers among what ended."""
         notes, version = Notes(), self.federation.round
         updates = [flight.update for flight in ended if flight.update is not None]
-        clients = [self.setup.clients[update.client] for update in updates]
+        # All that were asked, as in a synchronous round: the grid of exact sums goes by them.
+        clients = [self.setup.clients[c] for c in sorted({flight.client for flight in ended})]
         fold(self.setup, self.federation, clients, updates, notes)
         self._note(ended, notes, version, waited=waited)
         return notes
 
     def _note(self, flights: Sequence[Flight], notes: Notes, version: int, *, waited: bool) -> None:
-        for flight in flights:
+        # Not in the order of the training: a sum of joules depends on its order.
+        for flight in sorted(flights, key=lambda flight: flight.client):
             if waited and flight.round == version:
                 flight = flight.waiting_until(self.now)
             device = self.fleet.devices[flight.client].device
             flight.note_in(notes, device, staleness=version - flight.round)
         notes.folded = replace(notes.folded, traffic=notes.traffic)
+
+
+def _up(number: float) -> int:
+    """Rounded up, but for what floats are off: 10 x 1.1 is 11."""
+    return math.ceil(round(number, 9))

@@ -30,7 +30,7 @@ from tesserafl.engines.sums import Covered, Sums, sums_of
 from tesserafl.run.costs import CostTable
 from tesserafl.run.flights import Flight, fly
 from tesserafl.run.job import Job
-from tesserafl.run.rounds import Notes, count, training_of
+from tesserafl.run.rounds import Notes, check_answered, count, training_of
 from tesserafl.run.setup import Setup
 
 MOST_ROUNDS = 1000
@@ -73,6 +73,7 @@ class Tree:
 
         Raises:
             ConfigError: the method's schedule asks for what the tree cannot do.
+            UpdateError: the work of every client that answered was refused.
         """
         begun, begin, notes, state = time.perf_counter(), self.now, Notes(), self.federation.state
         method = self.setup.experiment.method
@@ -87,6 +88,7 @@ class Tree:
         total, self.now = self._average(CLOUD, state, begin, 1, job)
         self.federation.state = total.finish(state)
         self._note(job, begin, notes)
+        check_answered(state.round, notes)
         count(self.federation, coverage, notes)
         reported = {edge: job.report(edge, self.fleet) for edge in job.taken}
         self.reports = {**self.reports, **reported}
@@ -195,15 +197,16 @@ class Tree:
         Returns when it is there.
         """
         begin = now = start + edge.link.seconds_down(num_bytes(state.params))
-        model, covered = state, Covered()
+        model, covered, before = state, Covered(), len(job.flights)
         for turn in range(job.rounds(edge)):
             total, now = self._average(edge.name, model, now, number * MOST_ROUNDS + turn, job)
             model = replace(total.finish(model), round=state.round)
             covered |= total.reported()
-        clients = [job.cohort[c] for c in self.fleet.below(edge.name) if c in job.cohort]
         if self.sketch is not None:
             job.models[edge.name] = self.sketch.model(model.params)
-        above.add_change(state, model, covered, clients)
+        heard = {flight.client for flight in job.flights[before:] if flight.answered}
+        if heard:
+            above.add_change(state, model, covered, [job.cohort[c] for c in sorted(heard)])
         size = num_bytes(model.params)
         self._took(edge, job, state, begin, now, size)
         return now + edge.link.seconds_up(size)
@@ -250,7 +253,8 @@ class Tree:
         last = {flight.client: position for position, flight in enumerate(job.flights)}
         for position in last.values():
             job.flights[position] = job.flights[position].waiting_until(self.now)
-        for flight in job.flights:
+        # Not in the order of the training: a sum of joules depends on its order.
+        for flight in sorted(job.flights, key=lambda flight: flight.client):
             home = self.fleet.homes[flight.client]
             flight.note_in(notes, self.fleet.devices[flight.client].device, edge=home)
         notes.virtual_seconds = self.now - begin
