@@ -234,6 +234,7 @@ def tree_of(setup: Setup, fleet: Fleet, engine: Any = None) -> Tree:
         federation=star,
         fleet=fleet,
         costs=costs_of(setup),
+        schedule=getattr(setup.experiment.method, "periods", None),
     )
 
 
