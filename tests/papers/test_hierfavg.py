@@ -15,6 +15,7 @@ from tesserafl.core.model import Model
 from tesserafl.core.schedule import Periods, Situation
 from tesserafl.engines.sums import Sums, sums_of
 from tesserafl.methods import HierFAVG
+from tesserafl.methods._normalised import NORM
 
 
 def situation(*edges: tuple[str, Sequence[Client]]) -> Situation:
@@ -112,9 +113,7 @@ def test_normalised_an_edge_counts_changes_per_step() -> None:
     for method, expected in ((HierFAVG(normalised=True), 8.75), (HierFAVG(), 9.5)):
         one, other = method.configure(model, state, asked, TRAINING)
         updates = [
-            replace(
-                answer(task, change), num_steps=steps, metrics={"accumulated_steps": float(steps)}
-            )
+            replace(answer(task, change), num_steps=steps, metrics={NORM: float(steps)})
             for task, change, steps in ((one, 2.0, 1), (other, 12.0, 3))
         ]
         after = method.aggregate(model, state, asked, updates)

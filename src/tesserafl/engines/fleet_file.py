@@ -89,6 +89,15 @@ def fleet_of(settings: FleetSettings, clients: int, seed: int) -> Fleet:
     return _read(settings.file, clients, seed)
 
 
+def names_edges(path: Path) -> bool:
+    """Whether a fleet file has edges.
+
+    Raises:
+        ConfigError: it is missing or wrong.
+    """
+    return bool(_table(path).edges)
+
+
 def _read(path: Path, clients: int, seed: int) -> Fleet:
     table = _table(path)
     try:

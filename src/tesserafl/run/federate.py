@@ -5,6 +5,7 @@ from __future__ import annotations
 from tesserafl.core.errors import ConfigError
 from tesserafl.core.method import State, Topology
 from tesserafl.engines.federation import Federation, Star
+from tesserafl.engines.fleet_file import names_edges
 from tesserafl.engines.lean import lean
 from tesserafl.engines.network import Exchange, Network, NetworkSettings
 from tesserafl.engines.replicas import replicas
@@ -22,14 +23,15 @@ def topology_of(experiment: Experiment) -> Topology:
         ConfigError: a tree has no edges, or edges have no tree.
     """
     asked, fleet = experiment.network.topology, experiment.fleet
-    has_edges = fleet.edges > 0 or fleet.file is not None
+    has_edges = fleet.edges > 0 or (fleet.file is not None and names_edges(fleet.file))
     found = experiment.method.topology if asked == "auto" else asked
-    if asked == "auto" and fleet.edges > 0:
+    if asked == "auto" and has_edges:
         found = "tree"
     if found == "tree" and not has_edges:
         raise ConfigError(
             f"method {name_of('method', experiment.method)!r} on a tree needs edges and devices; "
-            f"add fleet.profiles and fleet.edges, or fleet.file (see docs/howto/fleets.md)"
+            f"add fleet.profiles and fleet.edges, or a fleet.file with edges (see "
+            f"docs/howto/fleets.md)"
         )
     return found
 

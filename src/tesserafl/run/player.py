@@ -10,6 +10,7 @@ from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import ConfigError
 from tesserafl.core.method import State
 from tesserafl.engines.federation import Federation, Held, Star
+from tesserafl.engines.fleet import Fleet
 from tesserafl.engines.fleet_file import fleet_of
 from tesserafl.engines.seam import Engine
 from tesserafl.run.costs import CostTable
@@ -103,29 +104,40 @@ class Clocked:
         self.timed.restore(values[_CLOCK], flights)
 
 
-def player_of(setup: Setup, engine: Engine, federation: Federation, costs: CostTable) -> Player:
-    """Plays the rounds of an experiment, in virtual time if it has a fleet.
+def fleet_for(setup: Setup, federation: Federation) -> Fleet | None:
+    """The devices that an experiment's rounds are played with; None: it has none.
 
     Raises:
         ConfigError: peers have no clock, or the fleet does not fit the experiment.
     """
     experiment = setup.experiment
     if not experiment.fleet.is_there:
-        return Untimed(setup=setup, engine=engine, federation=federation, costs=costs)
+        return None
     if not isinstance(federation, Star):
         raise ConfigError(
             "virtual time is for runs with a server; leave fleet away, or set network.topology to "
             "'star'"
         )
-    fleet = fleet_of(experiment.fleet, len(setup.clients), experiment.seed)
-    given: dict[str, Any] = {"setup": setup, "engine": engine, "costs": costs}
-    if topology_of(experiment) == "star":
-        return Clocked(timed=Timed(federation=federation, fleet=fleet.flat(), **given))
-    if experiment.clock.mode != "synchronous":
+    if topology_of(experiment) != "star" and experiment.clock.mode != "synchronous":
         raise ConfigError(
             f"the rounds of a tree are synchronous; clock.mode is {experiment.clock.mode!r}: use "
             f"network.topology 'star', whose messages pass the edges' links"
         )
+    return fleet_of(experiment.fleet, len(setup.clients), experiment.seed)
+
+
+def player_of(setup: Setup, engine: Engine, federation: Federation, costs: CostTable) -> Player:
+    """Plays the rounds of an experiment, in virtual time if it has a fleet.
+
+    Raises:
+        ConfigError: as `fleet_for`.
+    """
+    experiment, fleet = setup.experiment, fleet_for(setup, federation)
+    if fleet is None or not isinstance(federation, Star):
+        return Untimed(setup=setup, engine=engine, federation=federation, costs=costs)
+    given: dict[str, Any] = {"setup": setup, "engine": engine, "costs": costs}
+    if topology_of(experiment) == "star":
+        return Clocked(timed=Timed(federation=federation, fleet=fleet.flat(), **given))
     watches = getattr(experiment.method, "watches_accuracy", False)
     sketch = getattr(experiment.method, "sketch", None)
     tree = Tree(

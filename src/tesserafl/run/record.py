@@ -42,6 +42,7 @@ class Record:
             "params_largest_client": max(entries, default=None),
             "rounds": last.get("round", 0),
             **{k: last.get(k) for k in ("coverage", "bytes_down", "bytes_up", "flops", "seconds")},
+            **{k: last[k] for k in ("virtual_seconds", "joules") if k in last},
             **(self.finish or {}),
         }
 

@@ -33,7 +33,7 @@ from tesserafl.run.federate import federate, links_of
 from tesserafl.run.files import alone_in, read_json, write_json
 from tesserafl.run.first import first_state
 from tesserafl.run.personal import check_personal, personal_accuracies
-from tesserafl.run.player import Player, player_of
+from tesserafl.run.player import Player, fleet_for, player_of
 from tesserafl.run.report import write_partition, write_report
 from tesserafl.run.rounds import check_memory
 from tesserafl.run.setup import Setup, device_of, make_engine, prepare
@@ -80,7 +80,9 @@ def first_federation(setup: Setup) -> Federation:
     with threads(experiment.engine.threads):
         state = first_state(experiment, setup.model, setup.data)
     check_memory(setup, state, setup.costs())
-    return federate(setup, state)
+    federation = federate(setup, state)
+    fleet_for(setup, federation)
+    return federation
 
 
 def _play(
