@@ -53,6 +53,7 @@ from tesserafl.methods import (
     HeteroFL,
     HetLoRA,
     HierFAVG,
+    Hwamei,
     Local,
     MatchedAveraging,
     MethodSettings,
@@ -61,6 +62,7 @@ from tesserafl.methods import (
     Progressive,
     RandomDepth,
     Ravan,
+    Tomtit,
 )
 from tesserafl.methods._width import kept_units
 from tesserafl.models import CNN, MLP, Residual
@@ -101,6 +103,8 @@ CUT: dict[str, MethodSettings] = {
     "fednova": FedNova(ratio=RATIO),
     "fedbuff": FedBuff(ratio=RATIO),
     "fedasync": FedAsync(ratio=RATIO),
+    "tomtit": Tomtit(ratio=RATIO),
+    "hwamei": Hwamei(ratio=RATIO),
     # Further settings of the same methods.
     "hierfavg normalised": HierFAVG(ratio=RATIO, normalised=True, weighting="uniform"),
     "fedbuff by examples": FedBuff(ratio=RATIO, weighting="examples", server_lr=0.5),
@@ -179,6 +183,8 @@ WHOLE: dict[str, MethodSettings] = {
     "fedfmsl": FedFMSL(schedule="all", stage_one=1.0, weighting="uniform"),
     "pfl_moe": PFLMoE(stage_one=1.0, weighting="uniform"),
     "matched_averaging": MatchedAveraging(weighting="uniform"),
+    "tomtit": Tomtit(weighting="uniform"),
+    "hwamei": Hwamei(weighting="uniform"),
     "matched_averaging unmatched": MatchedAveraging(weighting="uniform", matching="none"),
     "random_depth": RandomDepth(depth=(3,)),
     "progressive": Progressive(depth=(3,)),

@@ -36,7 +36,7 @@ class _Header(BaseModel):
 
     format: Literal[1]
     method: str
-    options: dict[str, _Count]
+    options: dict[str, bool | _Count]
     edges: list[str]
     components: Annotated[int, Field(ge=0)]
     shapes: dict[str, list[_Count]]
@@ -88,7 +88,7 @@ def fit_basis(models: Sequence[Params], most: int) -> Basis:
     entry, which is positive.
 
     Args:
-        models: the cloud's and the edges', after a warm-up (Hwamei, Section 3.2).
+        models: of the cloud and the edges, about a warm-up (Hwamei, Section 3.2).
         most: components.
 
     Raises:

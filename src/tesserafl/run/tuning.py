@@ -136,6 +136,9 @@ class TuningJob:
     def warm_up(self, components: int, basis: Basis | None = None) -> Warm:
         """Play the first round, and fit a basis of so many components, if none is given.
 
+        The model that the job begins with is among those that it is fitted to: the way that
+        training goes is worth a component, and the cloud's model is only a mean of the edges'.
+
         Raises:
             ConfigError: no time is left afterwards.
         """
@@ -144,7 +147,8 @@ class TuningJob:
             recorder = _Recorder()
             tree = self._fresh(sketch=recorder)
             tree.play(self.coverage)
-            basis = fit_basis([tree.federation.state.params, *recorder.models], components)
+            ends = [self.tree.federation.state.params, tree.federation.state.params]
+            basis = fit_basis([*ends, *recorder.models], components)
         # Once more with the basis: the same bits, and reports in its coordinates.
         tree = self._fresh(sketch=basis)
         notes = tree.play(self.coverage)
