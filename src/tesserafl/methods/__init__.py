@@ -5,6 +5,7 @@ from __future__ import annotations
 from tesserafl.methods.depthfl import DepthFL
 from tesserafl.methods.dpsgd import DPSGD
 from tesserafl.methods.equal_finish import EqualFinish
+from tesserafl.methods.fedadapter import FedAdapter
 from tesserafl.methods.fedasync import FedAsync
 from tesserafl.methods.fedavg import FedAvg
 from tesserafl.methods.fedbrb import FedBRB
@@ -51,6 +52,7 @@ MethodSettings = (
     | Ravan
     | FedFMSL
     | PFLMoE
+    | FedAdapter
     | FLM
     | RandomDepth
     | DepthFL
@@ -84,6 +86,7 @@ METHODS: dict[str, type[MethodSettings]] = {
     "ravan": Ravan,
     "fedfmsl": FedFMSL,
     "pfl_moe": PFLMoE,
+    "fedadapter": FedAdapter,
     "flm": FLM,
     "random_depth": RandomDepth,
     "depthfl": DepthFL,
@@ -107,6 +110,7 @@ __all__ = [
     "EqualFinish",
     "FFALoRA",
     "FLoRA",
+    "FedAdapter",
     "FedAsync",
     "FedAvg",
     "FedBRB",

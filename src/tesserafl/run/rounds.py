@@ -163,6 +163,9 @@ def _factors(setup: Setup, federation: Federation, cohort: Sequence[Client]) -> 
     if not setup.model.low_rank or not isinstance(federation, Star):
         return None
     method = setup.experiment.method
+    in_groups = getattr(method, "in_groups", None)  # each with parameters and a mean of its own
+    if in_groups is not None and in_groups(federation.state):
+        return None
     rebuild = getattr(method, "factors", None)  # of methods whose clients send no factors
     rebuilt = None if rebuild is None else partial(rebuild, setup.model, federation.state)
     return Collected(setup.model, weights_of(cohort, method.weighting), rebuilt=rebuilt)
