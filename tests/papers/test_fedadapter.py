@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from worked import TRAINING, adapted, answer, clients, state_of, values
 
 from tesserafl.core.axis import Depth
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import ConfigError
 from tesserafl.core.messages import Task, Update
 from tesserafl.core.method import State
@@ -28,7 +31,10 @@ from tesserafl.methods._trials import Group, scores_of, winner_of
 from tesserafl.models import LoRA
 from tesserafl.models.scaling import forward_of
 from tesserafl.run.experiment import Experiment, from_json
+from tesserafl.run.federate import federate
+from tesserafl.run.rounds import Notes, play_round
 from tesserafl.run.runner import resume, start
+from tesserafl.run.setup import make_engine, prepare
 
 SMALL = FedAdapter(start_depth=1, start_width=1, depth_step=1, width_step=2, window=2)
 
@@ -268,7 +274,7 @@ def test_a_client_trains_no_more_blocks_than_it_can_and_holds_those_of_its_group
     weak = replace(client, depth=1)
     (task,) = method.configure(model, begun(method, model), [weak], TRAINING)
     assert sizes_of(task) == ("keep", 2, 1)
-    assert task.trainable == {"layers.2.a", "layers.2.b"}
+    assert task.trainable == {"layers.2.a", "layers.2.b"} == method.trained_in(model, 1)
 
 
 def test_a_client_of_a_smaller_ratio_trains_a_share_of_the_groups_width() -> None:
@@ -394,13 +400,13 @@ def test_at_the_beginning_of_a_window_all_groups_answer_alike() -> None:
 
 def experiment(**changes: Any) -> Experiment:
     base: dict[str, Any] = {
-        "data": {"num_clients": 5, "max_train": 150, "max_test": 20, "validation": 0.3},
+        "data": {"num_clients": 5, "max_train": 100, "max_test": 20, "validation": 0.3},
         "model": {
             "name": "lora",
             "config": "vit",
             "rank": 4,
             "alpha": 8.0,
-            "options": OPTIONS | {"patch_size": 4},
+            "options": OPTIONS | {"patch_size": 4, "num_hidden_layers": 2},
         },
         "method": {
             "name": "fedadapter",
@@ -418,12 +424,46 @@ def experiment(**changes: Any) -> Experiment:
     return from_json({**base, **changes})
 
 
-def rounds_of(run: Path) -> list[dict[str, Any]]:
-    lines = (run / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["kind"] == "round"]
+Tried = tuple[float, float]
+"""Blocks and ranks."""
 
 
-def test_a_run_grows_as_its_events_say_and_resumes_within_a_window(tmp_path: Path) -> None:
+def tried(note: Notes) -> list[Tried]:
+    """The configurations of a round's clients."""
+    return sorted({(row["active_blocks"], row["group_width"]) for row in note.clients})
+
+
+def accuracies(notes: Sequence[Notes]) -> dict[Tried, float]:
+    """Configuration -> share of the validation examples that were answered rightly."""
+    right, seen = Counter[Tried](), Counter[Tried]()
+    for row in (row for note in notes for row in note.clients):
+        key = row["active_blocks"], row["group_width"]
+        right[key] += round(row["validation_accuracy"] * row["validation_examples"])
+        seen[key] += round(row["validation_examples"])
+    return {key: right[key] / seen[key] for key in seen}
+
+
+def test_a_run_grows_as_its_rows_say() -> None:
+    setup = prepare(experiment())
+    federation = federate(setup, setup.experiment.method.init(setup.model, 0, 7))
+    coverage, costs = Coverage(setup.model.shapes), setup.costs()
+    with contextlib.closing(make_engine(setup)) as worker:
+        notes = [play_round(setup, worker, federation, coverage, costs) for _ in range(7)]
+    # Two windows of three rounds; the seventh round belongs to all.
+    kept = [tried(notes[first])[0] for first in (0, 3, 6)]
+    assert tried(notes[0]) == tried(notes[2]) == [(1, 2), (1, 4), (2, 2)]
+    assert len(tried(notes[6])) == 1
+    for window, winner in ((notes[1:3], kept[1]), (notes[4:6], kept[2])):
+        found = accuracies(window)
+        assert len(found) > 1 or found.keys() == {(2, 4)}
+        assert found[winner] == max(found.values())
+    assert all("validation_accuracy" not in row for row in notes[0].clients)
+    # While groups go their own ways there is no one mean product to be far from.
+    assert [note.error is None for note in notes] == [len(tried(note)) > 1 for note in notes]
+
+
+@pytest.mark.slow
+def test_a_run_killed_within_a_window_resumes_to_the_same_bits(tmp_path: Path) -> None:
     class Killed(Exception):
         pass
 
@@ -435,35 +475,10 @@ def test_a_run_grows_as_its_events_say_and_resumes_within_a_window(tmp_path: Pat
         start(experiment(), tmp_path / "run", cut_off)
     resumed, whole = resume(tmp_path / "run"), start(experiment(), tmp_path / "whole")
     assert resumed["state_sha256"] == whole["state_sha256"]
-    events = rounds_of(tmp_path / "whole")
-
-    def tried(event: dict[str, Any]) -> list[tuple[float, float]]:
-        rows = {(row["active_blocks"], row["group_width"]) for row in event["clients"]}
-        return sorted(rows)
-
-    # Two windows of three rounds; the seventh round belongs to all.
-    kept = [tried(events[first])[0] for first in (0, 3, 6)]
-    assert kept[0] == (1, 2)
-    assert tried(events[0]) == tried(events[2]) == [(1, 2), (1, 4), (2, 2)]
-    assert len(tried(events[3])) > 1 and len(tried(events[6])) == 1
-    for window, winner in ((events[1:3], kept[1]), (events[4:6], kept[2])):
-        sums: dict[tuple[float, float], list[float]] = {}
-        for row in (row for event in window for row in event["clients"]):
-            sums.setdefault((row["active_blocks"], row["group_width"]), []).append(
-                row["validation_accuracy"] * row["validation_examples"]
-            )
-            sums[row["active_blocks"], row["group_width"]].append(-row["validation_examples"])
-        scores = {
-            key: sum(v for v in found if v > 0) / -sum(v for v in found if v < 0)
-            for key, found in sums.items()
-        }
-        assert scores[winner] == pytest.approx(max(scores.values()))
-    assert all("validation_accuracy" not in row for row in events[0]["clients"])
-    # While groups go their own ways there is no one mean product to be far from.
-    assert ["aggregation_error" in event for event in events] == [False] * 6 + [True]
 
 
-def test_peers_that_may_miss_a_message_are_refused(tmp_path: Path) -> None:
-    gossip = experiment(network={"topology": "peers", "exchange": "gossip"})
+def test_peers_that_may_miss_a_message_are_refused() -> None:
+    setup = prepare(experiment(network={"topology": "peers", "exchange": "gossip"}))
+    state = setup.experiment.method.init(setup.model, 0, 7)
     with pytest.raises(ConfigError, match="averages tensors beside the model's"):
-        start(gossip, tmp_path / "run")
+        federate(setup, state)

@@ -13,6 +13,7 @@ from tesserafl.core.errors import ConfigError
 from tesserafl.core.fit import Training
 from tesserafl.data import DataSettings, kind_of
 from tesserafl.methods import (
+    FedAdapter,
     FedIT,
     FedSALoRA,
     FFALoRA,
@@ -63,6 +64,7 @@ def rows(base: Experiment, asked: frozenset[str]) -> Mapping[str, Experiment]:
         "flexlora": FlexLoRA(),
         "fedsa_lora": FedSALoRA(),
         "ravan": Ravan(),
+        "fedadapter": FedAdapter(start_width=2, width_step=2, window=6),
         "local": Local(),
         "unequal-fedit": FedIT(ratio=UNEQUAL),
         "unequal-flexlora": FlexLoRA(ratio=UNEQUAL),

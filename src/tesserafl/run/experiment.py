@@ -77,7 +77,7 @@ class Experiment:
     """speed of the client classes in GFLOP/s, dealt like method.ratio; with client_seconds"""
     client_seconds: float | None = None
     """time that a client has for the training of a round; None: no limit. Methods that choose how
-    many blocks a client adapts (fedfmsl) keep to it"""
+    many blocks a client adapts (fedfmsl, fedadapter) keep to it"""
     seed: int = 0
     """the seed of everything: partition, initialisation, participation, batches, schedules"""
     finetune_epochs: int = 0
