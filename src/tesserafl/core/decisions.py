@@ -197,6 +197,29 @@ def periods_of(
     return periods
 
 
+def followed(
+    observation: Observation, periods: Mapping[str, Periods], factors: int, options: Options
+) -> Decision:
+    """The decision, of so many factors, that comes nearest to periods from elsewhere.
+
+    Where devices train alike they take the median of their units, the higher of two.
+    """
+    chosen = torch.full((factors,), NOBODY)
+    allowed = torch.zeros(factors, options.size, dtype=torch.bool)
+    allowed[:, 0] = True
+    for times in observation.times:
+        own = periods[times.edge]
+        units = [max(1, own.steps[client] // options.unit) for client in times.clients]
+        if not options.each:
+            units = [sorted(units)[len(units) // 2]]
+        place, end = times.first, times.first + 1 + len(units)
+        chosen[place] = min(own.rounds, options.most_rounds) - 1
+        chosen[place + 1 : end] = torch.tensor(units).clamp(max=options.most_steps) - 1
+        allowed[place, : options.most_rounds] = True
+        allowed[place + 1 : end, : options.most_steps] = True
+    return Decision(chosen=chosen, allowed=allowed)
+
+
 def _slowest(times: Times, unit: int) -> float:
     """Seconds of an average in which every device trains a unit."""
     return float((times.step_seconds * unit + times.link_seconds).max())

@@ -27,6 +27,9 @@ from tesserafl.core.params import Params
 Logits = Callable[[Params, Tensor, Tensor, Tensor], Tensor]
 """`Deciding.logits`."""
 _SMALL = 1e-8
+_IMITATION_LR, _IMITATION_PASSES = 5e-3, 60
+_CURIOUS = 0.2
+"""Worth of entropy in imitation: enough is left to chance to find better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +151,20 @@ class Agents:
             self._teach_actor(batch, draw)
             self._teach_critic(seen, returns, draw)
         self.updates += 1
+
+    def imitate(self, moments: Sequence[Moment]) -> None:
+        """Become an actor that decides as it was decided in these moments, nearly always."""
+        self._prepare(moments[0].seen.shape[0])
+        batch = self._batch(moments, torch.zeros(len(moments), self.agents))
+        factors = (batch.chosen != NOBODY).sum(dim=1)
+        optimiser = torch.optim.Adam(list(self.actor.values()), lr=_IMITATION_LR)
+        for number in range(_IMITATION_PASSES):
+            draw = seeds.generator(self.seed, number, "imitation")
+            order = torch.randperm(len(factors), generator=draw)
+            for places in order.chunk(self.learning.parts):
+                log_probs, spread = self._judge(batch.take(places))
+                loss = -(log_probs / factors[places] + _CURIOUS * spread).mean()
+                self._step(optimiser, loss, self.actor)
 
     def _prepare(self, features: int) -> None:
         if self._optimisers is not None:

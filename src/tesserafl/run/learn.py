@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from tesserafl.core import seeds
-from tesserafl.core.decisions import Decision, Observation, decide, drawn, greedy
+from tesserafl.core.decisions import Decision, Observation, decide, drawn, followed, greedy
 from tesserafl.core.errors import CheckpointError, ConfigError
 from tesserafl.core.params import Params
 from tesserafl.core.policy import HEADER, TENSORS, Policy, policy_files
+from tesserafl.core.schedule import Situation
 from tesserafl.engines.process import threads
 from tesserafl.run.agents import Agents, Learning
 from tesserafl.run.events import Event, EventLog
@@ -36,6 +37,9 @@ class LearnSettings:
     """tuning jobs that are played"""
     update_every: int = 5
     """jobs between two updates of the agents"""
+    imitate: int = 3
+    """jobs whose nodes all finish together (equal_finish), from which agents begin; 0: they begin
+    at random, as in the papers"""
     joule_price: float | None = None
     """epsilon: points of accuracy that a joule costs; None: a seventh of what the first round
     gains, divided by its joules"""
@@ -50,6 +54,8 @@ class LearnSettings:
         for name in ("episodes", "update_every", "components"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.imitate < 0:
+            raise ConfigError(f"imitate must be 0 or more; got {self.imitate}")
         price = self.joule_price
         if price is not None and not 0 <= price < math.inf:
             raise ConfigError(f"joule_price must be 0 or more, and finite; got {price}")
@@ -130,6 +136,10 @@ class _Lesson:
     def to_the_end(self) -> dict[str, Any]:
         settings = self.settings
         self.emit({"kind": "start", **asdict(settings), "joule_price": self.price.joule})
+        if settings.imitate:
+            jobs = [self._balanced(number) for number in range(settings.imitate)]
+            self.agents.imitate([moment for job in jobs for moment in job.moments])
+            self.emit({"kind": "imitated", "episodes": settings.imitate, **_means(jobs)})
         played: list[Episode] = []
         for number in range(settings.episodes):
             played.append(self._play(number))
@@ -145,17 +155,29 @@ class _Lesson:
         return last
 
     def _play(self, number: int) -> Episode:
-        def choose(observation: Observation, round: int) -> Decision:
-            draw = seeds.generator(self.seed, number, round, observation.agent, "decision")
+        def choose(observation: Observation, seen: Situation) -> Decision:
+            draw = seeds.generator(self.seed, number, seen.round, observation.agent, "decision")
             logits = self.agents.one(observation)
             return decide(observation, logits, self.job.method.options, drawn(draw))
 
         return self.job.play(self.warm, self.policy, self.price, choose, number)
 
+    def _balanced(self, number: int) -> Episode:
+        """All finish together; of other worlds than those that are learnt in."""
+        schedule = self.job.setup.experiment.method.periods  # type: ignore[union-attr]
+        options = self.job.method.options
+
+        def choose(observation: Observation, seen: Situation) -> Decision:
+            periods = schedule(self.job.setup.model, self.warm.state, seen)
+            factors = len(self.agents.one(observation))
+            return followed(observation, periods, factors, options)
+
+        return self.job.play(self.warm, self.policy, self.price, choose, -1 - number)
+
     def _greedy(self) -> Episode:
         """The policy as it will decide, in the experiment's own world."""
 
-        def choose(observation: Observation, round: int) -> Decision:
+        def choose(observation: Observation, seen: Situation) -> Decision:
             logits = self.agents.one(observation)
             return decide(observation, logits, self.job.method.options, greedy)
 
@@ -177,6 +199,8 @@ def line_of(event: Event) -> str:
         f"return {event['return']:.2f}  accuracy {event['accuracy']:.4f}  "
         f"joules {event['joules']:.4g}  rounds {event['rounds']:.1f}"
     )
+    if event["kind"] == "imitated":
+        return f"what is imitated: {outcome}"
     if event["kind"] == "update":
         return f"jobs {event['episodes']}  {outcome}"
     return f"as it will decide: {outcome}\nUse it with: --method.policy {event['policy']}"

@@ -35,8 +35,8 @@ from tesserafl.run.runner import first_federation
 from tesserafl.run.setup import Setup
 from tesserafl.run.tree import Tree
 
-Choose = Callable[[Observation, int], Decision]
-"""What an agent chooses in a round."""
+Choose = Callable[[Observation, Situation], Decision]
+"""What an agent chooses; the situation tells the round."""
 SHARE = 1 / 7
 """What energy takes of the gain of the warm-up, where its price is not given: Tomtit's is unknown;
 the gain of the first rounds should be five to ten times as much."""
@@ -191,7 +191,7 @@ class TuningJob:
 
         def schedule(model: Model, state: State, seen: Situation) -> Mapping[str, Periods]:
             observations = self.method.observe(policy, model, state, seen)
-            decisions = [choose(observation, state.round) for observation in observations]
+            decisions = [choose(observation, seen) for observation in observations]
             decided.append((self.method.overview(policy, state, seen), observations, decisions))
             periods: dict[str, Periods] = {}
             for observation, decision in zip(observations, decisions, strict=True):

@@ -15,10 +15,12 @@ from tesserafl.core.decisions import (
     decide,
     drawn,
     entropy,
+    followed,
     greedy,
     log_probabilities,
     periods_of,
 )
+from tesserafl.core.schedule import Periods
 
 EACH = Options(most_rounds=3, most_steps=4, unit=5, each=True)
 ALIKE = Options(most_rounds=3, most_steps=4, unit=5, each=False)
@@ -126,6 +128,20 @@ def test_devices_alike_are_bound_by_the_slowest() -> None:
     # One average: 2 gamma_1 + 1 + 4 <= 11.5, so gamma_1 <= 3.
     assert decision.allowed[1].tolist() == [True, True, True, False]
     assert dict(periods_of(seen(times(99)), decision, ALIKE)["a"].steps) == {7: 5, 9: 5}
+
+
+def test_periods_from_elsewhere_become_the_nearest_decision() -> None:
+    periods = {"a": Periods(rounds=9, steps={7: 14, 9: 3})}
+    each = followed(seen(times(1.0)), periods, 4, EACH)
+    assert each.chosen.tolist() == [2, 1, 0, NOBODY]
+    assert each.allowed.sum(dim=1).tolist() == [3, 4, 4, 1]
+    assert bool(each.allowed[:3].gather(1, each.chosen[:3, None]).all())
+    alike = followed(seen(times(1.0)), periods, 2, ALIKE)
+    assert alike.chosen.tolist() == [2, 1]
+    # What fits is what was given: there and back.
+    again = periods_of(seen(times(1.0)), each, EACH)
+    assert again == {"a": Periods(rounds=3, steps={7: 10, 9: 5})}
+    assert torch.equal(followed(seen(times(1.0)), again, 4, EACH).chosen, each.chosen)
 
 
 def test_one_agent_may_decide_for_edges_of_which_some_take_no_part() -> None:

@@ -17,6 +17,7 @@ from tesserafl.core.decisions import Decision, Observation, decide, drawn, greed
 from tesserafl.core.errors import CheckpointError, ConfigError
 from tesserafl.core.fit import Training
 from tesserafl.core.policy import HEADER, TENSORS, Policy, read_policy
+from tesserafl.core.schedule import Situation
 from tesserafl.core.seeds import generator
 from tesserafl.data import DataSettings
 from tesserafl.engines.clock import ClockSettings
@@ -100,17 +101,17 @@ def job_of(asked: Experiment) -> Iterator[tuple[TuningJob, Warm, Policy]]:
 
 
 def at_random(job: TuningJob, policy: Policy, seed: int) -> Any:
-    def choose(observation: Observation, round: int) -> Decision:
+    def choose(observation: Observation, seen: Situation) -> Decision:
         rows, context = observation.rows[None], observation.context[None]
         present = torch.ones(rows.shape[:2], dtype=torch.bool)
         logits = job.method.logits(policy.actor, rows, present, context)[0]
-        draw = generator(seed, round, observation.agent, "choice")
+        draw = generator(seed, seen.round, observation.agent, "choice")
         return decide(observation, logits, job.method.options, drawn(draw))
 
     return choose
 
 
-def smallest(observation: Observation, round: int) -> Decision:
+def smallest(observation: Observation, seen: Situation) -> Decision:
     return decide(observation, torch.zeros(3, 4), METHOD.options, greedy)
 
 
@@ -182,7 +183,7 @@ def test_all_rounds_begin_where_the_warm_up_ended(fleet: FleetSettings) -> None:
 def test_learning_repeats_its_bits_and_what_was_learnt_decides_alike(
     tmp_path: Path, fleet: FleetSettings
 ) -> None:
-    settings = LearnSettings(episodes=4, update_every=2)
+    settings = LearnSettings(episodes=4, update_every=2, imitate=1)
     # So much time that the rounds end the job: a run then ends where an episode does.
     asked = experiment(fleet, clock=ClockSettings(horizon_seconds=90.0), rounds=3)
     events: list[Any] = []
@@ -194,11 +195,17 @@ def test_learning_repeats_its_bits_and_what_was_learnt_decides_alike(
         for name in ("one", "two", "three")
     )
     assert one[:2] == two[:2] and one[0] != three[0]
-    assert [event["kind"] for event in events] == ["start", "update", "update", "finish"]
-    assert [event["episodes"] for event in events[1:3]] == [2, 4]
+    assert [event["kind"] for event in events] == [
+        "start",
+        "imitated",
+        "update",
+        "update",
+        "finish",
+    ]
+    assert [event["episodes"] for event in events[1:4]] == [1, 2, 4]
     lines = [json.loads(line) for line in one[2].splitlines()]
     assert lines == events
-    assert "jobs 2  return" in line_of(events[1]) and "--method.policy" in line_of(events[3])
+    assert "jobs 2  return" in line_of(events[2]) and "--method.policy" in line_of(events[4])
     # A run with the policy is the episode in the experiment's own world, warm-up included.
     method = replace(METHOD, policy=tmp_path / "one")
     summary = start(replace(asked, method=method), tmp_path / "run")
@@ -216,7 +223,7 @@ def test_learning_repeats_its_bits_and_what_was_learnt_decides_alike(
 def test_hwamei_learns_too(tmp_path: Path, fleet: FleetSettings) -> None:
     method = Hwamei(first_steps=1, first_rounds=1, most_steps=4, most_rounds=3)
     asked = experiment(fleet, method, clock=ClockSettings(horizon_seconds=90.0), rounds=3)
-    result = learn(asked, tmp_path / "policy", LearnSettings(episodes=2, update_every=2))
+    result = learn(asked, tmp_path / "policy", LearnSettings(episodes=2, update_every=2, imitate=0))
     assert read_policy(tmp_path / "policy").edges == ("edge-0", "edge-1")
     run = replace(asked, method=replace(method, policy=tmp_path / "policy"))
     assert start(run, tmp_path / "run")["accuracy"] == result["accuracy"]
@@ -229,7 +236,7 @@ def test_where_a_joule_costs_everything_the_minimum_is_learnt(
 ) -> None:
     # One decision a job, so that there is no round in which to save what another one spends.
     asked = experiment(fleet, method, clock=ClockSettings(horizon_seconds=90.0), rounds=2)
-    settings = LearnSettings(episodes=160, update_every=10, joule_price=1e4)
+    settings = LearnSettings(episodes=160, update_every=10, joule_price=1e4, imitate=0)
     learn(asked, tmp_path / "policy", settings)
     run = replace(asked, method=replace(method, policy=tmp_path / "policy"))
     start(run, tmp_path / "run")
@@ -262,7 +269,7 @@ def test_what_cannot_be_learnt_is_refused_and_leaves_no_folder(
     (tmp_path / "policy" / "mine").touch()
     with pytest.raises(CheckpointError, match="is not empty"):
         learn(experiment(fleet), tmp_path / "policy", LearnSettings())
-    for values in ({"episodes": 0}, {"update_every": 0}, {"joule_price": -1.0}):
+    for values in ({"episodes": 0}, {"update_every": 0}, {"joule_price": -1.0}, {"imitate": -1}):
         with pytest.raises(ConfigError, match="must be"):
             LearnSettings(**values)  # type: ignore[arg-type]
 
@@ -275,7 +282,7 @@ def test_the_command_learns_what_a_run_takes(
     policy, short = str(tmp_path / "policy"), ["--episodes", "2", "--update-every", "2"]
     main(["learn", str(tmp_path / "job.json"), "--out", policy, *short, "--json"])
     *lines, last = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("a joule costs") and lines[1].startswith("jobs 2  return")
+    assert lines[0].startswith("a joule costs") and lines[2].startswith("jobs 2  return")
     result = json.loads(last)
     assert read_policy(Path(result["policy"])).method == "tomtit"
     where = ["--out", str(tmp_path / "run"), "--method.policy", policy]
@@ -284,3 +291,28 @@ def test_the_command_learns_what_a_run_takes(
     with pytest.raises(SystemExit):
         main(["run", str(tmp_path / "job.json"), *where[2:], "--method.most-steps", "5"])
     assert "method.most_steps is 5, and the policy was learnt for 4" in capsys.readouterr().err
+
+
+def test_imitated_agents_decide_as_equal_finish_does(tmp_path: Path, fleet: FleetSettings) -> None:
+    asked = experiment(fleet, rounds=6, clock=ClockSettings(horizon_seconds=90.0))
+    asked = replace(asked, method=replace(METHOD, first_steps=2))
+    events: list[Any] = []
+    settings = LearnSettings(episodes=1, update_every=1, imitate=3, joule_price=0.0)
+    learn(asked, tmp_path / "policy", settings, events.append)
+    periods = []
+    for method in (asked.method, replace(asked.method, policy=tmp_path / "policy")):  # type: ignore[type-var]
+        start(replace(asked, method=method), tmp_path / f"run-{len(periods)}")
+        rounds = read_events(tmp_path / f"run-{len(periods)}" / "events.jsonl")
+        periods.append(
+            [
+                number
+                for event in rounds
+                if event["kind"] == "round"
+                for each in event["periods"].values()
+                for number in (each["rounds"], *each["steps"].values())
+            ]
+        )
+    balanced, learnt = periods
+    assert len(set(balanced)) > 2
+    alike = sum(a == b for a, b in zip(balanced, learnt, strict=True)) / len(balanced)
+    assert alike > 0.5  # by chance a third; what differs leads to other situations
