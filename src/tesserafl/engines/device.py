@@ -11,12 +11,13 @@ order: two methods that are compared meet the same world.
 from __future__ import annotations
 
 import math
+from array import array
+from bisect import bisect_right
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tesserafl.core import seeds
 from tesserafl.core.errors import ConfigError
@@ -75,6 +76,8 @@ class Chain:
                 f"a chain needs a mean stay for each of its values; got {len(self.values)} values "
                 f"and {len(self.mean_seconds)} stays"
             )
+        if len(self.values) > 256:
+            raise ConfigError(f"a chain has at most 256 values; got {len(self.values)}")
         if not all(0 < stay < FOREVER for stay in self.mean_seconds):
             raise ConfigError(f"mean stays are positive seconds; got {list(self.mean_seconds)}")
 
@@ -85,35 +88,38 @@ class Chain:
         block = self._block_seconds
         number = int(seconds // block)
         ends, states = _lot(self, seed, device, name, number)
-        position = int(np.searchsorted(ends, seconds - number * block, side="right"))
+        position = bisect_right(ends, seconds - number * block)
         if position == len(ends):  # by rounding: the next block begins
             number, position = number + 1, 0
             ends, states = _lot(self, seed, device, name, number)
-        until = number * block + float(ends[position])
+        until = number * block + ends[position]
         # However short a stay is, time goes on.
         return self.values[states[position]], max(until, math.nextafter(seconds, FOREVER))
 
-    @property
+    @cached_property
     def _block_seconds(self) -> float:
         return _STAYS * sum(self.mean_seconds) / len(self.mean_seconds)
 
 
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=1 << 15)
 def _lot(
     chain: Chain, seed: int, device: int, name: str, number: int
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+) -> tuple[array[float], bytes]:
     """The stays of one block: their ends, counted from its beginning, and their states."""
     draw = seeds.numpy_generator(seed, device, name, number)
-    means, count = np.array(chain.mean_seconds), len(chain.values)
-    first = draw.choice(count, p=means / means.sum())
+    means, count, block = np.array(chain.mean_seconds), len(chain.values), chain._block_seconds
+    shares = (means / means.sum()).cumsum()
+    first = int((shares / shares[-1]).searchsorted(draw.random(), side="right"))
     stays, states = np.empty(0), np.array([first])
-    while stays.sum() < chain._block_seconds:
+    while stays.sum() < block:
         jumps = draw.integers(1, count, size=_STAYS)
-        states = np.concatenate([states, (states[-1] + np.cumsum(jumps)) % count])
-        stays = np.append(stays, draw.exponential(means[states[len(stays) : -1]]))
-    ends = np.cumsum(stays)
-    kept = int(np.searchsorted(ends, chain._block_seconds)) + 1
-    return np.minimum(ends[:kept], chain._block_seconds), states[:kept]
+        states = np.concatenate((states, (states[-1] + jumps.cumsum()) % count))
+        more = draw.exponential(means[states[len(stays) : -1]])
+        stays = np.concatenate((stays, more))
+    ends = stays.cumsum()
+    kept = int(ends.searchsorted(block)) + 1
+    ends = np.minimum(ends[:kept], block)
+    return array("d", ends.tobytes()), states[:kept].astype(np.uint8).tobytes()
 
 
 class Piece(NamedTuple):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from tesserafl.core.errors import TesseraError
 from tesserafl.core.messages import Client
 from tesserafl.engines.fleet import Fleet
 from tesserafl.run.setup import Setup
@@ -46,3 +47,11 @@ class Roster:
             self._order = (round, self.setup.order(round))
         clients, working, asked = self.setup.clients, self.working, self.asked
         return (clients[c] for c in self._order[1] if c not in working and c not in asked)
+
+
+def deserted(now: float) -> TesseraError:
+    """The end of a run whose devices have all left for good."""
+    return TesseraError(
+        f"after {now:.0f} virtual seconds no device can be reached any more; let devices leave "
+        f"later, or play fewer rounds"
+    )

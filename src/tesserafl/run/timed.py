@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tesserafl.core.coverage import Coverage
-from tesserafl.core.errors import TesseraError
 from tesserafl.core.messages import Client, Update
 from tesserafl.core.params import Params
 from tesserafl.engines.clock import EventQueue
@@ -25,7 +24,7 @@ from tesserafl.engines.fleet import Fleet
 from tesserafl.engines.seam import Engine
 from tesserafl.run.costs import CostTable
 from tesserafl.run.flights import UPDATE_GROUPS, Flight, flight_of, flight_parts, fly
-from tesserafl.run.roster import Roster
+from tesserafl.run.roster import Roster, deserted
 from tesserafl.run.rounds import Notes, check_answered, count, fold, training_of
 from tesserafl.run.setup import Setup
 
@@ -163,7 +162,7 @@ class Timed:
             # All that ends at one moment is looked at before anybody is asked.
             if self.queue.next_time() > self.now and not self._fill():
                 if not buffer and not self._roster.asked:
-                    raise self._deserted()
+                    raise deserted(self.now)
                 break
             flight = self._take()
             self._sort(flight, buffer, failed, more)
@@ -228,17 +227,11 @@ class Timed:
             comes = self._next_comer()
             if self.queue.next_time() <= comes:
                 if not len(self.queue):
-                    raise self._deserted()
+                    raise deserted(self.now)
                 self.ended.append(self._take())
             else:
                 self.queue.wait_until(comes)
         return picked
-
-    def _deserted(self) -> TesseraError:
-        return TesseraError(
-            f"after {self.now:.0f} virtual seconds no device can be reached any more; let devices "
-            f"leave later, or play fewer rounds"
-        )
 
     # Flights.
 

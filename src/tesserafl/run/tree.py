@@ -11,6 +11,7 @@ An edge is a server to those below and a client to the node above; the method's 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +31,7 @@ from tesserafl.engines.sums import Covered, Sums, sums_of
 from tesserafl.run.costs import CostTable
 from tesserafl.run.flights import Flight, fly
 from tesserafl.run.job import Job
+from tesserafl.run.roster import deserted
 from tesserafl.run.rounds import Notes, check_answered, count, training_of
 from tesserafl.run.setup import Setup
 
@@ -73,9 +75,12 @@ class Tree:
 
         Raises:
             ConfigError: the method's schedule asks for what the tree cannot do.
+            TesseraError: no device can be reached any more.
             UpdateError: the work of every client that answered was refused.
         """
         begun, begin, notes, state = time.perf_counter(), self.now, Notes(), self.federation.state
+        if all(placed.online_from(begin) == math.inf for placed in self.fleet.devices):
+            raise deserted(begin)
         method = self.setup.experiment.method
         cohort = {client.id: client for client in self.setup.cohort(state.round)}
         periods = self._periods(state, cohort)

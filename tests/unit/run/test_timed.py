@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from worlds import (
     Constant,
     change_of,
+    costs_of,
     device,
     entry,
     fleet_of,
@@ -21,17 +22,21 @@ from worlds import (
     restored,
     seen,
     setup_of,
+    state_of,
     timed_of,
 )
 
+from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import TesseraError, UpdateError
 from tesserafl.core.params import sha256
 from tesserafl.engines.clock import ClockSettings, EventQueue
 from tesserafl.engines.device import INSTANT, Chain, Device
+from tesserafl.engines.federation import Star
 from tesserafl.engines.fleet import Fleet
 from tesserafl.methods import FedAvg, FedBuff
+from tesserafl.run.player import Untimed
 from tesserafl.run.rounds import Notes
-from tesserafl.run.setup import Setup
+from tesserafl.run.setup import Setup, make_engine
 from tesserafl.run.timed import Timed
 
 WATTS = {"idle_watts": 1.0, "busy_watts": 10.0, "radio_watts": 3.0}
@@ -473,6 +478,7 @@ def test_a_server_that_is_restored_goes_on_the_same(world: tuple[Setup, Fleet], 
 def test_devices_that_take_no_time_are_synchronous_however_one_waits(
     weighting: Any, dropout: float
 ) -> None:
+    """Really trained, and against a run that has no clock at all."""
     zero = fleet_of([Device(gflops=math.inf, link=INSTANT)] * 5)
     sizes, results = (3, 4, 9, 17, 5), {}
     modes = {
@@ -487,13 +493,19 @@ def test_devices_that_take_no_time_are_synchronous_however_one_waits(
         setup = setup_of(
             sizes, clock=clock, method=method, clients_per_round=3, dropout=dropout, seed=2
         )
-        timed = timed_of(setup, zero)
+        timed = timed_of(setup, zero, make_engine(setup))
         notes = play(timed, 6)
         assert timed.now == 0.0
         results[name] = (
             sha256(timed.federation.state.params),
             [answered(each) for each in notes],
         )
+    star = Star(model=setup.model, method=FedAvg(weighting=weighting), state=state_of(setup))
+    setup = replace(setup, experiment=replace(setup.experiment, method=star.method))
+    plain = Untimed(setup=setup, engine=make_engine(setup), federation=star, costs=costs_of(setup))
+    coverage = Coverage(setup.model.shapes)
+    who = [sorted((r["client"], 0) for r in plain.play(coverage).clients) for _ in range(6)]
+    results["without a clock"] = (sha256(star.state.params), who)
     assert len({str(result) for result in results.values()}) == 1
 
 

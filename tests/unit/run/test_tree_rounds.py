@@ -31,7 +31,7 @@ from worlds import (
 )
 
 from tesserafl.core import seeds
-from tesserafl.core.errors import ConfigError, UpdateError
+from tesserafl.core.errors import ConfigError, TesseraError, UpdateError
 from tesserafl.core.fit import Training
 from tesserafl.core.method import weights_of
 from tesserafl.core.params import Params, sha256
@@ -511,6 +511,15 @@ def test_too_many_averages_are_refused(rounds: int) -> None:
         ConfigError, match=rf"edge 'a': .* fewer than 1000 times in a round; .*rounds={rounds}"
     ):
         play(tree)
+
+
+def test_a_tree_that_everybody_left_is_an_error() -> None:
+    gone = [device(example=1.0, leaves_seconds=leaves) for leaves in (5.0, 9.0)]
+    fleet = fleet_of(gone, [Edge(name="a", link=INSTANT)], ["a", "a"])
+    tree = tree_of(setup_of((4, 4), method=HierFAVG(), rounds=100), fleet)
+    with pytest.raises(TesseraError, match="after 9 virtual seconds no device can be reached"):
+        play(tree, 100)
+    assert tree.federation.round == 3  # at 4 s, 8 s, and when the last one broke off
 
 
 def test_a_tree_whose_work_is_all_refused_is_an_error() -> None:
