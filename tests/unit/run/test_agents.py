@@ -72,7 +72,7 @@ def taught(
 ) -> Agents:
     """Agents that learnt from jobs of one round."""
     actor = TOMTIT.first_actor(0, ("edge",), seed)
-    learning = Learning(actor_lr=8e-3)
+    learning = Learning(actor_lr=1e-2, passes=6, parts=2)
     agents = Agents(logits=TOMTIT.logits, actor=actor, agents=1, seed=seed, learning=learning)
     for update in range(updates):
         episodes = []
@@ -105,8 +105,9 @@ def together(observation: Observation, decision: Decision) -> float:
     return -sum(late) - abs(rounds - 3)
 
 
+@pytest.mark.slow
 def test_agents_find_the_best_periods_for_every_speed() -> None:
-    agents = taught(together, updates=24)
+    agents = taught(together, updates=30)
     # 8 s are 8, 4 and 2 steps; of devices that were never together in one job too.
     for kinds in ([0, 1, 2], [2, 2], [0, 0, 1], [2, 1, 0, 0]):
         best = [3, *(int(8 / SPEEDS[kind]) for kind in kinds)]
@@ -172,7 +173,11 @@ def test_each_agent_is_judged_by_its_own_reward() -> None:
     """Two agents, the second of which is paid for many averages, the first for few."""
     actor = TOMTIT.first_actor(0, ("a", "b"), 0)
     agents = Agents(
-        logits=TOMTIT.logits, actor=actor, agents=2, seed=0, learning=Learning(actor_lr=1e-2)
+        logits=TOMTIT.logits,
+        actor=actor,
+        agents=2,
+        seed=0,
+        learning=Learning(actor_lr=1e-2, parts=2),
     )
 
     def of(agent: int) -> Observation:
@@ -208,7 +213,8 @@ def test_each_agent_is_judged_by_its_own_reward() -> None:
 
 def test_the_critic_learns_what_a_state_is_worth() -> None:
     actor = TOMTIT.first_actor(0, ("edge",), 0)
-    agents = Agents(logits=TOMTIT.logits, actor=actor, agents=1, seed=0)
+    learning = Learning(critic_lr=1e-2, parts=1)
+    agents = Agents(logits=TOMTIT.logits, actor=actor, agents=1, seed=0, learning=learning)
     observation = seen([1])
     for update in range(15):
         episodes = []

@@ -293,6 +293,7 @@ def test_the_command_learns_what_a_run_takes(
     assert "method.most_steps is 5, and the policy was learnt for 4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_imitated_agents_decide_as_equal_finish_does(tmp_path: Path, fleet: FleetSettings) -> None:
     asked = experiment(fleet, rounds=6, clock=ClockSettings(horizon_seconds=90.0))
     asked = replace(asked, method=replace(METHOD, first_steps=2))
