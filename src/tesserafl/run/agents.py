@@ -27,7 +27,7 @@ from tesserafl.core.params import Params
 Logits = Callable[[Params, Tensor, Tensor, Tensor], Tensor]
 """`Deciding.logits`."""
 _SMALL = 1e-8
-_IMITATION_LR, _IMITATION_PASSES = 5e-3, 60
+_IMITATION_LR, _IMITATION_PASSES, _FIRST_PASSES = 5e-3, 60, 60
 _CURIOUS = 0.2
 """Worth of entropy in imitation: enough is left to chance to find better."""
 
@@ -57,9 +57,9 @@ class Learning:
     """by how much a probability may change and still be rewarded"""
     entropy: float = 0.01
     """worth of a factor's mean entropy, in units of a standardised advantage"""
-    actor_lr: float = 1e-3
+    actor_lr: float = 3e-4
     """Adam's rate for the actor"""
-    critic_lr: float = 3e-3
+    critic_lr: float = 1e-3
     """Adam's rate for the critic"""
     passes: int = 8
     """passes over the decisions of an update"""
@@ -130,9 +130,9 @@ class Agents:
 
     def update(self, episodes: Sequence[Sequence[Moment]]) -> None:
         """Learn from episodes that were played with the actor as it is now."""
+        self._begin(episodes)
         moments = [moment for episode in episodes for moment in episode]
         seen = torch.stack([moment.seen for moment in moments])
-        self._prepare(seen.shape[1])
         with torch.no_grad():
             values = self._values(seen)
         worth, start = [], 0
@@ -143,8 +143,6 @@ class Agents:
             start += len(episode)
         gained = torch.cat(worth)
         returns = gained + values
-        if not self.updates:
-            self._mean, self._scale = returns.mean(), returns.std(correction=0) + _SMALL
         batch = self._batch(moments, gained)
         for number in range(self.learning.passes):
             draw = seeds.generator(self.seed, self.updates, number, "passes")
@@ -152,9 +150,10 @@ class Agents:
             self._teach_critic(seen, returns, draw)
         self.updates += 1
 
-    def imitate(self, moments: Sequence[Moment]) -> None:
-        """Become an actor that decides as it was decided in these moments, nearly always."""
-        self._prepare(moments[0].seen.shape[0])
+    def imitate(self, episodes: Sequence[Sequence[Moment]]) -> None:
+        """Become an actor that decides as it was decided in these episodes, nearly always."""
+        self._begin(episodes)
+        moments = [moment for episode in episodes for moment in episode]
         batch = self._batch(moments, torch.zeros(len(moments), self.agents))
         factors = (batch.chosen != NOBODY).sum(dim=1)
         optimiser = torch.optim.Adam(list(self.actor.values()), lr=_IMITATION_LR)
@@ -166,9 +165,15 @@ class Agents:
                 loss = -(log_probs / factors[places] + _CURIOUS * spread).mean()
                 self._step(optimiser, loss, self.actor)
 
-    def _prepare(self, features: int) -> None:
+    def _begin(self, episodes: Sequence[Sequence[Moment]]) -> None:
+        """Before the first lesson: the critic learns what rounds were worth in these episodes.
+
+        Without it the first updates would take early rounds for good decisions.
+        """
         if self._optimisers is not None:
             return
+        seen = torch.stack([moment.seen for episode in episodes for moment in episode])
+        features = seen.shape[1]
         self._critic = first_layers("value", (features, 64, 64, self.agents), 0.0, self.seed)
         self.actor = {name: tensor.clone() for name, tensor in self.actor.items()}
         for tensor in (*self.actor.values(), *self._critic.values()):
@@ -177,6 +182,16 @@ class Agents:
             torch.optim.Adam(list(self.actor.values()), lr=self.learning.actor_lr, eps=1e-5),
             torch.optim.Adam(list(self._critic.values()), lr=self.learning.critic_lr, eps=1e-5),
         )
+        returns = []
+        for episode in episodes:
+            rewards = torch.stack([moment.rewards for moment in episode])
+            returns.append(
+                advantages(rewards, torch.zeros_like(rewards), self.learning.discount, 1.0)
+            )
+        worth = torch.cat(returns)
+        self._mean, self._scale = worth.mean(), worth.std(correction=0) + _SMALL
+        for number in range(_FIRST_PASSES):
+            self._teach_critic(seen, worth, seeds.generator(self.seed, number, "first"))
 
     def _values(self, seen: Tensor) -> Tensor:
         return through(self._critic, "value", seen) * self._scale + self._mean

@@ -138,7 +138,7 @@ class _Lesson:
         self.emit({"kind": "start", **asdict(settings), "joule_price": self.price.joule})
         if settings.imitate:
             jobs = [self._balanced(number) for number in range(settings.imitate)]
-            self.agents.imitate([moment for job in jobs for moment in job.moments])
+            self.agents.imitate([job.moments for job in jobs])
             self.emit({"kind": "imitated", "episodes": settings.imitate, **_means(jobs)})
         played: list[Episode] = []
         for number in range(settings.episodes):
