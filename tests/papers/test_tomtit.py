@@ -159,11 +159,11 @@ def test_the_first_round_is_fixed_and_without_a_policy_all_finish_together() -> 
         "b": Periods(rounds=3, steps={2: 10}),
     }
     # a: the median device takes 1.25 s a step, so 2.5 s for two units: 5 units, 4 at most, and 1.
-    # a has 32 s until b is there, less 1 for its link: 31 / 6 averages; b has 24 / 12.
+    # b's average takes 12 s and its link 8: a has 20 s, less 1 for its link, for averages of 6 s.
     later = method.periods(MODEL, state_of(MODEL), situation(a=A, b=B))
     assert later == {
-        "a": Periods(rounds=5, steps={0: 20, 1: 5}),
-        "b": Periods(rounds=2, steps={2: 10}),
+        "a": Periods(rounds=3, steps={0: 20, 1: 5}),
+        "b": Periods(rounds=1, steps={2: 10}),
     }
     plain = EqualFinish(local_steps=2, edge_rounds=3, most_steps=4)
     alike = Tomtit(first_steps=2, first_rounds=3, most_steps=4)
