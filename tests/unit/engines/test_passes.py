@@ -107,7 +107,11 @@ def alone(training: Training, client: int, size: int) -> Fitted:
     return execute(fit, forward, examples_of(size, client), draw(client))
 
 
-def together(trainings: list[Training], most: int = 8) -> list[Fitted]:
+COHORTS = Cohorts(most=8, width=lambda size: max(widest(n, size) for n in SIZES))
+"""Of all tests: its programs are traced once."""
+
+
+def together(trainings: list[Training]) -> list[Fitted]:
     forward = forward_of(MODEL, MODEL.whole(), MODEL.module().train(), "none")
     start = MODEL.init(0)
     members = [
@@ -119,8 +123,7 @@ def together(trainings: list[Training], most: int = 8) -> list[Fitted]:
         for client, (training, size) in enumerate(zip(trainings, SIZES, strict=True))
     ]
     assert len({member.shape for member in members}) == 1  # they are trained together
-    cohorts = Cohorts(most=most, width=lambda size: max(widest(n, size) for n in SIZES))
-    return cohorts.train(members, forward, "model")
+    return COHORTS.train(members, forward, "model")
 
 
 def assert_alike(one: Fitted, other: Fitted) -> None:
@@ -131,27 +134,27 @@ def assert_alike(one: Fitted, other: Fitted) -> None:
 
 
 KINDS = {
-    "sgd": Training(lr=0.1, batch_size=4),
-    "momentum": Training(lr=0.1, momentum=0.9, clip_norm=0.5, batch_size=4),
-    "adamw": Training(optimiser="adamw", lr=0.01, weight_decay=0.1, batch_size=4),
-    "one batch": Training(lr=0.1, batch_size=64),
+    "sgd": Training(lr=0.1, epochs=3, batch_size=4),
+    "momentum": Training(lr=0.1, momentum=0.9, clip_norm=0.5, epochs=3, batch_size=4),
+    "adamw": Training(optimiser="adamw", lr=0.01, weight_decay=0.1, epochs=3, batch_size=4),
+    "one batch": Training(lr=0.1, epochs=3, batch_size=64),
 }
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_as_many_steps_as_whole_epochs_have_give_their_bits(name: str) -> None:
     for client, size in enumerate(SIZES):
-        epochs = replace(KINDS[name], epochs=3)
-        steps = replace(KINDS[name], epochs=1, steps=num_steps(size, epochs))
+        epochs = KINDS[name]
+        steps = replace(epochs, epochs=1, steps=num_steps(size, epochs))
         one, other = alone(epochs, client, size), alone(steps, client, size)
         assert all(torch.equal(one.params[n], other.params[n]) for n in one.params)
         assert (one.metrics, one.num_steps) == (other.metrics, other.num_steps)
 
 
 def test_in_a_cohort_too() -> None:
-    epochs = [replace(KINDS["momentum"], epochs=3)] * 5
+    epochs = [KINDS["momentum"]] * 5
     steps = [
-        replace(KINDS["momentum"], steps=num_steps(size, training))
+        replace(training, steps=num_steps(size, training))
         for training, size in zip(epochs, SIZES, strict=True)
     ]
     for one, other in zip(together(epochs), together(steps), strict=True):
