@@ -1,4 +1,4 @@
-"""What methods for trees share: everybody trains the same part, every node takes the same mean."""
+"""What methods for unequal devices share: who trains which part, and the mean of a tree's node."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from tesserafl.methods._normalised import normalised
 from tesserafl.methods._width import prefix_tasks
 
 
-class _Levelled(Protocol):
+class _Cut(Protocol):
     @property
     def ratio(self) -> tuple[float, ...]: ...
+
+
+class _Levelled(Protocol):
     @property
     def weighting(self) -> Weighting: ...
     @property
@@ -23,7 +26,7 @@ class _Levelled(Protocol):
 
 
 def first_units(
-    self: _Levelled, model: Model, state: State, clients: Sequence[Client], training: Training
+    self: _Cut, model: Model, state: State, clients: Sequence[Client], training: Training
 ) -> Iterator[Task]:
     """Everybody gets everything, or the first units of every axis."""
     return prefix_tasks(model, state, clients, training, self.ratio)

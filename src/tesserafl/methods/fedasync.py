@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 
 from tesserafl.core.errors import ConfigError
-from tesserafl.core.fit import Fitted, Training
+from tesserafl.core.fit import Fitted
 from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.method import (
     Report,
@@ -37,8 +37,8 @@ from tesserafl.core.method import (
 from tesserafl.core.model import Model
 from tesserafl.core.params import subtract
 from tesserafl.core.submodel import cut, merge
+from tesserafl.methods._levels import first_units
 from tesserafl.methods._staleness import Decay, check_decay, decayed, times
-from tesserafl.methods._width import prefix_tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +67,7 @@ class FedAsync:
             raise ConfigError(f"FedAsync: alpha must be in (0, 1]; got {self.alpha}")
 
     init = init_whole
-
-    def configure(
-        self, model: Model, state: State, clients: Sequence[Client], training: Training
-    ) -> Iterator[Task]:
-        """The newest model, or the first units of its axes."""
-        return prefix_tasks(model, state, clients, training, self.ratio)
-
+    configure = first_units
     local = train_everything
 
     def report(self, model: Model, task: Task, fitted: Fitted, memory: Memory) -> Report:

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tesserafl.core.errors import ConfigError
-from tesserafl.core.fit import Training
-from tesserafl.core.messages import Client, Task, Update
+from tesserafl.core.messages import Client, Update
 from tesserafl.core.method import (
     State,
     Topology,
@@ -33,8 +32,8 @@ from tesserafl.core.method import (
 )
 from tesserafl.core.model import Model
 from tesserafl.core.submodel import merge
+from tesserafl.methods._levels import first_units
 from tesserafl.methods._staleness import Decay, check_decay, decayed, times
-from tesserafl.methods._width import prefix_tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +62,7 @@ class FedBuff:
             raise ConfigError(f"FedBuff: server_lr must be positive; got {self.server_lr}")
 
     init = init_whole
-
-    def configure(
-        self, model: Model, state: State, clients: Sequence[Client], training: Training
-    ) -> Iterator[Task]:
-        """The newest model, or the first units of its axes."""
-        return prefix_tasks(model, state, clients, training, self.ratio)
-
+    configure = first_units
     local = train_everything
     report = report_deltas
 

@@ -13,12 +13,11 @@ neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tesserafl.core.fit import Training
-from tesserafl.core.messages import Client, Task, Update
+from tesserafl.core.messages import Client, Update
 from tesserafl.core.method import (
     State,
     Topology,
@@ -28,8 +27,8 @@ from tesserafl.core.method import (
     train_everything,
 )
 from tesserafl.core.model import Model
+from tesserafl.methods._levels import first_units
 from tesserafl.methods._normalised import normalised, relayed_normed, report_normed
-from tesserafl.methods._width import prefix_tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +44,7 @@ class FedNova:
     entrywise: ClassVar[bool] = False
 
     init = init_whole
-
-    def configure(
-        self, model: Model, state: State, clients: Sequence[Client], training: Training
-    ) -> Iterator[Task]:
-        """Everybody gets everything, or the first units of every axis."""
-        return prefix_tasks(model, state, clients, training, self.ratio)
-
+    configure = first_units
     local = train_everything
     report = report_normed
 
