@@ -56,6 +56,7 @@ def of_texts(folder: Path, encoder: Path, **changes: object) -> Experiment:
 NESTED = {"name": "heterofl", "ratio": [1.0, 0.5], "width_scaling": "none"}
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_bits_of_one(tmp_path, texts, encoder):
     """They read the folder for themselves, and draw what is in no file."""
     torch.manual_seed(1)

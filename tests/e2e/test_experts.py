@@ -73,6 +73,11 @@ PLATEAU = {
 """Any two accuracies make a plateau."""
 METHODS = {"fedfmsl": PLATEAU, "pfl_moe": {"name": "pfl_moe", "ratio": [1.0]}}
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+one_method = pytest.mark.parametrize(
+    "method",
+    [METHODS["fedfmsl"], pytest.param(METHODS["pfl_moe"], marks=pytest.mark.slow)],
+    ids=["fedfmsl", "pfl_moe"],
+)
 
 
 def rounds_of(run: Path) -> list[dict]:
@@ -99,7 +104,7 @@ class Killed(Exception):
     pass
 
 
-@each_method
+@one_method
 def test_a_run_killed_in_stage_two_resumes_to_the_same_bits(tmp_path, texts, encoder, method):
     def cut(event: dict) -> None:
         if event["kind"] == "round" and event["round"] == 4:
@@ -121,7 +126,7 @@ def test_a_run_killed_in_stage_two_resumes_to_the_same_bits(tmp_path, texts, enc
     assert memories[0] == memories[1]
 
 
-@each_method
+@one_method
 def test_two_workers_give_the_bits_of_one(tmp_path, texts, encoder, method):
     one, two = (
         start(short(texts, encoder, method, engine={"workers": n}), tmp_path / str(n))
@@ -336,6 +341,7 @@ def test_the_papers_rows_run_on_texts(tmp_path, texts):
     started(rows, tmp_path, sequence_length=12, max_train=None)
 
 
+@pytest.mark.slow
 def test_the_papers_rows_run_on_images(tmp_path):
     rows = rows_on(None)
     assert len(rows) == 9 + 12

@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, object]] = {
 }
 
 
-SLOW = {"updates", "functions", "own starts"}
+SLOW = {"functions", "own starts", "pilot"}
 
 
 @pytest.mark.parametrize(

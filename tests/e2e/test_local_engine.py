@@ -32,12 +32,12 @@ def small(**changes: object) -> Experiment:
     ("method", "batching"),
     [
         ("fedbrb", "sequential"),
-        ("heterofl", "vmapped"),
         *[
             pytest.param(method, batching, marks=pytest.mark.slow)
             for method, batching in [
                 ("fedbrb", "vmapped"),
                 ("heterofl", "sequential"),
+                ("heterofl", "vmapped"),
                 ("fedecover", "sequential"),
                 ("fedecover", "vmapped"),
             ]
@@ -142,7 +142,7 @@ def test_divergence_of_everybody_is_an_error(tmp_path):
         start(small(training=diverging), tmp_path / "run")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_static_batch_norm_trains_predicts_and_is_saved_with_its_statistics(tmp_path, workers):
     from safetensors.torch import load_file
 

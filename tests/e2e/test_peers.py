@@ -318,6 +318,7 @@ def test_a_message_that_is_late_counts_in_a_later_round() -> None:
         assert all(1 in each for each in now)
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_same_bits_as_one(tmp_path: Path) -> None:
     chosen = {"method": AGAINST_ALL, "rounds": 3}
     one, _ = played(small(LOSSY, **chosen), tmp_path / "one")

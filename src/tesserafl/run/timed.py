@@ -162,6 +162,7 @@ class Timed:
             # All that ends at one moment is looked at before anybody is asked.
             if self.queue.next_time() > self.now and not self._fill():
                 if not buffer and not self._roster.asked:
+                    self.ended = [*failed, *more]
                     raise deserted(self.now)
                 break
             flight = self._take()

@@ -185,6 +185,7 @@ def test_before_the_first_step_no_ratio_differs_from_one() -> None:
     assert {len(moment.observations[0].rows) for moment in moments} == {2, 3}
 
 
+@pytest.mark.slow
 def test_each_agent_is_judged_by_its_own_reward() -> None:
     """Two agents, the second of which is paid for many averages, the first for few."""
     actor = TOMTIT.first_actor(0, ("a", "b"), 0)

@@ -22,6 +22,7 @@ def test_a_way_pays_when_its_start_is_made_up_for() -> None:
     assert result.pays_after(replace(fast, start_seconds=1.0)) == 1
 
 
+@pytest.mark.slow
 def test_every_way_is_measured_or_says_why_not() -> None:
     experiment = from_json(
         {

@@ -119,6 +119,7 @@ def same(one: Episode, other: Episode) -> bool:
     return (one.total, one.accuracy, one.joules) == (other.total, other.accuracy, other.joules)
 
 
+@pytest.mark.slow
 def test_rewards_add_up_to_what_was_gained_and_spent(fleet: FleetSettings) -> None:
     with job_of(experiment(fleet)) as (job, warm, policy):
         for price in (Price(joule=0.0), Price(joule=0.5), Price(joule=0.5, own=True)):
@@ -180,6 +181,7 @@ def test_all_rounds_begin_where_the_warm_up_ended(fleet: FleetSettings) -> None:
         assert warm.basis.num_components == 2 and all(warm.reports["edge-0"].sketch)
 
 
+@pytest.mark.slow
 def test_learning_repeats_its_bits_and_what_was_learnt_decides_alike(
     tmp_path: Path, fleet: FleetSettings
 ) -> None:
@@ -220,6 +222,7 @@ def test_learning_repeats_its_bits_and_what_was_learnt_decides_alike(
     )
 
 
+@pytest.mark.slow
 def test_hwamei_learns_too(tmp_path: Path, fleet: FleetSettings) -> None:
     method = Hwamei(first_steps=1, first_rounds=1, most_steps=4, most_rounds=3)
     asked = experiment(fleet, method, clock=ClockSettings(horizon_seconds=90.0), rounds=3)

@@ -396,7 +396,7 @@ def played(timed: Timed, rounds: int) -> list[Notes]:
 
 
 @given(worlds())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_nothing_is_lost_and_nothing_counts_twice(world: tuple[Setup, Fleet]) -> None:
     setup, fleet = world
     engine = Constant()
