@@ -9,7 +9,7 @@ It comes from a file (TOML) or from a few settings; see docs/howto/fleets.md.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -219,18 +219,3 @@ def check_known(name: str, table: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError unless a table has the name."""
     if name not in table:
         raise ConfigError(f"{where} names {name!r}; {did_you_mean(name, table)}")
-
-
-def described(fleet: Fleet) -> dict[str, Any]:
-    """Plain values for a run's record: how many of each class stand where."""
-    counts: dict[tuple[str, str], int] = {}
-    for placed, home in zip(fleet.devices, fleet.homes, strict=True):
-        key = (home, placed.device.profile)
-        counts[key] = counts.get(key, 0) + 1
-    return {
-        "edges": [asdict(edge) for edge in fleet.edges],
-        "devices": [
-            {"edge": home, "profile": profile, "count": count}
-            for (home, profile), count in sorted(counts.items())
-        ],
-    }

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tesserafl.core.coverage import Coverage
+from tesserafl.core.errors import TesseraError
 from tesserafl.core.messages import Client, Update
 from tesserafl.core.params import Params
 from tesserafl.engines.clock import EventQueue
@@ -28,6 +29,8 @@ from tesserafl.run.roster import Roster, deserted
 from tesserafl.run.rounds import Notes, check_answered, count, fold, training_of
 from tesserafl.run.setup import Setup
 
+_FAILURES = 100
+"""Works that fail in a row, for each device, before nothing more is hoped for."""
 _LATE = {"reason": "expired", "text": "came after its round had ended"}
 
 
@@ -165,6 +168,13 @@ class Timed:
                     self.ended = [*failed, *more]
                     raise deserted(self.now)
                 break
+            if not buffer and len(failed) > _FAILURES * len(self.setup.clients):
+                self.ended = [*failed, *more]
+                raise TesseraError(
+                    f"{len(failed)} works in a row failed, the last at {self.now:.0f} virtual "
+                    f"seconds; do devices stay online for as long as their work takes? Raise "
+                    f"fleet.online_minutes, or give them less to do"
+                )
             flight = self._take()
             self._sort(flight, buffer, failed, more)
             if not flight.answered and flight.row["reason"] == "offline" and flight.took_time:

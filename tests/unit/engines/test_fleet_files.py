@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tesserafl.core.errors import ConfigError
 from tesserafl.engines.device import INSTANT, Chain, Device, Link, Placed
-from tesserafl.engines.fleet import CLOUD, Edge, Fleet, FleetSettings, described, generated
+from tesserafl.engines.fleet import CLOUD, Edge, Fleet, FleetSettings, generated
 from tesserafl.engines.fleet_file import fleet_of
 from tesserafl.engines.profiles import LINKS, PROFILES
 
@@ -119,18 +119,6 @@ def test_clustered_edges_have_one_class_as_far_as_it_goes(
                 for c in sorted(made.clients_of(edge.name), key=lambda c: (c % kinds, c))
             ]
             assert sum(a != b for a, b in itertools.pairwise(order)) < kinds
-
-
-def test_a_description_counts_classes_and_places() -> None:
-    made = generated(FleetSettings(profiles=("phone", "laptop"), edges=2), 6, seed=0)
-    told = described(made)
-    assert told["devices"] == [
-        {"edge": "edge-0", "profile": "laptop", "count": 1},
-        {"edge": "edge-0", "profile": "phone", "count": 2},
-        {"edge": "edge-1", "profile": "laptop", "count": 2},
-        {"edge": "edge-1", "profile": "phone", "count": 1},
-    ]
-    assert [edge["name"] for edge in told["edges"]] == ["edge-0", "edge-1"]
 
 
 @pytest.mark.parametrize(

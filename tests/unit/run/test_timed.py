@@ -296,6 +296,16 @@ def test_devices_that_all_leave_for_good_are_an_error(mode: str) -> None:
     assert timed.federation.round >= 5
 
 
+def test_work_that_no_device_stays_for_is_an_error() -> None:
+    """Each time it is asked a device goes offline at its work, and comes back: for ever."""
+    short = Chain(values=(1.0, 0.0), mean_seconds=(0.01, 0.01))
+    fleet = of_times(1000.0, 1000.0, online=short)
+    timed = timed_of(setup_of((4, 4), clock=MODES["asynchronous"]), fleet)
+    with pytest.raises(TesseraError, match=r"works in a row failed.*fleet\.online_minutes"):
+        play(timed)
+    assert len(timed.ended) > 200 and not any(flight.answered for flight in timed.ended)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_work_that_is_all_refused_is_an_error(mode: str) -> None:
     """As in runs without a clock: a diverged run does not go on for nothing."""
