@@ -1,7 +1,7 @@
 """Data: sources, and how they are spread over clients."""
 
 from tesserafl.data.examples import ClientData, Examples, FederatedData, Kind, Spec, Task
-from tesserafl.data.federate import kind_of, load
+from tesserafl.data.federate import kind_of, load, load_own
 from tesserafl.data.partitions import PARTITIONS, partition, split
 from tesserafl.data.settings import DataSettings
 from tesserafl.data.sources import SOURCES
@@ -22,6 +22,7 @@ __all__ = [
     "Tokenizer",
     "kind_of",
     "load",
+    "load_own",
     "load_tokenizer",
     "partition",
     "split",

@@ -109,3 +109,5 @@ class FederatedData:
     """the global test set"""
     public: Examples | None = None
     """what the server holds itself; None: nothing"""
+    elsewhere: bool = False
+    """The clients' examples lie on devices; those here only have their shape."""

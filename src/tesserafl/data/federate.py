@@ -15,7 +15,7 @@ from tesserafl.data.examples import ClientData, Examples, FederatedData, Kind, S
 from tesserafl.data.images import read_images
 from tesserafl.data.partitions import BY_CLASS, partition, split
 from tesserafl.data.settings import DataSettings
-from tesserafl.data.sources import read
+from tesserafl.data.sources import read, read_own
 from tesserafl.data.tables import Table, sample
 from tesserafl.data.text import Tokenizer, blocks, load_tokenizer, padded, read_tokens
 
@@ -77,6 +77,41 @@ def load(settings: DataSettings, seed: int) -> FederatedData:
         test=test_examples,
         public=take_train(public) if settings.public else None,
     )
+
+
+def load_own(settings: DataSettings, seed: int, client: int, spec: Spec) -> ClientData:
+    """The rows of a participant's own folder, `settings.path`, as one client's data.
+
+    Classes are numbered as in `spec`, which must know them all; the folder need not have all.
+
+    Raises:
+        DataError: the folder cannot be read, or its data is not what `spec` says.
+    """
+    assert settings.path is not None, "own data lies in a folder"
+    table = read_own(settings.path)
+    columns = choose(settings, table)
+    if columns.task != spec.task:
+        raise DataError(
+            f"{settings.path} is data for {columns.task}, the federation learns {spec.task}; give "
+            f"a folder with the same columns as the server's"
+        )
+    labels = None
+    if columns.label is not None and columns.task != "causal-lm":
+        labels, _ = read_labels(table, columns.label, spec.class_names)
+    part = Part(table=table, labels=labels)
+    is_text = KINDS[columns.task] == "tokens"
+    take = _reader(settings, columns, part, load_tokenizer(settings.tokenizer) if is_text else None)
+    fractions = {"validation": settings.validation, "test": settings.test}
+    rows = split(torch.arange(len(table)), **fractions, seed=seed, client=client)
+    train, validation, test = map(take, rows)
+    if len(train) == 0:
+        raise DataError(f"{settings.path} has nothing to train on; add rows")
+    if train.inputs.shape[1:] != spec.shape:
+        raise DataError(
+            f"inputs in {settings.path} are {tuple(train.inputs.shape[1:])}, the federation's are "
+            f"{spec.shape}"
+        )
+    return ClientData(train=train, validation=validation, test=test)
 
 
 def kind_of(settings: DataSettings) -> Kind:

@@ -44,6 +44,11 @@ def read(settings: DataSettings, seed: int) -> tuple[Table, Table]:
     return (train, test) if test is not None else hold_out(train, HELD_OUT, seed)
 
 
+def read_own(folder: Path) -> Table:
+    """The training table of a participant's own folder. Raises DataError if it cannot be read."""
+    return _folder(folder)[0]
+
+
 def _digits(seed: int) -> tuple[Table, Table]:
     import pyarrow as pa
     from sklearn.datasets import load_digits

@@ -54,7 +54,12 @@ def write_report(folder: Path, setup: Setup | None = None) -> Path:
 
 
 def write_partition(folder: Path, setup: Setup) -> None:
-    """Count each client's training examples per class; write partition.json and partition.png."""
+    """Count each client's training examples per class; write partition.json and partition.png.
+
+    Nothing, where the examples lie on devices.
+    """
+    if setup.data.elsewhere:
+        return
     spec = setup.data.spec
     train = [client.train for client in setup.data.clients]
     if spec.task == "causal-lm":

@@ -59,7 +59,7 @@ def start(experiment: Experiment, folder: Path, listener: Listener | None = None
     federation = first_federation(setup)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", to_json(setup.experiment))
-    return _play(setup, federation, folder, listener)
+    return play(setup, federation, folder, make_engine(setup), listener)
 
 
 def resume(folder: Path, listener: Listener | None = None) -> dict[str, Any]:
@@ -69,7 +69,8 @@ def resume(folder: Path, listener: Listener | None = None) -> dict[str, Any]:
         summary: dict[str, Any] = read_json(folder / "summary.json")
         return summary
     setup = prepare(experiment)
-    return _play(setup, first_federation(setup), folder, listener)
+    federation = first_federation(setup)
+    return play(setup, federation, folder, make_engine(setup), listener)
 
 
 def first_federation(setup: Setup) -> Federation:
@@ -85,13 +86,21 @@ def first_federation(setup: Setup) -> Federation:
     return federation
 
 
-def _play(
-    setup: Setup, federation: Federation, folder: Path, listener: Listener | None
+def play(
+    setup: Setup,
+    federation: Federation,
+    folder: Path,
+    engine: Engine,
+    listener: Listener | None = None,
 ) -> dict[str, Any]:
+    """Play a run on an engine, from its newest checkpoint; closes the engine.
+
+    Returns the summary.
+    """
     with (
+        contextlib.closing(engine),
         alone_in(folder),
         threads(setup.experiment.engine.threads),
-        contextlib.closing(make_engine(setup)) as engine,
         contextlib.closing(EventLog(folder / "events.jsonl")) as log,
     ):
         write_partition(folder, setup)

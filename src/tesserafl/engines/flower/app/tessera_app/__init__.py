@@ -1,0 +1,1 @@
+"""TesseraFL as a Flower app."""

@@ -1,0 +1,77 @@
+"""The post of Flower: messages of its grid, and what became of them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from tesserafl.core.errors import MessageError
+from tesserafl.engines.flower.records import from_record, to_record
+from tesserafl.engines.orders import Envelope
+from tesserafl.engines.remote import Undelivered
+from tesserafl.engines.seam import Reason
+
+_log = logging.getLogger(__name__)
+_Found = TypeVar("_Found")
+
+_REASONS: dict[int, Reason] = {1: "error", 2: "error", 3: "expired", 4: "expired", 5: "offline"}
+_REASONS |= {6: "error", 7: "error", 8: "crashed"}
+"""Flower's error codes; all others are errors too."""
+_TRIES = 8
+"""Of one call of the grid; the pauses between them double from half a second, so a minute."""
+
+
+@dataclass(kw_only=True)
+class FlowerPost:
+    """Sends envelopes through a grid. A grid that does not answer is asked again for a minute."""
+
+    grid: Grid
+    pause: Callable[[float], None] = time.sleep
+    _until: dict[str, float] = field(default_factory=dict)
+
+    def nodes(self) -> dict[int, str]:
+        """The nodes that are connected now, and the names that they were registered with."""
+        found = self._patiently(lambda: list(self.grid.get_nodes()))
+        return {int(node.node_id): str(getattr(node, "name", "") or "") for node in found}
+
+    def push(self, node: int, envelope: Envelope, seconds: float) -> str:
+        """Send an envelope; its reply may come for so many seconds."""
+        message = Message(to_record(envelope), node, MessageType.TRAIN, ttl=seconds)
+        (name,) = self._patiently(lambda: list(self.grid.push_messages([message])))
+        if not name:
+            raise MessageError(f"Flower took no message for node {node}")
+        return str(name)
+
+    def pull(self, names: Collection[str]) -> list[tuple[str, Envelope | Undelivered]]:
+        """The replies to these messages that have come by now."""
+        replies = self._patiently(lambda: list(self.grid.pull_messages(list(names))))
+        found: list[tuple[str, Envelope | Undelivered]] = []
+        for reply in replies:
+            name = reply.metadata.reply_to_message_id
+            if reply.has_error():
+                reason = _REASONS.get(reply.error.code, "error")
+                found.append((name, Undelivered(reason, str(reply.error.reason))))
+                continue
+            try:
+                found.append((name, from_record(reply.content)))
+            except MessageError as error:
+                found.append((name, Undelivered("error", str(error))))
+        return found
+
+    def _patiently(self, call: Callable[[], _Found]) -> _Found:
+        """What a call gives; a database that is locked or a link that restarts takes a moment."""
+        for attempt in range(_TRIES):
+            try:
+                return call()
+            except Exception as error:  # of whatever kind Flower's transport raises
+                if attempt == _TRIES - 1:
+                    raise
+                _log.warning("Flower did not answer (%s); asking again", error)
+                self.pause(0.5 * 2**attempt)
+        raise AssertionError("unreachable")

@@ -1,0 +1,179 @@
+"""The server's side of a run whose clients are devices elsewhere, whatever post reaches them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from pydantic import TypeAdapter, ValidationError
+
+from tesserafl.core.errors import CheckpointError, ConfigError
+from tesserafl.core.messages import Client
+from tesserafl.data import ClientData
+from tesserafl.engines.orders import Hello
+from tesserafl.engines.parcels import MOST_BYTES
+from tesserafl.engines.remote import Post, Remote
+from tesserafl.run.experiment import Experiment, from_json, to_json, with_absolute_paths
+from tesserafl.run.files import read_json, write_json
+from tesserafl.run.runner import Listener, first_federation, play
+from tesserafl.run.seats import Seats
+from tesserafl.run.setup import Setup, prepare, with_depths
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """How a run reaches its devices; the run folder holds it as deployment.json."""
+
+    run: str = ""
+    """Names the run to its devices, in 32 hexadecimal digits."""
+    devices: int = 2
+    """devices that the first round waits for"""
+    own_data: bool = False
+    """devices bring data of their own (tessera join --data); else each takes a part of the
+    experiment's data (tessera join --client)"""
+    wait_seconds: float = 3600.0
+    """seconds that the first round waits for devices; then it begins with those that are there"""
+    task_seconds: float = 3600.0
+    """seconds that a device has for a task, with its transfers; then it counts as expired"""
+    under_way: int = 8
+    """tasks that are under way at once: their sub-models are in the server's memory"""
+    message_bytes: int = MOST_BYTES
+    """of tensors in one message; devices need about six times as much for the transport"""
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "under_way", "message_bytes", "task_seconds"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive; got {getattr(self, name)}")
+        if self.wait_seconds < 0:
+            raise ConfigError(f"wait_seconds must be 0 or more; got {self.wait_seconds}")
+
+
+def begin(experiment: Experiment, deployment: Deployment, folder: Path) -> Deployment:
+    """Write a new run's folder, after all was tried that does not need the devices.
+
+    Raises:
+        CheckpointError: the folder already holds something.
+        TesseraError: the experiment cannot be run on devices.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(
+            f"{folder} is not empty; choose another --out, remove it, or continue that run with: "
+            f"tessera resume {folder}"
+        )
+    experiment = for_devices(with_absolute_paths(experiment), deployment)
+    setup = prepare(experiment)
+    first_federation(setup)
+    if not deployment.own_data and deployment.devices > len(setup.clients):
+        raise ConfigError(
+            f"the first round would wait for {deployment.devices} devices, but data.num_clients "
+            f"deals out {len(setup.clients)} parts; lower devices, or raise data.num_clients"
+        )
+    deployment = replace(deployment, run=uuid4().hex)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "deployment.json", asdict(deployment))
+    write_json(folder / "config.json", to_json(setup.experiment))
+    return deployment
+
+
+def is_deployed(folder: Path) -> bool:
+    """Whether a run folder is of a run on devices."""
+    return (folder / "deployment.json").exists()
+
+
+def deployment_of(folder: Path) -> Deployment:
+    """How the run of a folder reaches its devices; raises CheckpointError."""
+    try:
+        found = TypeAdapter(Deployment).validate_python(read_json(folder / "deployment.json"))
+    except ValidationError as error:
+        raise CheckpointError(f"{folder / 'deployment.json'} is damaged: {error}") from error
+    return found
+
+
+def for_devices(experiment: Experiment, deployment: Deployment) -> Experiment:
+    """The experiment as these devices can run it.
+
+    Raises:
+        ConfigError: it asks for what only a simulation has.
+    """
+    if experiment.fleet.is_there:
+        raise ConfigError(
+            "fleet.* describes simulated devices; leave it away where real ones do the work"
+        )
+    if experiment.finetune_epochs:
+        raise ConfigError(
+            "finetune_epochs tests models where clients' data is, and the server has none of it; "
+            "set it to 0"
+        )
+    # Devices train alone, so the server must not plan for groups of them.
+    engine = replace(experiment.engine, workers=1, batching="sequential")
+    data = experiment.data
+    if deployment.own_data:  # what the server has is for its tests, not for the devices
+        data = replace(data, num_clients=deployment.devices, partition="iid")
+    return replace(experiment, engine=engine, data=data)
+
+
+def serve_over(
+    post: Post,
+    folder: Path,
+    listener: Listener | None = None,
+    watch: Callable[[Remote], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Play the run of a folder on the devices of a post, from its newest checkpoint, to its end.
+
+    Returns the summary, as `run.runner.start`.
+
+    Raises:
+        TesseraError: no device came, or the run failed.
+    """
+    if (folder / "summary.json").exists():
+        summary: dict[str, Any] = read_json(folder / "summary.json")
+        return summary
+    deployment, experiment = deployment_of(folder), from_json(read_json(folder / "config.json"))
+    setup = prepare(experiment)
+    number = deployment.devices if deployment.own_data else len(setup.clients)
+    path = folder / "devices.json"
+    seats = Seats(path=path, number=number, parts=not deployment.own_data)
+    hello = Hello(
+        run=deployment.run,
+        experiment=to_json(experiment),
+        spec=asdict(setup.data.spec),
+    )
+    remote = Remote(
+        post=post,
+        hello=hello,
+        seat=seats.seat,
+        seconds=deployment.task_seconds,
+        most_bytes=deployment.message_bytes,
+        capacity=deployment.under_way,
+    )
+    watch(remote)
+    remote.gather(deployment.devices, deployment.wait_seconds)
+    remote.renumber(seats.settle())
+    if deployment.own_data:
+        setup = _with_devices(setup, seats)
+    return play(setup, first_federation(setup), folder, remote, listener)
+
+
+def _with_devices(setup: Setup, seats: Seats) -> Setup:
+    """The setup, whose clients are the devices that have a seat."""
+    clients = tuple(
+        Client(
+            id=client,
+            num_examples=profile.num_examples,
+            memory_bytes=None if profile.memory_mib is None else int(profile.memory_mib * _MIB),
+        )
+        for client, profile in sorted(seats.taken.items())
+    )
+    asked = min(setup.experiment.clients_per_round, len(clients))
+    # Of a client's examples the server needs the shape alone, to count costs with.
+    stand_in = setup.data.clients[0]
+    empty = stand_in.test.take(stand_in.test.labels.new_empty(0))
+    shape = ClientData(train=stand_in.train, validation=empty, test=empty)
+    data = replace(setup.data, clients=(shape,) * len(clients), elsewhere=True)
+    experiment = replace(setup.experiment, clients_per_round=asked)
+    return with_depths(replace(setup, experiment=experiment, data=data, clients=clients))

@@ -1,0 +1,119 @@
+"""What a device holds of a run: the experiment, its data, and what trains on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from tesserafl.core.errors import ConfigError, DataError, MessageError
+from tesserafl.core.messages import Client
+from tesserafl.data import ClientData, FederatedData, Spec, load_own
+from tesserafl.engines.client import ClientWorker
+from tesserafl.run.experiment import Experiment, from_json
+from tesserafl.run.setup import Setup, client_worker, prepare
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """What a device's owner says of it; nothing of it is the server's to choose."""
+
+    data: Path | None = None
+    """folder with its data; None: what the experiment names, and must be on the device too"""
+    client: int | None = None
+    """the client whose part of the experiment's data it takes; None: all of `data` is its own"""
+    model: Path | None = None
+    """folder with the pre-trained model that the experiment names; None: the experiment's path"""
+    tokenizer: Path | None = None
+    """folder with the tokenizer; None: the experiment's path"""
+    device: str = "auto"
+    """cpu, cuda or auto"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding:
+    """What answers tasks of one run."""
+
+    experiment: Experiment
+    data: ClientData
+    setup: Setup
+    worker: ClientWorker
+
+
+def hold(local: Local, values: Mapping[str, Any], spec_values: Mapping[str, Any]) -> Holding:
+    """Load the device's data and build what trains on it; values are those of a Hello.
+
+    Raises:
+        TesseraError: they are no experiment, or the device lacks what it needs.
+    """
+    experiment = _here(from_json(values), local)
+    try:
+        spec = TypeAdapter(Spec).validate_python(spec_values)
+    except ValidationError as error:
+        raise MessageError(f"what a model must know of the data is wrong: {error}") from error
+    if local.client is not None:
+        setup = prepare(experiment)
+        if setup.data.spec != spec:
+            raise DataError(
+                "the data here is not the server's: its inputs or classes differ; give the same "
+                "data with --data"
+            )
+        if local.client >= len(setup.clients):
+            raise ConfigError(
+                f"client {local.client} does not exist: the experiment has {len(setup.clients)}"
+            )
+        data = setup.data.clients[local.client]
+    else:
+        if local.data is None:
+            raise ConfigError(
+                "which data? Give a folder with --data, or a part of the experiment's own data "
+                "with --client"
+            )
+        # Split as if it were client 0: a device keeps its split, whatever seat it takes.
+        data = load_own(experiment.data, experiment.seed, 0, spec)
+        setup = Setup(
+            experiment=experiment,
+            data=FederatedData(spec=spec, clients=(data,), test=data.test),
+            model=experiment.model.build_model(spec),
+            clients=(Client(id=0, num_examples=len(data.train)),),
+        )
+    worker = replace(
+        client_worker(setup), examples=lambda _: data.train, validation=lambda _: data.validation
+    )
+    return Holding(experiment=experiment, data=data, setup=setup, worker=worker)
+
+
+def _here(experiment: Experiment, local: Local) -> Experiment:
+    """The experiment, with the paths of this device."""
+    changes: dict[str, Any] = {}
+    if local.data is not None:
+        changes["path"] = local.data.absolute()
+    if local.tokenizer is not None:
+        changes["tokenizer"] = local.tokenizer.absolute()
+    engine = replace(
+        experiment.engine, workers=1, batching="sequential", device=_device(local.device)
+    )
+    experiment = replace(experiment, data=replace(experiment.data, **changes), engine=engine)
+    if local.model is not None:
+        if not hasattr(experiment.model, "config"):
+            raise ConfigError("--model is for experiments with a pre-trained model; leave it away")
+        model = replace(experiment.model, config=str(local.model.absolute()))
+        experiment = replace(experiment, model=model)
+    for what, path in {
+        "--data": experiment.data.path,
+        "--tokenizer": experiment.data.tokenizer,
+    }.items():
+        if path is not None and not path.exists():
+            raise DataError(
+                f"the experiment's {path} is not on this device; name its place here with {what}"
+            )
+    return experiment
+
+
+def _device(name: str) -> Any:
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"a device is auto, cpu or cuda; got {name!r}")
+    return name

@@ -1,0 +1,164 @@
+"""The part of a device that stays: it keeps model, data and memories, and answers orders.
+
+It knows no transport. What it holds of a run lies on its disk before it answers, so a device that is
+killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tesserafl.core.errors import MessageError, TesseraError
+from tesserafl.core.wire import task_of, update_parts
+from tesserafl.engines.orders import (
+    Answer,
+    Bye,
+    Envelope,
+    Fetch,
+    Hello,
+    Missing,
+    Offer,
+    Parcels,
+    Profile,
+    Refusal,
+    Store,
+    Stranger,
+    Work,
+    order_of,
+    sealed,
+)
+from tesserafl.engines.parcels import Outgoing, letter_of, read_letter
+from tesserafl.engines.process import threads
+from tesserafl.run.files import read_json, write_json
+from tesserafl.run.holding import Holding, Local, hold
+from tesserafl.run.spool import Spool, digest_of
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Resident:
+    """Answers the orders of one server; one after another."""
+
+    name: str
+    folder: Path
+    """what it keeps between restarts"""
+    local: Local
+    memory_mib: float | None = None
+    """what its owner lets it use; told to the server"""
+    over: bool = False
+    """Whether the server has said goodbye."""
+    _run: str | None = None
+    _holding: Holding | None = field(default=None)
+
+    def answer(self, envelope: Envelope) -> Envelope:
+        """Do what an envelope orders; an order that cannot be done is answered by a Refusal."""
+        try:
+            order = order_of(envelope)
+            if isinstance(order, Hello):
+                return self._hello(order)
+            if isinstance(order, Bye):
+                return self._bye(order)
+            if self._known(order.run) is None:
+                return sealed(Stranger())
+            spool = self._spool(order.run)
+            spool.store(envelope.parcels)
+            if isinstance(order, Offer):
+                return sealed(Missing(parcels=spool.missing(order.parcels)))
+            if isinstance(order, Store):
+                return sealed(Missing(parcels=[]))
+            if isinstance(order, Work):
+                return self._work(order, spool)
+            if isinstance(order, Fetch):
+                return _fetched(order, spool)
+            raise TesseraError(f"this device does not know the order {order.kind!r}")
+        except TesseraError as error:
+            _log.warning("refused: %s", error)
+            return sealed(Refusal(text=str(error)[:10_000]))
+
+    def _hello(self, order: Hello) -> Envelope:
+        self._run, self._holding = order.run, None
+        self._holding = hold(self.local, order.experiment, order.spec)
+        folder = self.folder / order.run
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(folder / "hello.json", order.model_dump())
+        _log.info("run %s: %d examples", order.run, len(self._holding.data.train))
+        return sealed(
+            Profile(
+                name=self.name,
+                client=self.local.client,
+                num_examples=len(self._holding.data.train),
+                memory_mib=self.memory_mib,
+            )
+        )
+
+    def _known(self, run: str) -> Holding | None:
+        """What is held of a run; after a restart by what lies on the disk."""
+        if self._run != run or self._holding is None:
+            path = self.folder / run / "hello.json"
+            if not path.exists():
+                return None
+            hello = Hello.model_validate(read_json(path))
+            self._run, self._holding = run, hold(self.local, hello.experiment, hello.spec)
+        return self._holding
+
+    def _spool(self, run: str) -> Spool:
+        return Spool(folder=self.folder / run)
+
+    def _work(self, order: Work, spool: Spool) -> Envelope:
+        letter = letter_of(order.letter)
+        asked = digest_of(order.model_dump(exclude={"most_bytes"}))
+        if (kept := spool.answer(asked)) is None:
+            names = [note.sha256 for note in letter.parcels]
+            if missing := spool.missing(names):
+                return sealed(Missing(parcels=missing))
+            spool.keep_only(names)
+            self._train(order, asked, spool)
+            kept = spool.answer(asked)
+            assert kept is not None
+        answered = letter_of(kept["letter"])
+        inline = {}
+        if answered.num_bytes <= order.most_bytes:
+            inline = {note.sha256: spool.answered(note.sha256) or b"" for note in answered.parcels}
+        return sealed(Answer(letter=kept["letter"], seconds=kept["seconds"]), inline)
+
+    def _train(self, order: Work, asked: str, spool: Spool) -> None:
+        holding = self._known(order.run)
+        assert holding is not None, "asked before"
+        try:
+            parts = read_letter(letter_of(order.letter), spool.fetch)
+        except MessageError:
+            spool.keep_only(())  # damaged on the disk, perhaps: let it be sent again
+            raise
+        task, _ = task_of(*parts)
+        if task.client.id != order.client:
+            raise TesseraError(f"the task is client {task.client.id}'s, the order {order.client}'s")
+        memory = spool.recall(order.remembers)
+        if memory is None:
+            _log.warning("what was kept after round %s is lost; begins anew", order.remembers)
+            memory = {}
+        begun = time.perf_counter()
+        with threads(holding.experiment.engine.threads):
+            update, memory = holding.worker.work(task, memory)
+        seconds = time.perf_counter() - begun
+        outgoing = Outgoing(parts=update_parts(update, {}), most_bytes=order.most_bytes)
+        # The memory first: an answer says that it is there.
+        spool.remember(order.remembers, task.round, memory)
+        spool.write_answer(asked, outgoing, seconds)
+        _log.info("round %d: %d steps in %.2f s", task.round, update.num_steps, seconds)
+
+    def _bye(self, order: Bye) -> Envelope:
+        self.over = True
+        spool = self._spool(order.run)
+        spool.keep_only(())
+        return sealed(Missing(parcels=[]))
+
+
+def _fetched(order: Fetch, spool: Spool) -> Envelope:
+    found = {name: spool.answered(name) for name in order.parcels}
+    if missing := [name for name, data in found.items() if data is None]:
+        return sealed(Missing(parcels=missing))
+    return sealed(Parcels(), {name: data for name, data in found.items() if data is not None})

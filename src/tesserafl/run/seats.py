@@ -1,0 +1,108 @@
+"""Which device is which client of a deployed run; kept in the run folder, so a resume knows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from tesserafl.core.errors import CheckpointError, ConfigError
+from tesserafl.engines.orders import Profile
+from tesserafl.run.files import read_json, write_json
+
+_PROFILES: TypeAdapter[dict[int, Profile]] = TypeAdapter(dict[int, Profile])
+
+
+@dataclass(kw_only=True)
+class Seats:
+    """The seats of a run. A device is known by its name, and keeps its seat for the whole run."""
+
+    path: Path
+    number: int
+    """of seats"""
+    parts: bool
+    """Devices take parts of the experiment's data, and say which; else they have their own."""
+    taken: dict[int, Profile] = field(default_factory=dict)
+    """Client -> its device."""
+    settled: bool = False
+    """Whether the rounds have begun: clients' numbers do not change any more."""
+
+    def __post_init__(self) -> None:
+        if not self.path.exists():
+            return
+        try:
+            self.taken = _PROFILES.validate_python(read_json(self.path), strict=False)
+        except ValidationError as error:
+            raise CheckpointError(f"{self.path} is damaged: {error}") from error
+        self.settled = True
+
+    def seat(self, voucher: str, profile: Profile) -> int | str:
+        """The client that a device is, or why it is none.
+
+        `voucher` is the name that its key was registered with; "": it has none.
+        """
+        if voucher and voucher != profile.name:
+            return f"the device calls itself {profile.name!r}, but its key is {voucher!r}'s"
+        client = self._asked(profile)
+        if isinstance(client, str):
+            return client
+        sitting = self.taken.get(client)
+        if sitting is not None and sitting.name != profile.name:
+            return (
+                f"client {client} is the device {sitting.name!r}; start {profile.name!r} with "
+                f"another --client"
+            )
+        if sitting is not None and self.settled and sitting.num_examples != profile.num_examples:
+            return (
+                f"device {profile.name!r} joined with {sitting.num_examples} examples and came "
+                f"back with {profile.num_examples}; updates are weighted by that: give it the "
+                f"data of before, or start a new run"
+            )
+        self.taken[client] = profile
+        return client
+
+    def settle(self) -> dict[int, int]:
+        """End the time of seating; returns old number -> new.
+
+        Devices with data of their own are numbered by their names: who came first must not matter.
+
+        Raises:
+            ConfigError: no device has a seat.
+        """
+        if not self.taken:
+            raise ConfigError("no device has joined; start some with: tessera join ADDRESS")
+        numbers = {client: client for client in self.taken}
+        if not self.parts and not self.settled:
+            ordered = sorted(self.taken, key=lambda client: self.taken[client].name)
+            numbers = {old: new for new, old in enumerate(ordered)}
+        self.taken = {numbers[old]: profile for old, profile in self.taken.items()}
+        self.settled = True
+        if not self.parts:
+            self.number = len(self.taken)
+        self.save()
+        return numbers
+
+    def save(self) -> None:
+        """Write who sits where."""
+        values = {str(c): self.taken[c].model_dump() for c in sorted(self.taken)}
+        write_json(self.path, values)
+
+    def _asked(self, profile: Profile) -> int | str:
+        if self.parts:
+            if profile.client is None:
+                return (
+                    "this run deals out its own data: start the device with --client and the "
+                    "number of its part"
+                )
+            if profile.client >= self.number:
+                return f"client {profile.client} does not exist: the run has {self.number} clients"
+            return profile.client
+        if profile.client is not None:
+            return "devices of this run bring their own data: leave --client away"
+        for client, sitting in self.taken.items():
+            if sitting.name == profile.name:
+                return client
+        if self.settled or len(self.taken) >= self.number:
+            return f"all {self.number} seats are taken; this device may join the next run"
+        return len(self.taken)

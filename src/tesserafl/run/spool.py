@@ -1,0 +1,121 @@
+"""What a device keeps on its disk of one run: parcels, answers and what its client remembers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tesserafl.core.errors import MessageError
+from tesserafl.core.messages import Memory
+from tesserafl.core.wire import pack, unpack
+from tesserafl.engines.parcels import Outgoing
+from tesserafl.run.files import read_json, write_atomic, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spool:
+    """A folder of one run and one client; every file is whole or not there."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        for name in ("parcels", "answer", "memory"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    # Parcels of the task at hand.
+
+    def missing(self, parcels: Iterable[str]) -> list[str]:
+        """Those of these parcels that are not here."""
+        return [name for name in parcels if not self._parcel(name).exists()]
+
+    def store(self, parcels: Mapping[str, bytes]) -> None:
+        """Keep parcels; raises MessageError if one is not what its name says."""
+        for name, data in parcels.items():
+            if hashlib.sha256(data).hexdigest() != name:
+                raise MessageError(f"a parcel of {len(data)} bytes is not {name}; send it again")
+            if not self._parcel(name).exists():
+                _put(self._parcel(name), data)
+
+    def fetch(self, name: str) -> bytes:
+        """A parcel that is here."""
+        return self._parcel(name).read_bytes()
+
+    def keep_only(self, parcels: Collection[str]) -> None:
+        """Let the parcels of earlier tasks go."""
+        for path in (self.folder / "parcels").iterdir():
+            if path.name not in parcels:
+                path.unlink()
+
+    # The last answer, until the next: who asks again need not be trained for again.
+
+    def write_answer(self, task: str, outgoing: Outgoing, seconds: float) -> None:
+        """Keep the answer to the task of this digest, in the place of the one before."""
+        folder = self.folder / "answer"
+        for path in folder.iterdir():
+            path.unlink()
+        for number, note in enumerate(outgoing.letter.parcels):
+            _put(folder / note.sha256, outgoing.parcel(number))
+        # Last: without it there is no answer.
+        value = {"task": task, "seconds": seconds, "letter": outgoing.letter.model_dump()}
+        write_json(folder / "letter.json", value)
+
+    def answer(self, task: str | None = None) -> dict[str, Any] | None:
+        """Letter and seconds of the answer that is kept; None: it is of another task, or none."""
+        path = self.folder / "answer" / "letter.json"
+        if not path.exists():
+            return None
+        value: dict[str, Any] = read_json(path)
+        return value if task in (None, value["task"]) else None
+
+    def answered(self, name: str) -> bytes | None:
+        """A parcel of the answer."""
+        path = self.folder / "answer" / name
+        return path.read_bytes() if path.exists() else None
+
+    # What the client remembers, after each round that it answered.
+
+    def remember(self, begun: int | None, round: int, memory: Memory) -> None:
+        """Keep a round's memory, and the one it began with: the server may not have heard of it."""
+        folder = self.folder / "memory"
+        write_atomic(self._memory(round), pack({"round": round}, {"memory": memory}))
+        for path in folder.iterdir():
+            if path.stem not in (str(begun), str(round)):
+                path.unlink()
+
+    def recall(self, round: int | None) -> Memory | None:
+        """What the client kept after a round (None: nothing yet); None: it is not here."""
+        if round is None:
+            return {}
+        path = self._memory(round)
+        return unpack(path.read_bytes())[1]["memory"] if path.exists() else None
+
+    def remove(self) -> None:
+        """Nothing is left."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _parcel(self, name: str) -> Path:
+        return self.folder / "parcels" / name
+
+    def _memory(self, round: int) -> Path:
+        return self.folder / "memory" / f"{round}.safetensors"
+
+
+def _put(path: Path, data: bytes) -> None:
+    """Whole or not there, should this process be killed.
+
+    Should the machine lose its power it may be damaged: its digest tells, and it is sent again. So
+    nobody waits for the disk.
+    """
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def digest_of(values: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

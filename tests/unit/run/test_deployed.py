@@ -1,0 +1,196 @@
+"""Runs on devices elsewhere: the same bits as in this process, whatever is lost on the way."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from devices_at_hand import PostAtHand, parts
+
+from tesserafl.core.errors import CheckpointError, ConfigError, UpdateError
+from tesserafl.data import DataSettings
+from tesserafl.engines.fleet import FleetSettings
+from tesserafl.engines.remote import Remote, Undelivered
+from tesserafl.methods import FedAvg, FedBRB, FedRolex
+from tesserafl.models import MLP
+from tesserafl.run.deployed import Deployment, begin, serve_over
+from tesserafl.run.experiment import EngineSettings, Experiment
+from tesserafl.run.runner import start
+
+ALL = range(4)
+
+
+def _experiment(**changes):
+    settings = {
+        "data": DataSettings(num_clients=4, max_train=200, max_test=100),
+        "model": MLP(hidden=(16, 16)),
+        "method": FedBRB(ratio=(0.25, 0.5)),
+        "engine": EngineSettings(batching="sequential"),
+        "rounds": 4,
+        "clients_per_round": 4,
+        "checkpoint_every": 1,
+    }
+    return Experiment(**(settings | changes))
+
+
+def _served(tmp_path, experiment, post=None, watch=lambda _: None, **deployment):
+    folder = tmp_path / "served"
+    post = post or PostAtHand(residents=parts(tmp_path / "devices", ALL))
+    begin(experiment, Deployment(devices=4, **deployment), folder)
+    return serve_over(post, folder, watch=watch), post
+
+
+@pytest.mark.parametrize("method", [FedAvg(), FedBRB(ratio=(0.25, 0.5)), FedRolex(ratio=(0.5,))])
+def test_devices_elsewhere_give_the_bits_of_this_process(tmp_path, method):
+    experiment = _experiment(method=method)
+    here = start(experiment, tmp_path / "here")
+    served, _ = _served(tmp_path, experiment)
+    assert served["state_sha256"] == here["state_sha256"]
+    assert served["accuracy"] == here["accuracy"]
+    assert (served["bytes_down"], served["bytes_up"]) == (here["bytes_down"], here["bytes_up"])
+
+
+def test_small_messages_give_the_same_bits(tmp_path):
+    experiment = _experiment(method=FedAvg())
+    here = start(experiment, tmp_path / "here")
+    served, post = _served(tmp_path, experiment, message_bytes=4000)
+    assert served["state_sha256"] == here["state_sha256"]
+    kinds = {kind for _, kind, _ in post.log}
+    assert kinds == {"hello", "offer", "store", "work", "fetch", "bye"}
+    assert post.largest < 4000 + 600  # with what safetensors adds
+
+
+def test_parcels_that_a_device_has_are_not_sent_again(tmp_path):
+    """In the second round only what changed: the device lost nothing of the first."""
+    experiment = _experiment(method=FedAvg(), rounds=1)
+    lost = []
+
+    def loses_the_first_work(node, order):
+        if order.kind == "work" and node not in lost:
+            lost.append(node)
+            return Undelivered("crashed", "killed")
+        return None
+
+    residents = parts(tmp_path / "devices", ALL)
+    post = PostAtHand(residents=residents, loss=loses_the_first_work)
+    with pytest.raises(UpdateError, match="the work of every client failed"):
+        _served(tmp_path, experiment, post, message_bytes=4000)
+    before = [kind for _, kind, _ in post.log].count("store")
+    assert before == 8
+    summary = serve_over(post, tmp_path / "served")
+    assert [kind for _, kind, _ in post.log].count("store") == before
+    assert summary["state_sha256"] == start(experiment, tmp_path / "here")["state_sha256"]
+
+
+@pytest.mark.parametrize("reason", ["offline", "crashed", "error", "expired"])
+def test_a_device_that_fails_changes_only_who_took_part(tmp_path, reason):
+    def fails(node, order):
+        if order.kind == "work" and node == 102:
+            return Undelivered(reason, "as a test wants it")
+        return None
+
+    experiment = _experiment(method=FedAvg(), rounds=2)
+    post = PostAtHand(residents=parts(tmp_path / "devices", ALL), loss=fails)
+    served, _ = _served(tmp_path, experiment, post)
+    lines = (tmp_path / "served/events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    rounds = [event for event in events if event["kind"] == "round"]
+    assert [[(f["client"], f["reason"]) for f in e["failures"]] for e in rounds] == [
+        [(2, reason)]
+    ] * 2
+    # The same participants in this process: a client that fails there with an error of its own.
+    post = PostAtHand(residents=parts(tmp_path / "three", (0, 1, 3)))
+    begin(experiment, Deployment(devices=3), tmp_path / "absent")
+    absent = serve_over(post, tmp_path / "absent")
+    assert absent["state_sha256"] == served["state_sha256"]
+    assert served["state_sha256"] != start(experiment, tmp_path / "here")["state_sha256"]
+
+
+def test_a_device_that_comes_late_takes_part_from_then_on(tmp_path):
+    post = PostAtHand(residents=parts(tmp_path / "devices", ALL), away={103})
+    rounds = []
+
+    def listen(event):
+        if event["kind"] == "round":
+            rounds.append([row["client"] for row in event["clients"]])
+            if len(rounds) == 2:
+                post.away.clear()
+
+    experiment = _experiment(method=FedAvg())
+    begin(experiment, Deployment(devices=3), tmp_path / "served")
+
+    def at_once(remote: Remote) -> None:  # looks at who is there with every task
+        remote.clock = iter(range(10**6)).__next__
+
+    serve_over(post, tmp_path / "served", listen, at_once)
+    assert rounds == [[0, 1, 2]] * 3 + [[0, 1, 2, 3]]  # greeted in the third
+
+
+def test_a_server_that_is_cut_off_goes_on_with_the_same_bits(tmp_path):
+    """Devices have done a round that the server never heard of; it asks for it again."""
+    experiment = _experiment(method=FedBRB(ratio=(0.25, 0.5)), rounds=5)
+    here = start(experiment, tmp_path / "here")
+    post = PostAtHand(residents=parts(tmp_path / "devices", ALL))
+
+    class Cut(Exception):
+        pass
+
+    def listen(event):
+        if event["kind"] == "round" and event["round"] == 3:
+            raise Cut  # before the checkpoint of the round
+
+    begin(experiment, Deployment(devices=4), tmp_path / "served")
+    with pytest.raises(Cut):
+        serve_over(post, tmp_path / "served", listen)
+    trained = [kind for _, kind, _ in post.log].count("work")
+    assert trained == 12
+    summary = serve_over(post, tmp_path / "served")
+    assert summary["state_sha256"] == here["state_sha256"]
+
+
+def test_devices_that_start_anew_go_on_from_their_disks(tmp_path):
+    experiment = _experiment(method=FedAvg(), training=replace(_experiment().training, epochs=1))
+    here = start(experiment, tmp_path / "here")
+    residents = parts(tmp_path / "devices", ALL)
+    post = PostAtHand(residents=residents)
+
+    def listen(event):
+        if event["kind"] == "round" and event["round"] == 2:
+            residents.update(parts(tmp_path / "devices", ALL))
+
+    begin(experiment, Deployment(devices=4), tmp_path / "served")
+    summary = serve_over(post, tmp_path / "served", listen)
+    assert summary["state_sha256"] == here["state_sha256"]
+    assert [kind for _, kind, _ in post.log].count("hello") == 4
+
+
+def test_devices_that_lost_their_disks_are_greeted_again(tmp_path):
+    experiment = _experiment(method=FedAvg())
+    here = start(experiment, tmp_path / "here")
+    residents = parts(tmp_path / "devices", ALL)
+    post = PostAtHand(residents=residents)
+
+    def listen(event):
+        if event["kind"] == "round" and event["round"] == 2:
+            residents.update(parts(tmp_path / "other disks", ALL))
+
+    begin(experiment, Deployment(devices=4), tmp_path / "served")
+    summary = serve_over(post, tmp_path / "served", listen)
+    assert summary["state_sha256"] == here["state_sha256"]
+    assert [kind for _, kind, _ in post.log].count("hello") == 8
+
+
+def test_what_devices_cannot_run_is_refused_before_a_folder_is_made(tmp_path):
+    for changes, text in (
+        ({"fleet": FleetSettings(profiles=("phone",))}, "leave it away"),
+        ({"finetune_epochs": 1, "data": DataSettings(num_clients=4, test=0.2)}, "set it to 0"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            begin(_experiment(**changes), Deployment(devices=4), tmp_path / "served")
+    with pytest.raises(ConfigError, match="deals out 4 parts"):
+        begin(_experiment(), Deployment(devices=5), tmp_path / "served")
+    assert not (tmp_path / "served").exists()
+    begin(_experiment(), Deployment(devices=4), tmp_path / "served")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        begin(_experiment(), Deployment(devices=4), tmp_path / "served")
