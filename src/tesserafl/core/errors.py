@@ -7,6 +7,7 @@
      |- CapacityError     a client cannot hold what a method would give it
      |- UpdateError       an update is not finite, too large or does not fit its task
      |- MessageError      bytes that are not a message of ours
+     |- TrustError        a key, certificate or token is missing, unusable or refused
      `- CheckpointError   a run folder or a checkpoint is missing, incomplete or damaged
 
 Every message says what was given, what is allowed and what to do.
@@ -44,6 +45,10 @@ class UpdateError(TesseraError):
 
 class MessageError(TesseraError):
     """Bytes that are not a message of ours."""
+
+
+class TrustError(TesseraError):
+    """A key, certificate or token is missing, unusable or refused."""
 
 
 class CheckpointError(TesseraError):
