@@ -12,8 +12,11 @@ from tesserafl.core.errors import ConfigError, did_you_mean
 from tesserafl.data import DataSettings
 from tesserafl.experiments import EXPERIMENTS, Named
 from tesserafl.models import HuggingFace, LoRA
+from tesserafl.run.deployed import Deployment
 from tesserafl.run.experiment import REGISTRIES, Experiment, choose, from_file
+from tesserafl.run.holding import Local
 from tesserafl.run.learn import LearnSettings
+from tesserafl.run.serve import Link
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,36 @@ class RunOptions:
     """print the summary as one JSON object on the last line"""
     repeats: int = 1
     """run with this many seeds, counted up from --seed"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Options of the command itself."""
+
+    out: Path | None = None
+    """the run folder; default runs/NAME, runs/NAME-2, ..."""
+    json: bool = False
+    """print the summary as one JSON object on the last line"""
+    link: Annotated[Link, tyro.conf.arg(name="")] = field(default_factory=Link)
+    deployment: Annotated[Deployment, tyro.conf.arg(name="")] = field(default_factory=Deployment)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinOptions:
+    """Be a device of a run that `tessera serve` serves."""
+
+    place: tyro.conf.Positional[str]
+    """this device's folder of keys (tessera certs), or HOST:PORT of a server on this machine"""
+    local: Annotated[Local, tyro.conf.arg(name="")] = field(default_factory=Local)
+    name: str = ""
+    """name of the device; its folder of keys has one"""
+    folder: Path | None = None
+    """what the device keeps between restarts; default: `state` in its folder of keys, or
+    ./NAME-state"""
+    memory_mib: float | None = None
+    """memory that training may take here; told to the server"""
+    once: bool = False
+    """end when the server says that the run is over; else wait for the next"""
 
 
 @dataclass(frozen=True, kw_only=True)

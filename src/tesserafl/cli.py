@@ -18,6 +18,8 @@ from tesserafl import __version__
 COMMANDS = {
     "run": "NAME|FILE  run a named experiment, a TOML file or a run folder's config.json",
     "resume": "RUN     continue a run or a study that was interrupted",
+    "serve": "NAME|FILE  run an experiment on devices that join",
+    "join": "FOLDER|ADDRESS  be a device of a run that is served",
     "plan": "NAME|FILE  what a run would cost each client, and how coverage grows; trains nothing",
     "bench": "NAME|FILE  how fast its rounds are here, for every way to train the clients",
     "learn": "NAME|FILE  learn when the nodes of a tree synchronise (tomtit, hwamei)",
@@ -76,6 +78,7 @@ def _fail(message: str, code: int) -> None:
 def _run(args: list[str]) -> None:
     from tesserafl.arguments import RunOptions, configured
     from tesserafl.run.runner import start
+    from tesserafl.run.shown import show
     from tesserafl.run.study import repeated, start_study
 
     name, named, options, experiment, asked = configured("run", args, RunOptions())
@@ -87,12 +90,15 @@ def _run(args: list[str]) -> None:
             summary = start_study(rows, folder, progress.announce, progress.listen)
         else:
             summary = start(experiment, folder, progress.listen)
-    _show(summary, folder, options.json)
+    show(summary, folder, options.json)
 
 
 def _resume(args: list[str]) -> None:
     from tesserafl.arguments import ResumeOptions
+    from tesserafl.run.deployed import is_deployed
     from tesserafl.run.runner import resume
+    from tesserafl.run.serve import resume_serving
+    from tesserafl.run.shown import show
     from tesserafl.run.study import is_study, resume_study
 
     options = tyro.cli(ResumeOptions, args=args, prog="tessera resume")
@@ -100,9 +106,26 @@ def _resume(args: list[str]) -> None:
     with _progress() as progress:
         if is_study(folder):
             summary = resume_study(folder, progress.announce, progress.listen)
+        elif is_deployed(folder):
+            summary = resume_serving(folder, progress.listen)
         else:
             summary = resume(folder, progress.listen)
-    _show(summary, folder, as_json)
+    show(summary, folder, as_json)
+
+
+def _serve(args: list[str]) -> None:
+    from tesserafl.deployment import served
+    from tesserafl.run.shown import show
+
+    with _progress() as progress:
+        summary, folder, as_json = served(args, _fresh, progress.listen)
+    show(summary, folder, as_json)
+
+
+def _join(args: list[str]) -> None:
+    from tesserafl.deployment import joined
+
+    joined(args)
 
 
 def _plan(args: list[str]) -> None:
@@ -217,6 +240,8 @@ def _doctor(args: list[str]) -> None:
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": _run,
     "resume": _resume,
+    "serve": _serve,
+    "join": _join,
     "plan": _plan,
     "bench": _bench,
     "learn": _learn,
@@ -239,47 +264,6 @@ def _progress() -> Any:
     from tesserafl.run.progress import Progress
 
     return Progress()
-
-
-def _frozen(summary: dict[str, Any]) -> str:
-    if "trainable_share" not in summary:
-        return ""
-    return (
-        f" and trained at most {summary['params_trained']:,}, {summary['trainable_share']:.3%} of "
-        f"the frozen model's {summary['params_frozen']:,}"
-    )
-
-
-def _show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
-    from rich.console import Console
-
-    from tesserafl.run.compare import compare
-
-    console = Console()
-    if as_json:
-        print(json.dumps(summary))
-        return
-    if "rows" in summary:
-        console.print(compare([folder]).as_table())
-        console.print(f"Comparison: {folder / 'comparison.html'}", soft_wrap=True, markup=False)
-        return
-    share = summary["params_largest_client"] / summary["params_full"]
-    console.print(
-        f"{summary['method']}: accuracy {summary['accuracy']:.4f} after {summary['rounds']} "
-        f"rounds; the largest client held {summary['params_largest_client']:,} of "
-        f"{summary['params_full']:,} parameters ({share:.1%}){_frozen(summary)}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
-    for key, what in {"personal": "their own models", "finetuned": "fine-tuned models"}.items():
-        if own := summary.get(f"accuracy_{key}"):
-            mean = sum(own) / len(own)
-            text = f"On the tests of {len(own)} clients {what} reach {mean:.4f} on average"
-            console.print(text, soft_wrap=True, highlight=False, markup=False)
-    console.print(
-        f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False, markup=False
-    )
 
 
 if __name__ == "__main__":

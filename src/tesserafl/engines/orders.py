@@ -55,7 +55,7 @@ class Offer(_Strict):
 
 
 class Store(_Strict):
-    """Parcels come with it."""
+    """Parcels to keep come with it."""
 
     kind: Literal["store"] = "store"
     run: _RunId
@@ -158,9 +158,7 @@ class Judged(_Strict):
     """How much its own expert counts, of mixtures."""
 
 
-Order = Annotated[
-    Hello | Offer | Store | Work | Fetch | Judge | Bye, Field(discriminator="kind")
-]
+Order = Annotated[Hello | Offer | Store | Work | Fetch | Judge | Bye, Field(discriminator="kind")]
 Reply = Annotated[
     Profile | Missing | Stranger | Refusal | Answer | Parcels | Judged,
     Field(discriminator="kind"),
@@ -191,18 +189,20 @@ def sealed(head: BaseModel, parcels: Mapping[str, bytes] | None = None) -> Envel
 
 def order_of(envelope: Envelope) -> Order:
     """The order in an envelope; raises MessageError."""
-    return _opened(_ORDERS, envelope)
+    order: Order = _opened(_ORDERS, envelope)
+    return order
 
 
 def reply_of(envelope: Envelope) -> Reply:
     """The reply in an envelope; raises MessageError."""
-    return _opened(_REPLIES, envelope)
+    reply: Reply = _opened(_REPLIES, envelope)
+    return reply
 
 
 def _opened(kind: TypeAdapter[Any], envelope: Envelope) -> Any:
     if len(envelope.head) > _MOST_HEAD_BYTES:
         raise MessageError(
-            f"a message's head has {len(envelope.head)} bytes; at most {_MOST_HEAD_BYTES} may be sent"
+            f"a message's head has {len(envelope.head)} bytes; allowed are {_MOST_HEAD_BYTES}"
         )
     try:
         return kind.validate_json(envelope.head)

@@ -1,8 +1,8 @@
 """A message in parcels: pieces of bounded size that travel, get lost and are sent again alone.
 
-The letter is JSON: the message's own header, what tensors it has, and the digest of every parcel. A
-parcel is one safetensors buffer of whole tensors, or of a piece of one that is larger than a parcel.
-Equal parcels have equal digests, so what the other side has already need not travel again.
+The letter is JSON: the message's own header, what tensors it has, and the digest of every parcel.
+A parcel is one safetensors buffer of whole tensors, or of a piece of one that is larger than a
+parcel. Equal parcels have equal digests, so what the other side has need not travel again.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,17 +12,21 @@ from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
 
-from tesserafl.core.errors import CheckpointError, ConfigError
+from tesserafl.core.errors import CheckpointError, ConfigError, TesseraError
 from tesserafl.core.messages import Client
 from tesserafl.data import ClientData
 from tesserafl.engines.orders import Hello
 from tesserafl.engines.parcels import MOST_BYTES
 from tesserafl.engines.remote import Post, Remote
+from tesserafl.run.children import die_with_parent
 from tesserafl.run.experiment import Experiment, from_json, to_json, with_absolute_paths
 from tesserafl.run.files import read_json, write_json
 from tesserafl.run.runner import Listener, first_federation, play
 from tesserafl.run.seats import Seats
 from tesserafl.run.setup import Setup, prepare, with_depths
+
+AT_WORK = "server-app.json"
+"""A file of the run folder that is there as long as a process plays the run over Flower."""
 
 _MIB = 1 << 20
 
@@ -157,6 +163,22 @@ def serve_over(
     if deployment.own_data:
         setup = _with_devices(setup, seats)
     return play(setup, first_federation(setup), folder, remote, listener)
+
+
+def serve_noted(post: Post, folder: Path) -> None:
+    """`serve_over` for a process whose errors nobody sees: they are written into the folder.
+
+    It ends with the process that started it: a run that nobody serves would keep the folder.
+    """
+    die_with_parent(signal.SIGKILL)
+    write_json(folder / AT_WORK, {"process": os.getpid()})
+    try:
+        serve_over(post, folder)
+    except TesseraError as error:
+        write_json(folder / "error.json", {"text": str(error)})
+        raise
+    finally:  # also after the devices heard that the run is over
+        (folder / AT_WORK).unlink(missing_ok=True)
 
 
 def _with_devices(setup: Setup, seats: Seats) -> Setup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 CLOSED = {
@@ -37,4 +38,7 @@ def environment(home: Path) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith("FLWR_") or name in KEPT
     }
-    return {**inherited, **CLOSED, "FLWR_HOME": str(home.absolute())}
+    # Flower starts its own programs by their bare names.
+    path = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
+    pace = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", **inherited}  # a second, else
+    return {**pace, **CLOSED, "FLWR_HOME": str(home.absolute()), "PATH": path}

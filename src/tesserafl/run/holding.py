@@ -13,6 +13,7 @@ from tesserafl.core.errors import ConfigError, DataError, MessageError
 from tesserafl.core.messages import Client
 from tesserafl.data import ClientData, FederatedData, Spec, load_own
 from tesserafl.engines.client import ClientWorker
+from tesserafl.models import FeatureAdapter, HuggingFace, LoRA, Prompts
 from tesserafl.run.experiment import Experiment, from_json
 from tesserafl.run.setup import Setup, client_worker, prepare
 
@@ -98,10 +99,10 @@ def _here(experiment: Experiment, local: Local) -> Experiment:
     )
     experiment = replace(experiment, data=replace(experiment.data, **changes), engine=engine)
     if local.model is not None:
-        if not hasattr(experiment.model, "config"):
+        found = experiment.model
+        if not isinstance(found, HuggingFace | LoRA | Prompts | FeatureAdapter):
             raise ConfigError("--model is for experiments with a pre-trained model; leave it away")
-        model = replace(experiment.model, config=str(local.model.absolute()))
-        experiment = replace(experiment, model=model)
+        experiment = replace(experiment, model=replace(found, config=str(local.model.absolute())))
     for what, path in {
         "--data": experiment.data.path,
         "--tokenizer": experiment.data.tokenizer,

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
-from tesserafl.core.errors import ConfigError
-from tesserafl.core.messages import Client
+from tesserafl.core.errors import ConfigError, MessageError
+from tesserafl.core.messages import Client, Memory
 from tesserafl.core.method import Method, Predictor, State
 from tesserafl.core.model import Model
 from tesserafl.core.submodel import cut
+from tesserafl.core.wire import Parts
+from tesserafl.data.examples import Examples
 from tesserafl.engines.federation import Federation
+from tesserafl.engines.remote import Remote
 from tesserafl.engines.seam import Done, Engine
 from tesserafl.run.evaluate import Evaluator
-from tesserafl.run.setup import Setup
+from tesserafl.run.setup import Setup, device_of
 
 
 def check_personal(setup: Setup) -> None:
@@ -54,6 +58,10 @@ def personal_accuracies(
     """
     method, found = setup.experiment.method, {}
     state = federation.assembled()
+    if isinstance(
+        engine, Remote
+    ):  # what clients keep, and what they test with, is on their devices
+        return _elsewhere(setup, engine, state)
     tested = [c for c in setup.clients if len(setup.data.clients[c.id].test)]
     if tested and hasattr(method, "personal"):
         models = [
@@ -69,6 +77,47 @@ def personal_accuracies(
         tuned = _finetuned(setup, engine, tested, state)
         by_client = {c.id: _accuracy(setup, evaluator, c, own) for c, own in tuned}
         found["accuracy_finetuned"] = [by_client[client.id] for client in tested]
+    return found
+
+
+def state_parts(state: State) -> Parts:
+    """A state as plain values and groups of tensors, for clients elsewhere."""
+    values: dict[str, Any] = {"round": state.round, "rounds": state.rounds, "seed": state.seed}
+    values["notes"] = dict(state.notes)
+    return values, {"params": state.params, "extra": dict(state.extra)}
+
+
+def personal_accuracy(
+    setup: Setup, parts: Parts, memory: Memory, examples: Examples
+) -> tuple[float, float | None]:
+    """Accuracy of a client's own model, and of mixtures how much its own expert counts.
+
+    Raises:
+        MessageError: the parts are not those of a state.
+    """
+    header, groups = parts
+    method = setup.experiment.method
+    if not hasattr(method, "personal"):
+        raise MessageError("clients of this method have no models of their own")
+    try:
+        state = State(params=groups["params"], extra=groups["extra"], **header)
+    except (KeyError, TypeError) as error:
+        raise MessageError(f"a global state lacks {error}, or has it in excess") from error
+    model = method.personal(setup.model, state, memory)
+    evaluator = Evaluator(data=setup.data, device=device_of(setup.experiment))
+    return evaluator.evaluate(model, examples).accuracy, evaluator.share(model, examples)
+
+
+def _elsewhere(setup: Setup, engine: Remote, state: State) -> dict[str, list[float]]:
+    """As measured on the devices that are there, in the clients' order."""
+    if not hasattr(setup.experiment.method, "personal"):
+        return {}
+    judged = engine.judge(state_parts(state)).values()
+    if not judged:
+        return {}
+    found = {"accuracy_personal": [each.accuracy for each in judged]}
+    if any(each.share is not None for each in judged):
+        found["own_share"] = [0.0 if each.share is None else each.share for each in judged]
     return found
 
 

@@ -1,7 +1,7 @@
 """The part of a device that stays: it keeps model, data and memories, and answers orders.
 
-It knows no transport. What it holds of a run lies on its disk before it answers, so a device that is
-killed goes on where it was.
+It knows no transport. What it holds of a run lies on its disk before it answers, so a device that
+is killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tesserafl.core.errors import MessageError, TesseraError
-from tesserafl.core.wire import task_of, update_parts
+from tesserafl.core.messages import Memory
+from tesserafl.core.wire import Parts, task_of, update_parts
 from tesserafl.engines.orders import (
     Answer,
     Bye,
     Envelope,
     Fetch,
     Hello,
+    Judge,
+    Judged,
     Missing,
     Offer,
     Parcels,
@@ -30,10 +33,11 @@ from tesserafl.engines.orders import (
     order_of,
     sealed,
 )
-from tesserafl.engines.parcels import Outgoing, letter_of, read_letter
+from tesserafl.engines.parcels import Letter, Outgoing, letter_of, read_letter
 from tesserafl.engines.process import threads
 from tesserafl.run.files import read_json, write_json
 from tesserafl.run.holding import Holding, Local, hold
+from tesserafl.run.personal import personal_accuracy
 from tesserafl.run.spool import Spool, digest_of
 
 _log = logging.getLogger(__name__)
@@ -72,9 +76,9 @@ class Resident:
                 return sealed(Missing(parcels=[]))
             if isinstance(order, Work):
                 return self._work(order, spool)
-            if isinstance(order, Fetch):
-                return _fetched(order, spool)
-            raise TesseraError(f"this device does not know the order {order.kind!r}")
+            if isinstance(order, Judge):
+                return self._judge(order, spool)
+            return _fetched(order, spool)
         except TesseraError as error:
             _log.warning("refused: %s", error)
             return sealed(Refusal(text=str(error)[:10_000]))
@@ -128,18 +132,10 @@ class Resident:
     def _train(self, order: Work, asked: str, spool: Spool) -> None:
         holding = self._known(order.run)
         assert holding is not None, "asked before"
-        try:
-            parts = read_letter(letter_of(order.letter), spool.fetch)
-        except MessageError:
-            spool.keep_only(())  # damaged on the disk, perhaps: let it be sent again
-            raise
-        task, _ = task_of(*parts)
+        task, _ = task_of(*_read(letter_of(order.letter), spool))
         if task.client.id != order.client:
             raise TesseraError(f"the task is client {task.client.id}'s, the order {order.client}'s")
-        memory = spool.recall(order.remembers)
-        if memory is None:
-            _log.warning("what was kept after round %s is lost; begins anew", order.remembers)
-            memory = {}
+        memory = _recalled(order, spool)
         begun = time.perf_counter()
         with threads(holding.experiment.engine.threads):
             update, memory = holding.worker.work(task, memory)
@@ -150,11 +146,42 @@ class Resident:
         spool.write_answer(asked, outgoing, seconds)
         _log.info("round %d: %d steps in %.2f s", task.round, update.num_steps, seconds)
 
+    def _judge(self, order: Judge, spool: Spool) -> Envelope:
+        holding = self._known(order.run)
+        assert holding is not None, "asked before"
+        letter = letter_of(order.letter)
+        if missing := spool.missing(note.sha256 for note in letter.parcels):
+            return sealed(Missing(parcels=missing))
+        if not len(holding.data.test):
+            raise TesseraError("this device keeps no test examples of its own")
+        parts = _read(letter, spool)
+        with threads(holding.experiment.engine.threads):
+            accuracy, share = personal_accuracy(
+                holding.setup, parts, _recalled(order, spool), holding.data.test
+            )
+        return sealed(Judged(accuracy=accuracy, share=share))
+
     def _bye(self, order: Bye) -> Envelope:
         self.over = True
         spool = self._spool(order.run)
         spool.keep_only(())
         return sealed(Missing(parcels=[]))
+
+
+def _read(letter: Letter, spool: Spool) -> Parts:
+    try:
+        return read_letter(letter, spool.fetch)
+    except MessageError:
+        spool.keep_only(())  # damaged on the disk, perhaps: let it be sent again
+        raise
+
+
+def _recalled(order: Work | Judge, spool: Spool) -> Memory:
+    memory = spool.recall(order.remembers)
+    if memory is None:
+        _log.warning("what was kept after round %s is lost; begins anew", order.remembers)
+        return {}
+    return memory
 
 
 def _fetched(order: Fetch, spool: Spool) -> Envelope:

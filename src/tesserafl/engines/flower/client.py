@@ -6,6 +6,7 @@ Neither torch nor the model is loaded here: the resident (`tessera join`) has th
 from __future__ import annotations
 
 import socket
+from typing import IO, cast
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -38,7 +39,8 @@ def forward(path: str, envelope: Envelope) -> Envelope:
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(path)
-        with connection.makefile("rwb") as pipe:
+        with connection.makefile("rwb") as both:
+            pipe = cast(IO[bytes], both)
             write_envelope(pipe, envelope)
             answer = read_envelope(pipe)
     if answer is None:

@@ -17,9 +17,7 @@ def to_record(envelope: Envelope) -> RecordDict:
     arrays = {
         name: Array("uint8", (len(data),), _STYPE, data) for name, data in envelope.parcels.items()
     }
-    return RecordDict(
-        {_HEAD: ConfigRecord({"json": envelope.head}), _PARCELS: ArrayRecord(arrays)}
-    )
+    return RecordDict({_HEAD: ConfigRecord({"json": envelope.head}), _PARCELS: ArrayRecord(arrays)})
 
 
 def from_record(record: RecordDict) -> Envelope:

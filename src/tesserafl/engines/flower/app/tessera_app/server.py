@@ -12,9 +12,9 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Play the run to its end; what it writes lies in its folder."""
     from tesserafl.engines.flower.post import FlowerPost
-    from tesserafl.run.deployed import serve_over
+    from tesserafl.run.deployed import serve_noted
 
     folder = str(context.run_config["folder"])
     if not folder:
         raise SystemExit("which run? Give its folder: flwr run APP -c 'folder=\"/runs/mine\"'")
-    serve_over(FlowerPost(grid=grid), Path(folder))
+    serve_noted(FlowerPost(grid=grid), Path(folder))

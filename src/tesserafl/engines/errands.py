@@ -1,0 +1,161 @@
+"""One device's task on its way: what to send next, until its answer is whole.
+
+    small   Work with its parcels                  -> Answer with its parcels
+    large   Offer -> Missing, Store... -> Work     -> Answer, Fetch... -> Parcels
+
+An errand sends nothing itself, and knows neither post nor clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tesserafl.core.errors import MessageError
+from tesserafl.core.messages import Task
+from tesserafl.core.wire import update_of
+from tesserafl.engines.orders import (
+    Answer,
+    Envelope,
+    Fetch,
+    Judge,
+    Judged,
+    Missing,
+    Offer,
+    Parcels,
+    Refusal,
+    Store,
+    Stranger,
+    Work,
+    reply_of,
+    sealed,
+)
+from tesserafl.engines.parcels import Letter, Outgoing, check_parcel, letter_of, read_letter
+from tesserafl.engines.seam import Done
+
+_MOST_REPEATS = 5
+"""Of one step, after which the device is given up for the round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a reply leads to."""
+
+    send: Sequence[Envelope] = ()
+    greet: bool = False
+    """The device does not know the run: greet it, and begin again when it has answered."""
+    result: Done | Judged | None = None
+    """The errand is over."""
+
+
+@dataclass(kw_only=True)
+class Errand:
+    """The way of one task, or of a global state that a client's own model is measured with."""
+
+    run: str
+    client: int
+    task: Task | None
+    """None: the client's own model is to be measured."""
+    outgoing: Outgoing
+    remembers: int | None
+    """The round whose memory the client begins with."""
+    waiting: int = 0
+    """Messages under way."""
+    _repeats: int = 0
+    _answer: Answer | None = None
+    _letter: Letter | None = None
+    """Of the answer."""
+    _parcels: dict[str, bytes] = field(default_factory=dict)
+
+    def begin(self) -> Step:
+        """The first message."""
+        letter = self.outgoing.letter
+        if letter.num_bytes <= self.outgoing.most_bytes:
+            return self._sending(self._work(range(len(letter.parcels))))
+        parcels = [note.sha256 for note in letter.parcels]
+        return self._sending(sealed(Offer(run=self.run, parcels=parcels)))
+
+    def replied(self, envelope: Envelope) -> Step:
+        """What a reply leads to.
+
+        Raises:
+            MessageError: it is damaged, answers nothing that was asked, or the device refuses.
+        """
+        self.waiting -= 1
+        reply = reply_of(envelope)
+        if isinstance(reply, Refusal):
+            raise MessageError(reply.text)
+        if isinstance(reply, Stranger):
+            self._repeat(f"the device of client {self.client} forgets the run again and again")
+            return Step(greet=not self.waiting)
+        if isinstance(reply, Missing):
+            return self._missed(reply.parcels)
+        if isinstance(reply, Judged) and self.task is None:
+            return Step(result=reply)
+        if isinstance(reply, Answer) and self.task is not None:
+            self._answer, self._letter = reply, letter_of(reply.letter)
+        elif not (isinstance(reply, Parcels) and self._letter is not None):
+            raise MessageError(f"a device answered {reply.kind!r} where that answers nothing")
+        return self._collected(self._letter, envelope.parcels)
+
+    def _missed(self, parcels: Sequence[str]) -> Step:
+        if self._letter is not None:
+            raise MessageError(f"the device of client {self.client} has lost its answer")
+        if not parcels:
+            return Step() if self.waiting else self._sending(self._work(()))
+        self._repeat(f"the device of client {self.client} keeps losing parcels")
+        letter, wanted = self.outgoing.letter, set(parcels)
+        numbers = [n for n, note in enumerate(letter.parcels) if note.sha256 in wanted]
+        if not numbers:
+            raise MessageError(f"the device of client {self.client} wants parcels of another task")
+        stores = [sealed(Store(run=self.run), self._of_task([number])) for number in numbers]
+        return self._sending(*stores)
+
+    def _collected(self, letter: Letter | None, parcels: Mapping[str, bytes]) -> Step:
+        """Take what came of an answer, and ask for the rest of it."""
+        assert letter is not None
+        notes = {note.sha256: note for note in letter.parcels}
+        for name, data in parcels.items():
+            if name in notes:
+                check_parcel(data, notes[name])
+                self._parcels[name] = data
+        missing = [name for name in notes if name not in self._parcels]
+        if not missing:
+            return Step(result=self._done(letter))
+        if self.waiting:
+            return Step()
+        self._repeat(f"parcels of client {self.client}'s answer do not come")
+        return self._sending(*(sealed(Fetch(run=self.run, parcels=[name])) for name in missing))
+
+    def _done(self, letter: Letter) -> Done:
+        assert self.task is not None and self._answer is not None
+        update, memory = update_of(*read_letter(letter, self._parcels.__getitem__))
+        if (update.client, update.round) != (self.client, self.task.round) or memory:
+            raise MessageError(
+                f"a device answered for client {update.client} in round {update.round} with "
+                f"{len(memory)} memories; asked was client {self.client} in round "
+                f"{self.task.round}, and memories stay on devices"
+            )
+        return Done(update=update, seconds=self._answer.seconds)
+
+    def _work(self, inline: Iterable[int]) -> Envelope:
+        values: dict[str, Any] = {"run": self.run, "client": self.client}
+        values |= {"remembers": self.remembers, "letter": self.outgoing.letter.model_dump()}
+        if self.task is None:
+            return sealed(Judge(**values), self._of_task(inline))
+        order = Work(**values, most_bytes=self.outgoing.most_bytes)
+        return sealed(order, self._of_task(inline))
+
+    def _of_task(self, numbers: Iterable[int]) -> dict[str, bytes]:
+        letter = self.outgoing.letter
+        return {letter.parcels[n].sha256: self.outgoing.parcel(n) for n in numbers}
+
+    def _sending(self, *envelopes: Envelope) -> Step:
+        self.waiting += len(envelopes)
+        return Step(send=envelopes)
+
+    def _repeat(self, text: str) -> None:
+        self._repeats += 1
+        if self._repeats > _MOST_REPEATS:
+            raise MessageError(text)
