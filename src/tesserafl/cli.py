@@ -24,6 +24,9 @@ COMMANDS = {
     "list": "WHAT       methods, models, data or experiments",
     "compare": "RUN... tables and plots of several runs at equal rounds, bytes and FLOPs",
     "report": "RUN     write the report of a run folder anew",
+    "certs": "FOLDER  keys and certificates of a server and its devices",
+    "token": "FOLDER  a line of text with which a device joins a server",
+    "proxy": "FOLDER  the proxy in front of a server: devices reach what they need, no more",
     "doctor": "        check this machine and installation",
 }
 
@@ -214,6 +217,15 @@ def _doctor(args: list[str]) -> None:
         raise SystemExit(1)
 
 
+def _deployment(name: str) -> Callable[[list[str]], None]:
+    def command(args: list[str]) -> None:
+        from tesserafl.deployment import COMMANDS
+
+        COMMANDS[name](args)
+
+    return command
+
+
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": _run,
     "resume": _resume,
@@ -223,6 +235,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "list": _list,
     "compare": _compare,
     "report": _report,
+    **{name: _deployment(name) for name in ("certs", "token", "proxy")},
     "doctor": _doctor,
 }
 

@@ -76,9 +76,11 @@ class Link:
 
 
 @contextlib.contextmanager
-def superlink(files: ServerFiles, folder: Path) -> Iterator[Link]:
+def superlink(
+    files: ServerFiles, folder: Path, port: int | None = None, database: Path | None = None
+) -> Iterator[Link]:
     """Connections `direct` (loopback) and `proxied` (as devices come) are known to `flwr`."""
-    link = Link(free_port(), folder / "home", folder / "superlink.log")
+    link = Link(port or free_port(), folder / "home", folder / "superlink.log")
     link.home.mkdir(parents=True)
     (link.home / "config.toml").write_text(
         f'[superlink]\ndefault = "direct"\n'
@@ -90,6 +92,7 @@ def superlink(files: ServerFiles, folder: Path) -> Iterator[Link]:
     command = [str(BIN / "flower-superlink"), "--host", "127.0.0.1", "--port", str(link.port)]
     command += ["--ssl-certfile", str(files.certificate), "--ssl-keyfile", str(files.key)]
     command += ["--ssl-ca-certfile", str(files.ca), "--enable-supernode-auth", *SUPERLINK_FLAGS]
+    command += ["--database", str(database)] if database else []
     with process(command, link.home, link.log) as child:
 
         def up() -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import importlib.util
 import json
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -229,3 +231,23 @@ def test_a_superlink_of_another_authority_gets_nothing(
         proxy.running(files, settings),
     ):
         pass
+
+
+@pytest.mark.slow
+def test_a_device_outlives_its_server_behind_the_proxy(tmp_path: Path) -> None:
+    # While the server is away nginx answers 502, which a device takes for a reason to try again.
+    certs.create(tmp_path / "keys", hosts=["127.0.0.1"], devices=["known"], port=free_port())
+    files, port, database = server_files(tmp_path / "keys"), free_port(), tmp_path / "link.db"
+    device = device_files(tmp_path / "keys/devices/known")
+    settings = proxy.ProxySettings(superlink=f"127.0.0.1:{port}", listen="127.0.0.1")
+    with proxy.running(files, settings), contextlib.ExitStack() as stack:
+        with superlink(files, tmp_path / "first", port, database) as link:
+            link.register(device)
+            child, log = stack.enter_context(supernode(device, files.address, tmp_path))
+            until(lambda: "Activated node_id" in link.said(), 60, log.read_text)
+        time.sleep(10)
+        assert ask(files, files.port, "/v1/fleet/get-run")[0] == 502
+        with superlink(files, tmp_path / "second", port, database) as link:
+            until(lambda: "Connection successful" in log.read_text(), 120, log.read_text)
+            assert child.poll() is None
+            assert "activate-node" not in link.said()  # it went on, it did not join anew

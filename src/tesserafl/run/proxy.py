@@ -45,7 +45,7 @@ FLEET_PATHS = (
 
 _TEMPLATE = """\
 # Written by `tessera certs`: devices reach the fleet path of a SuperLink that listens on loopback.
-# Start it as the user that owns the keys:  nginx -p {runtime} -c {config}
+# Start it as the user that owns the keys:  nginx -p {runtime}/ -c FOLDER/nginx.conf -e stderr
 daemon off;
 pid {runtime}/nginx.pid;
 error_log stderr warn;
@@ -146,7 +146,6 @@ def render(files: ServerFiles, runtime: Path, settings: ProxySettings) -> str:
     listen = f"[{settings.listen}]" if ":" in settings.listen else settings.listen
     return _TEMPLATE.format(
         runtime=_quoted(runtime, bare=True),
-        config=_quoted(files.folder / "nginx.conf"),
         superlink=settings.superlink,
         listen=f"{listen}:{files.port}",
         certificate=_quoted(files.certificate),
@@ -164,6 +163,12 @@ def write(files: ServerFiles, settings: ProxySettings) -> Path:
     path = files.folder / "nginx.conf"
     path.write_text(render(files, runtime, settings), encoding="utf-8")
     return path
+
+
+def start_command(config: Path) -> list[str]:
+    """How nginx is started with the configuration that `write` made, in the foreground."""
+    runtime = config.absolute().parent / "nginx"
+    return [program() or "nginx", "-p", f"{runtime}/", "-c", str(config.absolute()), "-e", "stderr"]
 
 
 def program() -> str | None:
