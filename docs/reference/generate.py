@@ -114,7 +114,7 @@ def command_line() -> str:
         "Named experiments:",
         block("\n".join(f"{name:16}{named.summary}" for name, named in EXPERIMENTS.items())),
     ]
-    for name in ("resume", "compare", "report"):
+    for name in ("resume", "compare", "report", "certs", "token", "proxy"):
         parts += [f"## tessera {name}", block(printed([name, "--help"]))]
     parts += [
         "## tessera list",

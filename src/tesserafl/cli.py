@@ -26,6 +26,9 @@ COMMANDS = {
     "list": "WHAT       methods, models, data or experiments",
     "compare": "RUN... tables and plots of several runs at equal rounds, bytes and FLOPs",
     "report": "RUN     write the report of a run folder anew",
+    "certs": "FOLDER  keys and certificates of a server and its devices",
+    "token": "FOLDER  a line of text with which a device joins a server",
+    "proxy": "FOLDER  the proxy in front of a server: devices reach what they need, no more",
     "doctor": "        check this machine and installation",
 }
 
@@ -114,7 +117,7 @@ def _resume(args: list[str]) -> None:
 
 
 def _serve(args: list[str]) -> None:
-    from tesserafl.deployment import served
+    from tesserafl.serving import served
     from tesserafl.run.shown import show
 
     with _progress() as progress:
@@ -123,7 +126,7 @@ def _serve(args: list[str]) -> None:
 
 
 def _join(args: list[str]) -> None:
-    from tesserafl.deployment import joined
+    from tesserafl.serving import joined
 
     joined(args)
 
@@ -237,6 +240,15 @@ def _doctor(args: list[str]) -> None:
         raise SystemExit(1)
 
 
+def _deployment(name: str) -> Callable[[list[str]], None]:
+    def command(args: list[str]) -> None:
+        from tesserafl.deployment import COMMANDS
+
+        COMMANDS[name](args)
+
+    return command
+
+
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": _run,
     "resume": _resume,
@@ -248,6 +260,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "list": _list,
     "compare": _compare,
     "report": _report,
+    **{name: _deployment(name) for name in ("certs", "token", "proxy")},
     "doctor": _doctor,
 }
 

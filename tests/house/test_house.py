@@ -197,7 +197,18 @@ def test_help_is_answered_as_a_module_too() -> None:
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    for command in ("run", "resume", "plan", "list", "compare", "report", "doctor"):
+    for command in (
+        "run",
+        "resume",
+        "plan",
+        "list",
+        "compare",
+        "report",
+        "certs",
+        "token",
+        "proxy",
+        "doctor",
+    ):
         assert f"tessera {command}" in done.stdout
 
 

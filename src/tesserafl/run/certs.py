@@ -24,9 +24,21 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tesserafl.core.errors import ConfigError, TrustError
 from tesserafl.run import signing
-from tesserafl.run.addresses import check_address, check_host, check_name, joined
+from tesserafl.run.addresses import check_address, check_host, check_name, device_names, joined
 from tesserafl.run.keyfiles import kept, private_folder, read_valid, there, write_new
 from tesserafl.run.systemd import UNIT, device_unit
+
+__all__ = [
+    "DAYS",
+    "DeviceFiles",
+    "ServerFiles",
+    "create",
+    "device_files",
+    "device_keys",
+    "device_names",
+    "fill_bundle",
+    "server_files",
+]
 
 PORT = 8443
 """Where devices reach the fleet path, that is the proxy."""

@@ -38,6 +38,7 @@ _NEEDED = (
 _OPTIONAL = {
     "transformers": "Hugging Face models (pip install 'tesserafl[huggingface]')",
     "numba": "compiled sums of large models (pip install 'tesserafl[fast]')",
+    "flwr": "servers and devices on many machines (pip install 'tesserafl[flower]')",
 }
 
 

@@ -4,8 +4,8 @@
      |- resident            in this process: model, data, memories; on a socket for its owner alone
      `- flower-supernode    fetches messages; for each, a short process asks the resident
 
-The SuperNode is started again whenever it ends: a server that still believes in the last one refuses
-it for about a minute.
+The SuperNode is started again whenever it ends. A server that still believes in the last one
+refuses it for about a minute.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tesserafl.core.errors import ConfigError, TrustError
+from tesserafl.core.errors import ConfigError
 from tesserafl.run.addresses import check_address
 from tesserafl.run.certs import ServerFiles
 from tesserafl.run.keyfiles import private_folder
@@ -45,7 +45,7 @@ FLEET_PATHS = (
 
 _TEMPLATE = """\
 # Written by `tessera certs`: devices reach the fleet path of a SuperLink that listens on loopback.
-# Start it as the user that owns the keys:  nginx -p {runtime} -c {config}
+# Start it as the user that owns the keys:  nginx -p {runtime}/ -c FOLDER/nginx.conf -e stderr
 daemon off;
 pid {runtime}/nginx.pid;
 error_log stderr warn;
@@ -146,7 +146,6 @@ def render(files: ServerFiles, runtime: Path, settings: ProxySettings) -> str:
     listen = f"[{settings.listen}]" if ":" in settings.listen else settings.listen
     return _TEMPLATE.format(
         runtime=_quoted(runtime, bare=True),
-        config=_quoted(files.folder / "nginx.conf"),
         superlink=settings.superlink,
         listen=f"{listen}:{files.port}",
         certificate=_quoted(files.certificate),
@@ -166,6 +165,12 @@ def write(files: ServerFiles, settings: ProxySettings) -> Path:
     return path
 
 
+def start_command(config: Path) -> list[str]:
+    """How nginx is started with the configuration that `write` made, in the foreground."""
+    runtime = config.absolute().parent / "nginx"
+    return [program() or "nginx", "-p", f"{runtime}/", "-c", str(config.absolute()), "-e", "stderr"]
+
+
 def program() -> str | None:
     """nginx's path, or None; Debian installs it where users' PATH does not look."""
     return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
@@ -178,14 +183,15 @@ def running(
     """nginx as a child process, serving until the block ends.
 
     Raises:
-        ConfigError: nginx is not installed.
-        TrustError: it does not start; its own words are in the message.
+        ConfigError: nginx is not installed, or it does not start; its own words are in the message.
     """
     nginx = program()
     if nginx is None:
         raise ConfigError(
             "nginx is not installed; apt-get install nginx-light, or serve on loopback only"
         )
+    host = "127.0.0.1" if settings.listen == "0.0.0.0" else settings.listen
+    _check_free(settings.listen, files.port)
     with tempfile.TemporaryDirectory(prefix="tessera-proxy-") as name:
         runtime = Path(name)
         runtime.chmod(0o711)  # started by root, nginx works as another user in folders below
@@ -199,7 +205,6 @@ def running(
                 stderr=told,
             )
         try:
-            host = "127.0.0.1" if settings.listen == "0.0.0.0" else settings.listen
             _await(child, host, files, log, timeout_seconds)
             yield child
         finally:
@@ -211,10 +216,24 @@ def running(
                 child.wait()
 
 
+def _check_free(listen: str, port: int) -> None:
+    # nginx tries for seconds before it gives up, while another server of ours would answer for it.
+    family = socket.AF_INET6 if ":" in listen else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((listen, port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} of {listen} cannot be served ({error.strerror}); end the process "
+                f"that has it, or choose another port"
+            ) from error
+
+
 def _await(
     child: subprocess.Popen[bytes], host: str, files: ServerFiles, log: Path, seconds: float
 ) -> None:
-    """Until the port answers with our certificate: somebody else's server on it is no success."""
+    """Until the port answers with our certificate."""
     context = ssl.create_default_context(cafile=files.ca)
     ends = time.monotonic() + seconds
     while True:
@@ -229,9 +248,9 @@ def _await(
             pass
         if child.poll() is not None or time.monotonic() > ends:
             said = log.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
-            raise TrustError(
+            raise ConfigError(
                 f"nginx did not serve port {files.port} within {seconds:g} s: "
-                f"{said or 'it said nothing'}; is the port taken by another process?"
+                f"{said or 'it said nothing'}"
             )
         time.sleep(0.05)
 

@@ -118,6 +118,15 @@ def device_pair(name: str) -> tuple[bytes, bytes]:
     return bytes(secret), _line(private.public_key(), name)
 
 
+def public_of(private: bytes) -> bytes:
+    """The public key of an OpenSSH private key. TrustError if it is damaged."""
+    needed()
+    try:
+        return _line(serialization.load_ssh_private_key(private, None).public_key(), "")
+    except (ValueError, UnsupportedAlgorithm, TypeError) as error:
+        raise TrustError(f"an OpenSSH key that cannot be read: {error}") from error
+
+
 def public_line(public: bytes, name: str) -> bytes:
     """The public key that `public` holds, written anew with the device's name as its comment.
 
@@ -126,6 +135,8 @@ def public_line(public: bytes, name: str) -> bytes:
     """
     needed()
     try:
+        if len(public.splitlines()) != 1:
+            raise ValueError("more or less than one line")
         key = serialization.load_ssh_public_key(public)
     except (ValueError, UnsupportedAlgorithm) as error:
         raise TrustError(f"a public key that cannot be read: {error}") from error
@@ -207,7 +218,7 @@ def _alternative(host: str) -> Any:
 
 def _line(key: Any, name: str) -> bytes:
     text = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    return bytes(text) + b" " + name.encode("ascii") + b"\n"
+    return b" ".join((bytes(text), name.encode("ascii"))).strip() + b"\n"
 
 
 def _private(data: bytes, what: str) -> Any:

@@ -15,6 +15,7 @@ import pytest
 from tesserafl.core.errors import ConfigError, TrustError
 from tesserafl.run import certs, signing
 from tesserafl.run.addresses import check_address, check_host, device_names
+from tesserafl.run.keyfiles import write_new
 
 pytest.importorskip("cryptography", reason="keys need the extra `flower`")
 
@@ -176,9 +177,9 @@ def test_an_authority_of_another_pair_signs_nothing(folder: Path, tmp_path: Path
 
 
 def test_a_key_is_never_replaced(tmp_path: Path) -> None:
-    path = certs.write_new(tmp_path / "key", b"first")
+    path = write_new(tmp_path / "key", b"first")
     with pytest.raises(TrustError, match="key exists and is not replaced"):
-        certs.write_new(path, b"second")
+        write_new(path, b"second")
     assert path.read_bytes() == b"first" and list(tmp_path.iterdir()) == [path]
 
 

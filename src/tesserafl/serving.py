@@ -1,0 +1,36 @@
+"""The commands of runs on devices, without what they print."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from tesserafl.arguments import JoinOptions, ServeOptions, configured
+from tesserafl.run.deployed import begin
+from tesserafl.run.join import join, line_to
+from tesserafl.run.runner import Listener
+from tesserafl.run.serve import serve
+
+
+def served(
+    args: list[str], fresh: Callable[[Path], Path], listener: Listener
+) -> tuple[dict[str, Any], Path, bool]:
+    """`tessera serve`: the run's summary, its folder, and whether JSON is wanted."""
+    name, _, options, experiment, _ = configured("serve", args, ServeOptions())
+    folder = options.out or fresh(Path("runs") / name)
+    begin(experiment, options.deployment, folder)
+    return serve(folder, options.link, listener), folder, options.json
+
+
+def joined(args: list[str]) -> None:
+    """`tessera join`: a device, until it is stopped."""
+    options = tyro.cli(JoinOptions, args=args, prog="tessera join")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    line = line_to(options.place)
+    name = line.name_of(options.name)
+    folder = options.folder or line.folder_of(name)
+    join(line, name, folder, options.local, memory_mib=options.memory_mib, once=options.once)
