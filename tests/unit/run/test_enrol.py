@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import random
 import shutil
 import socket
 import ssl
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -139,13 +141,38 @@ def test_of_two_at_once_one_gets_the_name(
         except TrustError as error:
             outcomes.append("refused" if "another key" in str(error) else str(error))
 
-    threads = [threading.Thread(target=join, args=(n,)) for n in range(6)]
+    all_at_once([partial(join, number) for number in range(6)])
+    assert sorted(outcomes) == ["alice"] + ["refused"] * 5
+    assert len(told) == 1
+
+
+def all_at_once(works: list[Callable[[], object]]) -> None:
+    threads = [threading.Thread(target=work) for work in works]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(outcomes) == ["alice"] + ["refused"] * 5
-    assert len(told) == 1
+
+
+def test_no_token_is_lost_when_many_are_made_at_once(folder: Path) -> None:
+    names = [f"device-{number}" for number in range(12)]
+    all_at_once([partial(create_token, folder, name) for name in names])
+    assert set(json.loads((folder / "tokens.json").read_text())["tokens"]) == set(names)
+
+
+def test_devices_are_registered_one_at_a_time(folder: Path, tmp_path: Path) -> None:
+    inside, most = [0], [0]
+
+    def register(name: str, path: Path) -> None:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.2)
+        inside[0] -= 1
+
+    made = {name: create_token(folder, name) for name in ("a", "b", "c")}
+    with Enrolment(folder, "127.0.0.1", None, register):
+        all_at_once([partial(enrol, token, tmp_path / name) for name, token in made.items()])
+    assert set(certs.device_keys(folder)) == {"a", "b", "c"} and most == [1]
 
 
 def test_secrets_are_not_kept_and_expire(
@@ -282,6 +309,31 @@ def test_malformed_requests_are_refused_and_harm_nobody(
     assert ask(folder, "POST", "/v1/enrol", b"0\r\n\r\n", chunked)[0] == 411
     assert not told and not certs.device_keys(folder)
     assert enrol(token, tmp_path / "device").name == "alice"  # the token is still good
+
+
+def test_garbage_ends_nothing(folder: Path, served: Enrolment, tmp_path: Path) -> None:
+    files = certs.server_files(folder)
+    context = ssl.create_default_context(cafile=files.ca)
+    threads = threading.active_count()
+    draws = random.Random(0)
+    for number in range(60):
+        raw = draws.randbytes(draws.choice([1, 100, 5000]))
+        text = b"POST /v1/enrol HTTP/1.1\r\nContent-Length: " + raw[:20] + b"\r\n\r\n" + raw
+        sent = draws.choice([raw, text, b"GET /v1/ca.crt\r\n\r\n", b"X" * 70000, b"A: b\r\n" * 200])
+        with contextlib.suppress(OSError):
+            plain = socket.create_connection(("127.0.0.1", files.enrol_port), 0.3)
+            secured = number % 2
+            with context.wrap_socket(plain, server_hostname="127.0.0.1") if secured else plain as s:
+                s.sendall(sent)
+                if draws.random() < 0.5:
+                    s.recv(100)
+    ends = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert threading.active_count() <= threads  # no place stays taken
+    token = create_token(folder, "alice")
+    served._pace._counts.clear()
+    assert enrol(token, tmp_path / "device").name == "alice"
 
 
 def test_silent_and_slow_peers_stop_nobody(

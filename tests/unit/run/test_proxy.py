@@ -11,7 +11,7 @@ import pytest
 
 from tesserafl import cli
 from tesserafl.core.errors import ConfigError
-from tesserafl.run import certs, proxy
+from tesserafl.run import certs, proxy, signing
 from tesserafl.run.proxy import FLEET_PATHS, ProxySettings, render
 
 FILES = certs.ServerFiles(
@@ -55,6 +55,12 @@ def test_the_open_paths_are_those_that_a_device_of_flower_calls() -> None:
     assert called - {"register-node", "unregister-node"} == set(FLEET_PATHS)
 
 
+needs_keys = pytest.mark.skipif(
+    not signing.AVAILABLE, reason="keys need the extra `flower`, which is not installed"
+)
+
+
+@needs_keys
 @pytest.mark.skipif(proxy.program() is None, reason="nginx is not installed (nginx-light)")
 @pytest.mark.parametrize("listen", ["0.0.0.0", "::1"])
 def test_nginx_takes_the_file_that_the_command_writes(
@@ -75,6 +81,7 @@ def test_nginx_takes_the_file_that_the_command_writes(
     assert "[warn]" not in done.stderr
 
 
+@needs_keys
 def test_the_command_prints_a_token_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
