@@ -117,8 +117,8 @@ def _resume(args: list[str]) -> None:
 
 
 def _serve(args: list[str]) -> None:
-    from tesserafl.serving import served
     from tesserafl.run.shown import show
+    from tesserafl.serving import served
 
     with _progress() as progress:
         summary, folder, as_json = served(args, _fresh, progress.listen)

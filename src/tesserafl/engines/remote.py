@@ -177,7 +177,10 @@ class Remote:
         return {client: self._judged[client] for client in sorted(self._judged)}
 
     def close(self) -> None:
-        """Say goodbye to the devices, if the post still works."""
+        """Nothing to release: devices wait for a server that goes on, or for `goodbye`."""
+
+    def goodbye(self) -> None:
+        """Tell the devices that the run is over, if the post works."""
         bye = sealed(Bye(run=self.hello.run))
         nodes, self._known = self._known & self._present.keys(), set()
         until = self.clock() + _GOODBYE

@@ -137,8 +137,8 @@ def serve_over(
         TesseraError: no device came, or the run failed.
     """
     if (folder / "summary.json").exists():
-        summary: dict[str, Any] = read_json(folder / "summary.json")
-        return summary
+        done: dict[str, Any] = read_json(folder / "summary.json")
+        return done
     deployment, experiment = deployment_of(folder), from_json(read_json(folder / "config.json"))
     setup = prepare(experiment)
     number = deployment.devices if deployment.own_data else len(setup.clients)
@@ -162,7 +162,9 @@ def serve_over(
     remote.renumber(seats.settle())
     if deployment.own_data:
         setup = _with_devices(setup, seats)
-    return play(setup, first_federation(setup), folder, remote, listener)
+    summary = play(setup, first_federation(setup), folder, remote, listener)
+    remote.goodbye()
+    return summary
 
 
 def serve_noted(post: Post, folder: Path) -> None:

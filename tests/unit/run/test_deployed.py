@@ -23,11 +23,11 @@ ALL = range(4)
 
 def _experiment(**changes):
     settings = {
-        "data": DataSettings(num_clients=4, max_train=200, max_test=100),
+        "data": DataSettings(num_clients=4, max_train=120, max_test=50),
         "model": MLP(hidden=(16, 16)),
         "method": FedBRB(ratio=(0.25, 0.5)),
         "engine": EngineSettings(batching="sequential"),
-        "rounds": 4,
+        "rounds": 3,
         "clients_per_round": 4,
         "checkpoint_every": 1,
     }
@@ -83,22 +83,24 @@ def test_parcels_that_a_device_has_are_not_sent_again(tmp_path):
     assert summary["state_sha256"] == start(experiment, tmp_path / "here")["state_sha256"]
 
 
-@pytest.mark.parametrize("reason", ["offline", "crashed", "error", "expired"])
-def test_a_device_that_fails_changes_only_who_took_part(tmp_path, reason):
+def test_a_device_that_fails_changes_only_who_took_part(tmp_path):
+    reasons = ["offline", "crashed", "error", "expired"]
+    left = list(reasons)
+
     def fails(node, order):
         if order.kind == "work" and node == 102:
-            return Undelivered(reason, "as a test wants it")
+            return Undelivered(left.pop(0), "as a test wants it")
         return None
 
-    experiment = _experiment(method=FedAvg(), rounds=2)
+    experiment = _experiment(method=FedAvg(), rounds=4)
     post = PostAtHand(residents=parts(tmp_path / "devices", ALL), loss=fails)
     served, _ = _served(tmp_path, experiment, post)
     lines = (tmp_path / "served/events.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     rounds = [event for event in events if event["kind"] == "round"]
     assert [[(f["client"], f["reason"]) for f in e["failures"]] for e in rounds] == [
-        [(2, reason)]
-    ] * 2
+        [(2, reason)] for reason in reasons
+    ]
     # The same participants in this process: a client that fails there with an error of its own.
     post = PostAtHand(residents=parts(tmp_path / "three", (0, 1, 3)))
     begin(experiment, Deployment(devices=3), tmp_path / "absent")
@@ -117,14 +119,15 @@ def test_a_device_that_comes_late_takes_part_from_then_on(tmp_path):
             if len(rounds) == 2:
                 post.away.clear()
 
-    experiment = _experiment(method=FedAvg())
+    experiment = _experiment(method=FedAvg(), rounds=5)
     begin(experiment, Deployment(devices=3), tmp_path / "served")
 
     def at_once(remote: Remote) -> None:  # looks at who is there with every task
         remote.clock = iter(range(10**6)).__next__
 
     serve_over(post, tmp_path / "served", listen, at_once)
-    assert rounds == [[0, 1, 2]] * 3 + [[0, 1, 2, 3]]  # greeted in the third
+    assert rounds[:2] == [[0, 1, 2]] * 2
+    assert rounds[-1] == [0, 1, 2, 3]  # greeted in between
 
 
 def test_a_server_that_is_cut_off_goes_on_with_the_same_bits(tmp_path):
