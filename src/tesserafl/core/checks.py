@@ -19,6 +19,9 @@ MAX_ENTRY = 256.0
 """Largest |delta| of one entry in one round. A weight that moved further has diverged."""
 
 
+_REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
 def check_deltas(deltas: Sequence[tuple[SubModel, Params]], params: Params) -> None:
     """`check_delta` of several; where one lies is looked up once if the one before lay there."""
     last: tuple[SubModel, Packing] | None = None
@@ -60,6 +63,9 @@ def check_entries(delta: Params, max_entry: float) -> None:
     """Raise UpdateError unless every entry is finite and at most `max_entry`."""
     if not delta:
         return
+    for name, tensor in delta.items():
+        if tensor.dtype not in _REAL:  # others have no magnitude that torch could find
+            raise UpdateError(f"update entry {name!r} is {tensor.dtype}; allowed are real numbers")
     if packable(delta):
         if largest(flat_of(delta)) <= max_entry:  # never true for NaN
             return

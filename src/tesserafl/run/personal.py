@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tesserafl.core.errors import ConfigError
-from tesserafl.core.messages import Client
+from tesserafl.core.answers import check_update
+from tesserafl.core.errors import ConfigError, UpdateError
+from tesserafl.core.messages import Client, Task, Update
 from tesserafl.core.method import Method, Predictor, State
 from tesserafl.core.model import Model
+from tesserafl.core.params import Params
 from tesserafl.core.submodel import cut
 from tesserafl.engines.federation import Federation
 from tesserafl.engines.seam import Done, Engine
@@ -72,6 +74,14 @@ def personal_accuracies(
     return found
 
 
+def _is_good(setup: Setup, task: Task, update: Update, large: Params) -> bool:
+    try:
+        check_update(task, update, large, setup.model.low_rank)
+    except UpdateError:
+        return False
+    return True
+
+
 def _leaves_out(method: Method, model: Model) -> bool:
     """Whether some client holds or trains a part of the model only."""
     if min(method.ratio) < 1:
@@ -90,7 +100,7 @@ def _finetuned(
     for task in experiment.method.configure(setup.model, state, clients, training):
         engine.submit([task])
         (outcome,) = engine.poll()
-        if isinstance(outcome, Done):
+        if isinstance(outcome, Done) and _is_good(setup, task, outcome.update, state.params):
             params = dict(whole.params)
             for name, delta in outcome.update.delta.items():  # it may report a part of its task
                 view = outcome.update.submodel.views[name]
