@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from tesserafl.core import seeds
-from tesserafl.core.axis import Depth, LowRank, Tie, Width
 from tesserafl.core.answers import check_update
+from tesserafl.core.axis import Depth, LowRank, Tie, Width
 from tesserafl.core.checks import check_delta
 from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import ConfigError, UpdateError
@@ -485,7 +485,7 @@ class Federation:
             update, memory = worker.work(task, (memories or {}).get(task.client.id, {}))
             if memories is not None:
                 memories[task.client.id] = memory
-            check_update(task, update, shapes, self.model.low_rank)  # as whatever is folded
+            check_update(task, update, shapes, self.model)  # as whatever is folded
             updates.append(update)
         return updates
 

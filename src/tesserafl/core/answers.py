@@ -6,18 +6,18 @@ its sender's work and nothing else: it is not summed, and nothing of the round c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tesserafl.core.buffers import shown
 from tesserafl.core.checks import MAX_ENTRY, check_delta, check_entries
 from tesserafl.core.errors import UpdateError
+from tesserafl.core.model import CLASSES, Model
 from tesserafl.core.params import Packed, Params
 
 if TYPE_CHECKING:
-    from tesserafl.core.axis import LowRank
     from tesserafl.core.layout import Index, Shape
     from tesserafl.core.messages import Task, Update
     from tesserafl.core.submodel import SubModel, View
@@ -53,7 +53,7 @@ def check_update(
     task: Task,
     update: Update,
     large: Params,
-    pairs: Sequence[LowRank] = (),
+    model: Model,
     *,
     summable: bool = False,
 ) -> None:
@@ -67,7 +67,7 @@ def check_update(
         task: what was asked.
         update: what came back.
         large: the large model's parameters, read for shapes and types only.
-        pairs: low-rank changes of the model; both factors of one report the same ranks.
+        model: the large model, whose axes say which rows may be left out.
         summable: whether the delta's places and entries were found good by
             `core.checks.check_deltas`, which looks at those of many at once.
     """
@@ -83,7 +83,7 @@ def check_update(
     _check_types(update, large)
     if not summable:
         check_delta(update.submodel, update.delta, large)
-    _check_ranks(update, pairs)
+    _check_rows(task, update.submodel, model)
     _check_extra(task, update)
 
 
@@ -106,7 +106,9 @@ def check_part(task: Task, part: SubModel) -> None:
     for name, view in part.views.items():
         asked = given.views.get(name)
         if asked is None or view.name != asked.name or len(view.index) != len(asked.index):
-            raise UpdateError(f"the update's sub-model holds {name!r}, which the task's does not")
+            raise UpdateError(
+                f"the update's sub-model holds {shown(repr(name))}, which the task's does not"
+            )
         for dim, (own, whole) in enumerate(zip(view.index, asked.index, strict=True)):
             if not _same(own, whole) and not (fewer and _within(own, whole)):
                 raise UpdateError(
@@ -152,7 +154,7 @@ def _check_metrics(task: Task, update: Update) -> None:
     for name, value in update.metrics.items():
         if name in NOTED or not name.isidentifier() or len(name) > MAX_METRICS:
             raise UpdateError(
-                f"an update has no metric {name[:MAX_METRICS]!r}; a metric has a short name like "
+                f"an update has no metric {shown(repr(name))}; a metric has a short name like "
                 f"'loss', and none that a run notes itself: {', '.join(sorted(NOTED))}"
             )
         least = 0.0 if name.endswith(("_examples", "_entries")) else -MAX_METRIC
@@ -175,7 +177,11 @@ def _check_names(task: Task, update: Update) -> None:
     expected = task.submodel.views.keys() if wanted is None else wanted
     if update.delta.keys() != expected:
         lacking, other = expected - update.delta.keys(), update.delta.keys() - expected
-        what = f"lacks the change of {min(lacking)!r}" if lacking else f"holds {min(other)!r}"
+        what = (
+            f"lacks the change of {min(lacking)!r}"
+            if lacking
+            else f"holds {shown(repr(min(other)))}"
+        )
         raise UpdateError(
             f"the update {what}; wanted are the {len(expected)} parameters of its task. A method "
             f"that reports others says so in Task.wanted"
@@ -193,23 +199,44 @@ def _check_types(update: Update, large: Params) -> None:
             )
 
 
-def _check_ranks(update: Update, pairs: Sequence[LowRank]) -> None:
-    views = update.submodel.views
-    for pair in pairs:
-        if pair.down in views and pair.up in views:
-            down, up = views[pair.down], views[pair.up]
-            if not _same(down.index[0], up.index[1]):
-                raise UpdateError(
-                    f"the update's {pair.down!r} and {pair.up!r} are factors of one change, and it "
-                    f"reports other ranks of the one than of the other"
-                )
+def _check_rows(task: Task, part: SubModel, model: Model) -> None:
+    """Of what may be left out: ranks, of both factors the same; and classes, everywhere the same.
+
+    What else there is to a row differs from method to method.
+    """
+    if part is task.submodel:
+        return
+    ranks = {pair.down: 0 for pair in model.low_rank} | {pair.up: 1 for pair in model.low_rank}
+    classes: Index | None = None
+    for name, view in part.views.items():
+        asked, ties = task.submodel.views[name], model.ties[view.name]
+        for dim, (own, whole) in enumerate(zip(view.index, asked.index, strict=True)):
+            if _same(own, whole) or (task.wanted.fewer and ranks.get(view.name) == dim):
+                continue
+            tie = ties[dim]
+            if task.training.mask_absent_classes and tie is not None and tie.axis == CLASSES:
+                classes = own if classes is None else classes
+                if _same(own, classes):
+                    continue
+            raise UpdateError(
+                f"the update's {name!r} lacks rows in dimension {dim} that its task wants"
+            )
+    for pair in model.low_rank:
+        down, up = part.views.get(pair.down), part.views.get(pair.up)
+        if down is not None and up is not None and not _same(down.index[0], up.index[1]):
+            raise UpdateError(
+                f"the update's {pair.down!r} and {pair.up!r} are factors of one change, and it "
+                f"reports other ranks of the one than of the other"
+            )
 
 
 def _check_extra(task: Task, update: Update) -> None:
     wanted = task.wanted.extra
     if update.extra.keys() != wanted.keys():
         lacking, other = wanted.keys() - update.extra.keys(), update.extra.keys() - wanted.keys()
-        what = f"lacks the tensor {min(lacking)!r}" if lacking else f"holds {min(other)!r}"
+        what = (
+            f"lacks the tensor {min(lacking)!r}" if lacking else f"holds {shown(repr(min(other)))}"
+        )
         raise UpdateError(f"the update {what}; its task wants {len(wanted)} further tensors")
     for name, tensor in update.extra.items():
         shape: Shape = tuple(wanted[name])

@@ -23,6 +23,7 @@ from typing import Any, Literal, NoReturn, get_args
 import torch
 from torch import Tensor
 
+from tesserafl.core.buffers import shown
 from tesserafl.core.errors import MessageError
 from tesserafl.core.layout import Shape
 from tesserafl.core.params import Params
@@ -116,7 +117,9 @@ def decoded(
             continue
         shape = shapes.get(name)
         if shape is None:
-            raise MessageError(f"a {coding} delta holds {name!r}, which its sub-model does not")
+            raise MessageError(
+                f"a {coding} delta holds {shown(name)}, which its sub-model does not"
+            )
         if coding == "topk":
             values[name] = _scattered(name, tensor, codes[name], shape)
             continue

@@ -49,6 +49,8 @@ class Wanted:
     """Further tensors and their shapes. Of what has a parameter's name its own rows are held."""
     divisors: frozenset[str] = frozenset()
     """Metrics that the method divides by: 1 or more."""
+    exact: bool = False
+    """Whether changes come as they are in a run that compresses them."""
 
 
 @dataclass(frozen=True, kw_only=True)

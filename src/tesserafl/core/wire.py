@@ -57,6 +57,7 @@ class _Wanted(_Strict):
     fewer: bool = False
     extra: dict[str, list[_Natural]] = {}
     divisors: list[str] = []
+    exact: bool = False
 
 
 class _Task(_Strict):
@@ -107,6 +108,7 @@ def task_parts(task: Task, memory: Memory) -> Parts:
             "fewer": task.wanted.fewer,
             "extra": {name: list(shape) for name, shape in task.wanted.extra.items()},
             "divisors": sorted(task.wanted.divisors),
+            "exact": task.wanted.exact,
         },
     }
     return header, {"params": task.params, "extra": dict(task.extra), "memory": memory}
@@ -167,14 +169,21 @@ def decode_update(data: bytes, task: Task | None = None) -> tuple[Update, Memory
     Args:
         data: the message.
         task: what it answers. It bounds what the bytes may claim, so whoever receives from devices
-            gives it; coded deltas cannot be read without. Whether the update may be summed is for
-            `core.checks.check_update` to say.
+            gives it; coded deltas cannot be read without. Devices keep their memory: then there is
+            none. Whether the update may be summed is for `core.answers.check_update` to say.
 
     Raises:
         MessageError: the bytes are no update.
         UpdateError: its coded deltas are not of the task's sub-model.
     """
-    return update_of(*unpack(data, None if task is None else most_header_bytes(task)), task)
+    update, memory = update_of(
+        *unpack(data, None if task is None else most_header_bytes(task)), task
+    )
+    if task is not None and memory:
+        raise MessageError(
+            f"an update holds {len(memory)} tensors of its client's memory; a device keeps its own"
+        )
+    return update, memory
 
 
 def update_of(
@@ -185,8 +194,8 @@ def update_of(
     allowed = {"delta", "extra", "memory"} | ({"codes"} if header.coded else set())
     if not groups.keys() <= allowed:
         raise MessageError(
-            f"an update holds tensors of the group {min(groups.keys() - allowed)!r}; allowed are "
-            f"{', '.join(sorted(allowed))}"
+            f"an update holds tensors of the group {shown(min(groups.keys() - allowed))}; allowed "
+            f"are {', '.join(sorted(allowed))}"
         )
     submodel, delta = _submodel_from_json(header.submodel), _group(groups, "delta")
     if header.coded is not None:
@@ -237,6 +246,7 @@ def _wanted_from_json(header: _Wanted) -> Wanted:
         fewer=header.fewer,
         extra={name: tuple(shape) for name, shape in header.extra.items()},
         divisors=frozenset(header.divisors),
+        exact=header.exact,
     )
 
 
@@ -270,12 +280,12 @@ def _submodel_from_json(data: _SubModel) -> SubModel:
             if isinstance(item, int):
                 if item >= len(lists):
                     raise MessageError(
-                        f"sub-model entry {small!r} refers to list {item} of {len(lists)}"
+                        f"sub-model entry {shown(small)} refers to list {item} of {len(lists)}"
                     )
                 index.append(lists[item])
             elif item[0] > item[1]:
                 raise MessageError(
-                    f"sub-model entry {small!r} has a slice {item} that runs backwards"
+                    f"sub-model entry {shown(small)} has a slice {item} that runs backwards"
                 )
             else:
                 index.append(slice(item[0], item[1]))

@@ -61,6 +61,7 @@ class FedAsync:
 
     topology: ClassVar[Topology] = "star"
     entrywise: ClassVar[bool] = False
+    sends_changes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_decay(self.staleness, self.a, self.b, "FedAsync")

@@ -49,6 +49,7 @@ class FLoRA:
 
     topology: ClassVar[Topology] = "star"
     entrywise: ClassVar[bool] = False
+    rewrites: ClassVar[bool] = True
 
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """The adapters as they are drawn, and the weights that they will be merged into."""

@@ -40,6 +40,7 @@ class Local:
 
     topology: ClassVar[Topology] = "star"
     entrywise: ClassVar[bool] = True
+    sends_changes: ClassVar[bool] = False
     init = init_whole
 
     def configure(

@@ -12,6 +12,7 @@ from tesserafl.core.method import Method, Predictor, State
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import cut
+from tesserafl.engines.compression import apart
 from tesserafl.engines.federation import Federation
 from tesserafl.engines.seam import Done, Engine
 from tesserafl.run.evaluate import Evaluator
@@ -59,7 +60,7 @@ def personal_accuracies(
     tested = [c for c in setup.clients if len(setup.data.clients[c.id].test)]
     if tested and hasattr(method, "personal"):
         models = [
-            method.personal(setup.model, state, engine.memories.get(client.id, {}))
+            method.personal(setup.model, state, apart(engine.memories.get(client.id, {}))[0])
             for client in tested
         ]
         own = list(zip(tested, models, strict=True))
@@ -76,7 +77,7 @@ def personal_accuracies(
 
 def _is_good(setup: Setup, task: Task, update: Update, large: Params) -> bool:
     try:
-        check_update(task, update, large, setup.model.low_rank)
+        check_update(task, update, large, setup.model)
     except UpdateError:
         return False
     return True
@@ -98,6 +99,7 @@ def _finetuned(
     training = replace(experiment.training, epochs=experiment.finetune_epochs)
     # From the global model: peers' own copies may differ from it.
     for task in experiment.method.configure(setup.model, state, clients, training):
+        task = replace(task, wanted=replace(task.wanted, exact=True))  # nothing is sent here
         engine.submit([task])
         (outcome,) = engine.poll()
         if isinstance(outcome, Done) and _is_good(setup, task, outcome.update, state.params):

@@ -227,7 +227,7 @@ def answers(
                 continue
             try:
                 # Here, not where it is summed: one bad update must not cost the round.
-                check_update(task, outcome.update, large, setup.model.low_rank, summable=good)
+                check_update(task, outcome.update, large, setup.model, summable=good)
             except UpdateError as error:
                 notes.failures.append(_failure(task.client.id, "error", str(error)))
                 continue
