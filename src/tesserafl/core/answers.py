@@ -97,7 +97,11 @@ def check_part(task: Task, part: SubModel) -> None:
         return
     if part.sizes != given.sizes:
         raise UpdateError("the update's sub-model is of other sizes than the task's")
-    if len(part.views) != len(given.views) and (part.views or task.wanted.deltas != frozenset()):
+    # Where nothing of it is wanted, it may be left out.
+    wanted = task.wanted.deltas != frozenset() or not given.views.keys().isdisjoint(
+        task.wanted.extra
+    )
+    if len(part.views) != len(given.views) and (part.views or wanted):
         raise UpdateError(
             f"the update's sub-model has {len(part.views)} parameters; the task's has "
             f"{len(given.views)}"
