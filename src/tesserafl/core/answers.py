@@ -251,7 +251,7 @@ def _check_extra(task: Task, update: Update) -> None:
         dtype = torch.float32 if sent is None else sent.dtype
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise UpdateError(
-                f"update tensor {name!r} is {tensor.dtype} {list(tensor.shape)}; wanted is "
+                f"update tensor {name!r} is {tensor.dtype} {shown(list(tensor.shape))}; wanted is "
                 f"{dtype} {list(shape)}"
             )
     check_entries(update.extra, MAX_ENTRY)

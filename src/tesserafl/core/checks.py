@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tesserafl.core.buffers import shown
 from tesserafl.core.errors import UpdateError
 from tesserafl.core.params import Packed, Packing, Params, flat_of, packable
 
@@ -55,7 +56,8 @@ def check_places(submodel: SubModel, delta: Params, params: Params) -> None:
             raise UpdateError(f"update entry {name!r} lies outside the model's {view.name!r}")
         if tensor.shape != view.shape:
             raise UpdateError(
-                f"update entry {name!r} has shape {tuple(tensor.shape)}; expected is {view.shape}"
+                f"update entry {name!r} has shape {shown(tuple(tensor.shape))}; "
+                f"expected is {view.shape}"
             )
 
 

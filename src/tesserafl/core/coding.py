@@ -126,8 +126,8 @@ def decoded(
         dtype = torch.bfloat16 if coding == "bfloat16" else torch.int8
         if tensor.dtype != dtype or tensor.shape != shape:
             raise MessageError(
-                f"{coding} entry {name!r} is {tensor.dtype} {list(tensor.shape)}; expected is "
-                f"{dtype} {list(shape)}"
+                f"{coding} entry {name!r} is {tensor.dtype} {shown(list(tensor.shape))}; "
+                f"expected is {dtype} {list(shape)}"
             )
         values[name] = tensor.float() if coding == "bfloat16" else _scaled(name, tensor, codes)
     return Coded(coding, main, codes, names, values)
@@ -163,8 +163,8 @@ def _scaled(name: str, whole: Tensor, codes: Params) -> Tensor:
     scales, rows = codes[name], _rows(tuple(whole.shape))
     if scales.dtype != torch.float32 or scales.shape != (rows,) or bool((scales < 0).any()):
         raise MessageError(
-            f"the scales of int8 entry {name!r} are {scales.dtype} {list(scales.shape)}; expected "
-            f"are {rows} float32 of 0 or more"
+            f"the scales of int8 entry {name!r} are {scales.dtype} {shown(list(scales.shape))}; "
+            f"expected are {rows} float32 of 0 or more"
         )
     return (whole.reshape(rows, -1).float() * scales[:, None]).reshape(whole.shape)
 
@@ -181,7 +181,7 @@ def _largest(tensor: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _scattered(name: str, kept: Tensor, places: Tensor, shape: Shape) -> Tensor:
-    total = math.prod(shape)
+    total, wide = math.prod(shape), places.long()  # differences of int32 may not fit one
     if (
         kept.dtype != torch.float32
         or places.dtype != torch.int32
@@ -189,12 +189,12 @@ def _scattered(name: str, kept: Tensor, places: Tensor, shape: Shape) -> Tensor:
         or places.shape != kept.shape
         or not 0 < len(places) <= total
         or not (int(places[0]) >= 0 and int(places[-1]) < total)
-        or not bool((places.diff() > 0).all())
+        or not bool((wide.diff() > 0).all())
     ):
         raise MessageError(
             f"topk entry {name!r} needs as many float32 values as ascending int32 places below "
             f"{total}, at least one"
         )
     flat = torch.zeros(total)
-    flat[places.long()] = kept
+    flat[wide] = kept
     return flat.reshape(shape)

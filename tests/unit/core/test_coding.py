@@ -152,6 +152,7 @@ for what, places in {
     "places that fall": [3, 1],
     "a place below 0": [-1, 2],
     "a place beyond": [1, 6],
+    "a place beyond what int32 subtracts": [1, -(1 << 31)],
     "a place too few": [1],
     "no place": [],
 }.items():
