@@ -119,7 +119,11 @@ class Constant:
     def poll(self) -> list[Outcome]:
         """The oldest group's answers."""
         return [
-            Done(update=self.answer(task.client.id, task.round), seconds=0.0)
+            Done(
+                client=task.client.id,
+                update=self.answer(task.client.id, task.round),
+                seconds=0.0,
+            )
             for task in self._waiting.popleft()
         ]
 

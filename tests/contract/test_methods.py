@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tesserafl.core import seeds
+from tesserafl.core.answers import check_update
 from tesserafl.core.axis import Depth, LowRank, Tie, Width
 from tesserafl.core.checks import check_delta
 from tesserafl.core.coverage import Coverage
@@ -479,10 +480,12 @@ class Federation:
             seed=self.seed,
         )
         updates = []
+        shapes = {name: torch.empty(s, device="meta") for name, s in self.model.shapes.items()}
         for task in tasks:
             update, memory = worker.work(task, (memories or {}).get(task.client.id, {}))
             if memories is not None:
                 memories[task.client.id] = memory
+            check_update(task, update, shapes, self.model)  # as whatever is folded
             updates.append(update)
         return updates
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tesserafl.core.buffers import shown
 from tesserafl.core.errors import UpdateError
 from tesserafl.core.params import Packed, Packing, Params, flat_of, packable
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 MAX_ENTRY = 256.0
 """Largest |delta| of one entry in one round. A weight that moved further has diverged."""
+
+
+_REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_deltas(deltas: Sequence[tuple[SubModel, Params]], params: Params) -> None:
@@ -52,7 +56,8 @@ def check_places(submodel: SubModel, delta: Params, params: Params) -> None:
             raise UpdateError(f"update entry {name!r} lies outside the model's {view.name!r}")
         if tensor.shape != view.shape:
             raise UpdateError(
-                f"update entry {name!r} has shape {tuple(tensor.shape)}; expected is {view.shape}"
+                f"update entry {name!r} has shape {shown(tuple(tensor.shape))}; "
+                f"expected is {view.shape}"
             )
 
 
@@ -60,6 +65,9 @@ def check_entries(delta: Params, max_entry: float) -> None:
     """Raise UpdateError unless every entry is finite and at most `max_entry`."""
     if not delta:
         return
+    for name, tensor in delta.items():
+        if tensor.dtype not in _REAL:  # others have no magnitude that torch could find
+            raise UpdateError(f"update entry {name!r} is {tensor.dtype}; allowed are real numbers")
     if packable(delta):
         if largest(flat_of(delta)) <= max_entry:  # never true for NaN
             return

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tesserafl.core.coding import Coded
 from tesserafl.core.fit import Training
 from tesserafl.core.params import Params, num_bytes
 from tesserafl.core.submodel import SubModel
@@ -37,6 +38,22 @@ class Client:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What the answer to a task holds. An update that holds less, more or other is refused."""
+
+    deltas: frozenset[str] | None = None
+    """Parameters whose change it holds; None: all that are trained (`Task.trainable`)."""
+    fewer: bool = False
+    """Whether it may hold some rows of them alone; with masked classes it always may."""
+    extra: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Further tensors and their shapes. Of what has a parameter's name its own rows are held."""
+    divisors: frozenset[str] = frozenset()
+    """Metrics that the method divides by: 1 or more."""
+    exact: bool = False
+    """Whether changes come as they are in a run that compresses them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """One client's part of one round."""
 
@@ -52,6 +69,8 @@ class Task:
     """Further tensors that the method sends."""
     options: Options = field(default_factory=dict)
     """Further values that the method sends."""
+    wanted: Wanted = field(default_factory=Wanted)
+    """What the answer holds."""
 
     @property
     def num_bytes(self) -> int:
@@ -68,7 +87,7 @@ class Update:
     submodel: SubModel
     """Where the deltas lie; may hold fewer rows than the task's."""
     delta: Params
-    """Trained minus received parameters."""
+    """Trained minus received parameters; of a run with compression `core.coding.Coded`."""
     num_examples: int
     num_steps: int
     metrics: Mapping[str, float]
@@ -77,5 +96,7 @@ class Update:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensors that come up."""
-        return num_bytes(self.delta) + num_bytes(self.extra)
+        """Bytes of the tensors that come up, as they are sent."""
+        delta = self.delta
+        sent = delta.num_bytes if isinstance(delta, Coded) else num_bytes(delta)
+        return sent + num_bytes(self.extra)

@@ -7,24 +7,26 @@ bytes is a MessageError.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
+from tesserafl.core.answers import check_part, most_header_bytes
+from tesserafl.core.buffers import pack as pack
+from tesserafl.core.buffers import shown
+from tesserafl.core.buffers import unpack as unpack
+from tesserafl.core.coding import Coded, Coding, decoded
 from tesserafl.core.errors import ConfigError, MessageError
 from tesserafl.core.fit import Training
-from tesserafl.core.messages import Client, Memory, Task, Update
+from tesserafl.core.messages import Client, Memory, Task, Update, Wanted
 from tesserafl.core.params import Params
 from tesserafl.core.submodel import Index, SubModel, View
 
 _Natural = Annotated[int, Field(ge=0, lt=1 << 62)]
-_Entries = Annotated[list[_Natural], Field(min_length=1)]
+_Entries = Annotated[list[_Natural], Field(min_length=1), FailFast()]
 _Slice = Annotated[list[_Natural], Field(min_length=2, max_length=2)]
 
 
@@ -38,7 +40,7 @@ class _Strict(BaseModel):
 
 class _SubModel(_Strict):
     sizes: dict[str, _Natural]
-    lists: list[_Entries]
+    lists: Annotated[list[_Entries], FailFast()]
     views: dict[str, _View]
 
 
@@ -50,6 +52,14 @@ class _Client(_Strict):
     mixing: _Natural = 1
 
 
+class _Wanted(_Strict):
+    deltas: list[str] | None = None
+    fewer: bool = False
+    extra: dict[str, list[_Natural]] = {}
+    divisors: list[str] = []
+    exact: bool = False
+
+
 class _Task(_Strict):
     round: _Natural
     client: _Client
@@ -57,6 +67,12 @@ class _Task(_Strict):
     training: dict[str, Any]
     trainable: list[str] | None = None
     options: dict[str, Any]
+    wanted: _Wanted = _Wanted()
+
+
+class _Coded(_Strict):
+    coding: Coding
+    names: list[str]
 
 
 class _Update(_Strict):
@@ -66,54 +82,7 @@ class _Update(_Strict):
     num_examples: _Natural
     num_steps: _Natural
     metrics: dict[str, float]
-
-
-def pack(header: Mapping[str, Any], groups: Mapping[str, Params]) -> bytes:
-    """One safetensors buffer with JSON in its header; `groups` are told apart by name."""
-    seen: set[int] = set()
-    tensors = {}
-    for group, params in groups.items():
-        for name, tensor in params.items():
-            plain = tensor.detach().contiguous()
-            if plain.untyped_storage().data_ptr() in seen:
-                plain = plain.clone()  # safetensors refuses two names for one storage
-            seen.add(plain.untyped_storage().data_ptr())
-            tensors[f"{group}/{name}"] = plain
-    # With their order: safetensors has one of its own, and a gradient norm depends on it.
-    names = {group: list(params) for group, params in groups.items()}
-    return save(tensors, metadata={"tessera": json.dumps({"groups": names, **header})})
-
-
-def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Params]]:
-    """The JSON and the tensor groups of a buffer.
-
-    Raises:
-        MessageError: the bytes are not a message of ours.
-    """
-    try:
-        length = int.from_bytes(data[:8], "little")
-        if length > len(data) - 8:
-            raise ValueError("its header is longer than the message")
-        header = json.loads(data[8 : 8 + length])
-        body = json.loads(header["__metadata__"]["tessera"])
-        tensors = load(data)
-        groups: dict[str, Params] = {
-            str(group): {str(name): tensors.pop(f"{group}/{name}") for name in names}
-            for group, names in body.pop("groups").items()
-        }
-        if tensors:
-            raise ValueError(f"it holds tensors of no group: {', '.join(sorted(tensors))}")
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        OverflowError,
-        SafetensorError,
-    ) as error:
-        raise MessageError(f"{len(data)} bytes are not a TesseraFL message: {error}") from error
-    return body, groups
+    coded: _Coded | None = None
 
 
 Parts = tuple[dict[str, Any], dict[str, Params]]
@@ -134,6 +103,13 @@ def task_parts(task: Task, memory: Memory) -> Parts:
         "training": asdict(task.training),
         "trainable": None if task.trainable is None else sorted(task.trainable),
         "options": dict(task.options),
+        "wanted": {
+            "deltas": None if task.wanted.deltas is None else sorted(task.wanted.deltas),
+            "fewer": task.wanted.fewer,
+            "extra": {name: list(shape) for name, shape in task.wanted.extra.items()},
+            "divisors": sorted(task.wanted.divisors),
+            "exact": task.wanted.exact,
+        },
     }
     return header, {"params": task.params, "extra": dict(task.extra), "memory": memory}
 
@@ -159,6 +135,7 @@ def task_of(body: dict[str, Any], groups: dict[str, Params]) -> tuple[Task, Memo
         trainable=None if header.trainable is None else frozenset(header.trainable),
         extra=_group(groups, "extra"),
         options=header.options,
+        wanted=_wanted_from_json(header.wanted),
     )
     return task, _group(groups, "memory")
 
@@ -170,7 +147,7 @@ def encode_update(update: Update, memory: Memory) -> bytes:
 
 def update_parts(update: Update, memory: Memory) -> Parts:
     """What `encode_update` packs."""
-    header = {
+    header: dict[str, Any] = {
         "round": update.round,
         "client": update.client,
         "submodel": _submodel_to_json(update.submodel),
@@ -178,22 +155,61 @@ def update_parts(update: Update, memory: Memory) -> Parts:
         "num_steps": update.num_steps,
         "metrics": dict(update.metrics),
     }
-    return header, {"delta": update.delta, "extra": dict(update.extra), "memory": memory}
+    delta = update.delta
+    groups = {"delta": delta, "extra": dict(update.extra), "memory": memory}
+    if isinstance(delta, Coded):
+        header["coded"] = {"coding": delta.coding, "names": sorted(delta.coded)}
+        groups |= {"delta": delta.main, "codes": delta.codes}
+    return header, groups
 
 
-def decode_update(data: bytes) -> tuple[Update, Memory]:
-    """The inverse of `encode_update`; raises MessageError."""
-    return update_of(*unpack(data))
+def decode_update(data: bytes, task: Task | None = None) -> tuple[Update, Memory]:
+    """The inverse of `encode_update`, for bytes that anybody may have written.
+
+    Args:
+        data: the message.
+        task: what it answers. It bounds what the bytes may claim, so whoever receives from devices
+            gives it; coded deltas cannot be read without. Devices keep their memory: then there is
+            none. Whether the update may be summed is for `core.answers.check_update` to say.
+
+    Raises:
+        MessageError: the bytes are no update.
+        UpdateError: its coded deltas are not of the task's sub-model.
+    """
+    update, memory = update_of(
+        *unpack(data, None if task is None else most_header_bytes(task)), task
+    )
+    if task is not None and memory:
+        raise MessageError(
+            f"an update holds {len(memory)} tensors of its client's memory; a device keeps its own"
+        )
+    return update, memory
 
 
-def update_of(body: dict[str, Any], groups: dict[str, Params]) -> tuple[Update, Memory]:
-    """The inverse of `update_parts`; raises MessageError."""
+def update_of(
+    body: dict[str, Any], groups: dict[str, Params], task: Task | None = None
+) -> tuple[Update, Memory]:
+    """The inverse of `update_parts`; see `decode_update`."""
     header = _validated(_Update, body)
+    allowed = {"delta", "extra", "memory"} | ({"codes"} if header.coded else set())
+    if not groups.keys() <= allowed:
+        raise MessageError(
+            f"an update holds tensors of the group {shown(min(groups.keys() - allowed))}; allowed "
+            f"are {', '.join(sorted(allowed))}"
+        )
+    submodel, delta = _submodel_from_json(header.submodel), _group(groups, "delta")
+    if header.coded is not None:
+        if task is None:
+            raise MessageError("coded deltas can be read beside their task only")
+        check_part(task, submodel)  # before anything is made that is as large as it claims to be
+        shapes = {name: view.shape for name, view in submodel.views.items()}
+        names = frozenset(header.coded.names)
+        delta = decoded(header.coded.coding, delta, _group(groups, "codes"), names, shapes)
     update = Update(
         round=header.round,
         client=header.client,
-        submodel=_submodel_from_json(header.submodel),
-        delta=_group(groups, "delta"),
+        submodel=submodel,
+        delta=delta,
         num_examples=header.num_examples,
         num_steps=header.num_steps,
         metrics=header.metrics,
@@ -208,14 +224,30 @@ _Header = TypeVar("_Header", bound=BaseModel)
 def _validated(kind: type[_Header], body: dict[str, Any]) -> _Header:
     try:
         return kind.model_validate(body)
-    except (ValidationError, RecursionError) as error:
-        raise MessageError(f"a message's header is wrong: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise MessageError(
+            f"a message's header is wrong: {shown(place)}: {shown(first['msg'])}"
+        ) from error
+    except RecursionError as error:
+        raise MessageError("a message's header is nested too deeply") from error
 
 
 def _group(groups: Mapping[str, Params], name: str) -> Params:
     if name not in groups:
-        raise MessageError(f"a message lacks its tensors {name!r}; it has {', '.join(groups)}")
+        raise MessageError(f"a message lacks its tensors {name!r}")
     return groups[name]
+
+
+def _wanted_from_json(header: _Wanted) -> Wanted:
+    return Wanted(
+        deltas=None if header.deltas is None else frozenset(header.deltas),
+        fewer=header.fewer,
+        extra={name: tuple(shape) for name, shape in header.extra.items()},
+        divisors=frozenset(header.divisors),
+        exact=header.exact,
+    )
 
 
 def _submodel_to_json(submodel: SubModel) -> dict[str, Any]:
@@ -248,12 +280,12 @@ def _submodel_from_json(data: _SubModel) -> SubModel:
             if isinstance(item, int):
                 if item >= len(lists):
                     raise MessageError(
-                        f"sub-model entry {small!r} refers to list {item} of {len(lists)}"
+                        f"sub-model entry {shown(small)} refers to list {item} of {len(lists)}"
                     )
                 index.append(lists[item])
             elif item[0] > item[1]:
                 raise MessageError(
-                    f"sub-model entry {small!r} has a slice {item} that runs backwards"
+                    f"sub-model entry {shown(small)} has a slice {item} that runs backwards"
                 )
             else:
                 index.append(slice(item[0], item[1]))

@@ -18,6 +18,7 @@ from tesserafl.core.params import Params, num_entries, subtract
 from tesserafl.data.examples import Examples
 from tesserafl.engines.batches import held_out_of
 from tesserafl.engines.cohort import Cohorts
+from tesserafl.engines.compression import CompressionSettings, apart, compressed
 from tesserafl.engines.execute import execute, measured
 from tesserafl.engines.kept import Kept, Shelf
 from tesserafl.engines.member import Member
@@ -48,6 +49,8 @@ class ClientWorker:
     cache_bytes: int = 0
     """Of what frozen parameters gave, kept between rounds for clients that train one after another;
     0: nothing is, and no frozen block is left out."""
+    compression: CompressionSettings = field(default_factory=CompressionSettings)
+    """How changes are sent."""
     _modules: dict[object, nn.Module] = field(default_factory=dict)
     _forwards: dict[object, Forward] = field(default_factory=dict)
 
@@ -103,6 +106,7 @@ class ClientWorker:
         return [answers[position] for position in range(len(asked))]
 
     def _part(self, task: Task, memory: Memory) -> _Part:
+        memory, left = apart(memory)
         fit = self.method.local(self.model, task, memory)
         scales: Mapping[str, float] = {}
         if fit.width_scaling == "parameters":
@@ -116,7 +120,14 @@ class ClientWorker:
         if fit.held_out:
             held_out = held_out_of(len(examples), fit.held_out, self.seed, task.client.id)
         member = Member(fit=scaled, examples=examples, draw=draw, held_out=held_out)
-        return _Part(task=task, memory=memory, member=member, unscaled=fit.params, scales=scales)
+        return _Part(
+            task=task,
+            memory=memory,
+            left=left,
+            member=member,
+            unscaled=fit.params,
+            scales=scales,
+        )
 
     def _train(self, parts: Sequence[_Part]) -> list[Fitted]:
         task, scaling = parts[0].task, parts[0].member.fit.width_scaling
@@ -179,7 +190,12 @@ class ClientWorker:
             fitted = replace(fitted, params=params)
         metrics = {**fitted.metrics, "trained_entries": float(num_entries(fitted.params))}
         fitted = replace(fitted, metrics=metrics)
-        return self.method.report(self.model, part.task, fitted, part.memory)
+        update, memory = self.method.report(self.model, part.task, fitted, part.memory)
+        left = part.left
+        if not part.task.wanted.exact:
+            # Here and nowhere else: every engine then folds what it would have received.
+            update, left = compressed(update, left, self.compression)
+        return update, {**memory, **left} if left else memory
 
     def _module(self, task: Task) -> nn.Module:
         key = task.submodel.shape
@@ -196,6 +212,9 @@ class _Part:
 
     task: Task
     memory: Memory
+    """What the method keeps."""
+    left: Memory
+    """What was lost of the last change."""
     member: Member
     unscaled: Params
     """The parameters as they were sent."""

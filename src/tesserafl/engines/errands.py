@@ -130,7 +130,7 @@ class Errand:
 
     def _done(self, letter: Letter) -> Done:
         assert self.task is not None and self._answer is not None
-        update, memory = update_of(*read_letter(letter, self._parcels.__getitem__))
+        update, memory = update_of(*read_letter(letter, self._parcels.__getitem__), self.task)
         if (update.client, update.round) != (self.client, self.task.round) or memory:
             raise MessageError(
                 f"a device answered for client {update.client} in round {update.round} with "

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
-from tesserafl.core.errors import MessageError, TesseraError
+from tesserafl.core.errors import TesseraError
 from tesserafl.core.messages import Memory, Task
 from tesserafl.core.wire import task_parts, update_of
 from tesserafl.engines.client import ClientWorker
@@ -60,7 +60,7 @@ class InProcess:
                 continue
             update, memory = answer
             keep(self.memories, task.client.id, memory)
-            outcomes.append(Done(update=update, seconds=seconds))
+            outcomes.append(Done(client=task.client.id, update=update, seconds=seconds))
         return outcomes
 
     def close(self) -> None:
@@ -213,14 +213,9 @@ class WorkerPool:
         self._again.discard(task.client.id)
         if isinstance(answer, str):
             return Failed(client=task.client.id, reason="error", text=answer)
-        update, memory = update_of(*worker.up.get(*answer))
-        if (update.client, update.round) != (task.client.id, task.round):
-            raise MessageError(
-                f"a worker answered for client {update.client} in round {update.round}; asked was "
-                f"client {task.client.id} in round {task.round}"
-            )
+        update, memory = update_of(*worker.up.get(*answer), task)
         keep(self.memories, task.client.id, memory)
-        return Done(update=update, seconds=seconds)
+        return Done(client=task.client.id, update=update, seconds=seconds)
 
     def _replace(self, worker: _Process) -> None:
         """Start a dead worker anew and do its group again: a lost worker must not change a bit."""

@@ -18,16 +18,13 @@ Reason = Literal["offline", "crashed", "error", "expired"]
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """A client answered."""
+    """A client answered. Whether its update may be summed, `core.answers.check_update` says."""
 
+    client: int
+    """Who was asked, whatever the update says."""
     update: Update
     seconds: float
     """The client's own computing time; a group that is trained together shares its time evenly."""
-
-    @property
-    def client(self) -> int:
-        """Who answered."""
-        return self.update.client
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,17 +122,19 @@ class Passed:
     clients: dict[int, Client]
     """All that take part in the round; edges that averaged stand for one of theirs."""
     _updates: list[Update] = field(default_factory=list)
+    _bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
-        """Of all updates."""
-        return sum(update.num_bytes for update in self._updates)
+        """Of all updates, as they came."""
+        return self._bytes
 
     def add(self, update: Update) -> None:
         """Keep a copy."""
         delta = {name: tensor.clone() for name, tensor in update.delta.items()}
         extra = {name: tensor.clone() for name, tensor in update.extra.items()}
         self._updates.append(replace(update, delta=delta, extra=extra))
+        self._bytes += update.num_bytes
 
     def add_change(self, before: State, after: State, covered: Covered, clients: Clients) -> None:
         """The edge as one client, whose update the method's `relayed` makes.
@@ -151,12 +153,15 @@ class Passed:
         mixing = len(clients) if alike else 1
         edge = replace(clients[0], num_examples=examples, mixing=mixing)
         self.clients[edge.id] = edge
-        self._updates.append(relayed(self.model, before, after, edge))
+        change = relayed(self.model, before, after, edge)
+        self._updates.append(change)
+        self._bytes += change.num_bytes
 
     def merge(self, other: Sums) -> None:
         """Take them over."""
         assert isinstance(other, Passed)
         self._updates += other._updates
+        self._bytes += other._bytes
         self.clients |= {u.client: other.clients[u.client] for u in other._updates}
 
     def reported(self) -> Covered:

@@ -19,6 +19,7 @@ from torch import Tensor
 from tesserafl.core import seeds
 from tesserafl.core.errors import ConfigError
 from tesserafl.core.fit import CrossEntropy, Fit, Forward, Objective
+from tesserafl.core.layout import Shape
 from tesserafl.core.messages import Task
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params
@@ -153,6 +154,11 @@ def places(cores: Params, heads: list[list[int]]) -> SubModel:
     """Where the reported cores of these heads lie among all."""
     everything = whole({}, {name: tuple(tensor.shape) for name, tensor in cores.items()})
     return everything.restrict({core(i): {0: torch.tensor(own)} for i, own in enumerate(heads)})
+
+
+def shapes(cores: Params, heads: list[list[int]]) -> dict[str, Shape]:
+    """Shapes of what is reported of these heads."""
+    return {core(i): (len(own), *cores[core(i)].shape[1:]) for i, own in enumerate(heads)}
 
 
 def _bases_of(model: Model, cores: Params, seed: int) -> tuple[Bases, ...]:

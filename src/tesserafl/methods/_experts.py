@@ -12,7 +12,7 @@ from torch import Tensor
 from tesserafl.core.checks import MAX_ENTRY, check_entries
 from tesserafl.core.errors import ConfigError, MessageError
 from tesserafl.core.fit import Fit, Fitted
-from tesserafl.core.messages import Memory, Task, Update
+from tesserafl.core.messages import Memory, Task, Update, Wanted
 from tesserafl.core.method import Predictor, Report, State
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params
@@ -105,6 +105,11 @@ class Experts:
         if self.gate in ("linear", "half"):
             return {}, size
         return new_adapter(size, self.gate_width, seed), size
+
+    def own_wanted(self, gate: Params) -> Wanted:
+        """What `own_report` holds; `gate` is the adapter that a task sends."""
+        shared = {name: tuple(gate[name].shape) for name in self._shared(gate)}
+        return Wanted(deltas=frozenset(), extra=shared)
 
     def own_fit(self, model: Model, task: Task, memory: Memory, validate: bool) -> Fit:
         """Train the own expert and the gate; the global expert is looked up."""

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from tesserafl.core.fit import Training
-from tesserafl.core.messages import Client, Task, Update
+from tesserafl.core.messages import Client, Task, Update, Wanted
 from tesserafl.core.method import State, Weighting, average_trained
 from tesserafl.core.model import Model
-from tesserafl.methods._normalised import normalised
+from tesserafl.methods._normalised import NORM, normalised
+from tesserafl.methods._wanted import wanting
 from tesserafl.methods._width import prefix_tasks
 
 
@@ -30,6 +31,14 @@ def first_units(
 ) -> Iterator[Task]:
     """Everybody gets everything, or the first units of every axis."""
     return prefix_tasks(model, state, clients, training, self.ratio)
+
+
+def counted_units(
+    self: _Cut, model: Model, state: State, clients: Sequence[Client], training: Training
+) -> Iterator[Task]:
+    """`first_units` of methods that divide a change by its local steps."""
+    tasks = first_units(self, model, state, clients, training)
+    return wanting(tasks, Wanted(divisors=frozenset({NORM})))
 
 
 def mean_of_level(

@@ -30,7 +30,7 @@ from tesserafl.core.method import (
 from tesserafl.core.model import Model
 from tesserafl.core.schedule import Periods, Situation
 from tesserafl.methods._balance import equal_finish
-from tesserafl.methods._levels import first_units, mean_of_level
+from tesserafl.methods._levels import counted_units, mean_of_level
 from tesserafl.methods._normalised import relayed_normed, report_normed
 
 
@@ -80,7 +80,7 @@ class EqualFinish:
             most_rounds=self.most_rounds,
         )
 
-    configure = first_units
+    configure = counted_units
     local = train_everything
     report = report_normed
     aggregate = mean_of_level

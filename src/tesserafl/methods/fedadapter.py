@@ -57,6 +57,7 @@ class FedAdapter(Trials):
 
     topology: ClassVar[Topology] = "star"
     entrywise: ClassVar[bool] = False
+    rewrites: ClassVar[bool] = True
 
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """Adapters that change nothing, and the groups of the first window."""

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 
 from tesserafl.core.errors import ConfigError
-from tesserafl.core.fit import Fitted
+from tesserafl.core.fit import Fitted, Training
 from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.method import (
     Report,
@@ -39,6 +39,7 @@ from tesserafl.core.params import subtract
 from tesserafl.core.submodel import cut, merge
 from tesserafl.methods._levels import first_units
 from tesserafl.methods._staleness import Decay, check_decay, decayed, times
+from tesserafl.methods._wanted import values, wanting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class FedAsync:
 
     topology: ClassVar[Topology] = "star"
     entrywise: ClassVar[bool] = False
+    sends_changes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_decay(self.staleness, self.a, self.b, "FedAsync")
@@ -67,7 +69,14 @@ class FedAsync:
             raise ConfigError(f"FedAsync: alpha must be in (0, 1]; got {self.alpha}")
 
     init = init_whole
-    configure = first_units
+
+    def configure(
+        self, model: Model, state: State, clients: Sequence[Client], training: Training
+    ) -> Iterator[Task]:
+        """Everybody gets everything, or the first units of every axis; answers hold values."""
+        tasks = first_units(self, model, state, clients, training)
+        return wanting(tasks, values)
+
     local = train_everything
 
     def report(self, model: Model, task: Task, fitted: Fitted, memory: Memory) -> Report:

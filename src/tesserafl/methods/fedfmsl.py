@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from tesserafl.core.fit import Fit, Fitted, Training
-from tesserafl.core.messages import Client, Memory, Task, Update
+from tesserafl.core.messages import Client, Memory, Task, Update, Wanted
 from tesserafl.core.method import (
     Predictor,
     Report,
@@ -80,6 +80,7 @@ class FedFMSL(Activation, Experts):
                 trainable=self.trained_by(model, state.notes, client).intersection(part.views),
                 extra=dict(state.extra) if gates else {},
                 options={"second": second, FEATURES: state.notes[FEATURES]},
+                wanted=self.own_wanted(state.extra) if second else Wanted(),
             )
 
     def local(self, model: Model, task: Task, memory: Memory) -> Fit:

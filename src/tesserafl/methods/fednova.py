@@ -27,7 +27,7 @@ from tesserafl.core.method import (
     train_everything,
 )
 from tesserafl.core.model import Model
-from tesserafl.methods._levels import first_units
+from tesserafl.methods._levels import counted_units
 from tesserafl.methods._normalised import normalised, relayed_normed, report_normed
 
 
@@ -44,7 +44,7 @@ class FedNova:
     entrywise: ClassVar[bool] = False
 
     init = init_whole
-    configure = first_units
+    configure = counted_units
     local = train_everything
     report = report_normed
 

@@ -11,11 +11,12 @@ the mean A and the initial B, whose product is zero: what counts is `accuracy_pe
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from tesserafl.core.fit import Fit, Fitted
-from tesserafl.core.messages import Memory, Task
+from tesserafl.core.fit import Fit, Fitted, Training
+from tesserafl.core.messages import Client, Memory, Task
 from tesserafl.core.method import (
     Predictor,
     Report,
@@ -29,6 +30,7 @@ from tesserafl.core.method import (
 from tesserafl.core.model import Model
 from tesserafl.methods._adapters import first_ranks, init_adapters
 from tesserafl.methods._own import own_of, personal_of, remember
+from tesserafl.methods._wanted import changes_of, wanting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,13 @@ class FedSALoRA:
     entrywise: ClassVar[bool] = True
 
     init = init_adapters
-    configure = first_ranks
+
+    def configure(
+        self, model: Model, state: State, clients: Sequence[Client], training: Training
+    ) -> Iterator[Task]:
+        """The first ranks of every adapter; answers hold the shared factors."""
+        tasks = first_ranks(self, model, state, clients, training)
+        return wanting(tasks, changes_of(pair.down for pair in model.low_rank))
 
     def local(self, model: Model, task: Task, memory: Memory) -> Fit:
         """The mean A with the client's own B and head."""

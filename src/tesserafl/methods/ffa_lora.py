@@ -11,12 +11,14 @@ is that of those that trained an entry, and no longer exact.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tesserafl.core.fit import Fit
-from tesserafl.core.messages import Memory, Task
+from tesserafl.core.fit import Fit, Training
+from tesserafl.core.messages import Client, Memory, Task
 from tesserafl.core.method import (
+    State,
     Topology,
     Weighting,
     average_trained,
@@ -25,6 +27,7 @@ from tesserafl.core.method import (
 )
 from tesserafl.core.model import Model
 from tesserafl.methods._adapters import first_ranks, init_adapters
+from tesserafl.methods._wanted import changes_but, wanting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,13 @@ class FFALoRA:
     entrywise: ClassVar[bool] = True
 
     init = init_adapters
-    configure = first_ranks
+
+    def configure(
+        self, model: Model, state: State, clients: Sequence[Client], training: Training
+    ) -> Iterator[Task]:
+        """The first ranks of every adapter; answers hold the factors that are trained."""
+        tasks = first_ranks(self, model, state, clients, training)
+        return wanting(tasks, changes_but(pair.down for pair in model.low_rank))
 
     def local(self, model: Model, task: Task, memory: Memory) -> Fit:
         """Everything but the frozen factors."""

@@ -43,6 +43,7 @@ class FlexLoRA:
 
     topology: ClassVar[Topology] = "star"
     entrywise: ClassVar[bool] = False
+    rewrites: ClassVar[bool] = True
 
     init = init_adapters
     configure = first_ranks

@@ -50,6 +50,7 @@ class FLM(Growing):
 
     topology: ClassVar[Topology] = "star"
     entrywise: ClassVar[bool] = False
+    rewrites: ClassVar[bool] = True
     reads_public: ClassVar[bool] = True
 
     @property

@@ -13,13 +13,13 @@ them every round), not the stack: bytes down are those of a client that kept not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from tesserafl.core import seeds
 from tesserafl.core.errors import ConfigError
-from tesserafl.core.fit import Fit
+from tesserafl.core.fit import Fit, Training
 from tesserafl.core.lowrank import Collected, check_adapted, factors_of, merged, stacked
 from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.method import (
@@ -35,6 +35,7 @@ from tesserafl.core.method import (
 from tesserafl.core.model import Model
 from tesserafl.core.modules import parameters_of
 from tesserafl.methods._adapters import first_ranks
+from tesserafl.methods._wanted import changes_but, wanting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class FLoRA:
 
     topology: ClassVar[Topology] = "star"
     entrywise: ClassVar[bool] = False
+    rewrites: ClassVar[bool] = True
 
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """The adapters as they are drawn, and the weights that they will be merged into."""
@@ -56,7 +58,12 @@ class FLoRA:
             raise ConfigError("method 'flora' merges adapters into the weights; add --model.merge")
         return init_whole(self, model, seed, rounds)
 
-    configure = first_ranks
+    def configure(
+        self, model: Model, state: State, clients: Sequence[Client], training: Training
+    ) -> Iterator[Task]:
+        """The first ranks of every adapter; answers hold no change of the merged weights."""
+        tasks = first_ranks(self, model, state, clients, training)
+        return wanting(tasks, changes_but(pair.merged for pair in model.low_rank))
 
     def local(self, model: Model, task: Task, memory: Memory) -> Fit:
         """Everything but the merged weights."""

@@ -22,7 +22,7 @@ import torch
 from tesserafl.core.errors import ConfigError
 from tesserafl.core.fit import Fit, Fitted, Training
 from tesserafl.core.lowrank import Collected, check_adapted, product_norm
-from tesserafl.core.messages import Client, Memory, Task, Update
+from tesserafl.core.messages import Client, Memory, Task, Update, Wanted
 from tesserafl.core.method import (
     Report,
     State,
@@ -37,6 +37,7 @@ from tesserafl.core.method import (
 from tesserafl.core.model import Model
 from tesserafl.core.submodel import Units
 from tesserafl.methods._ranks import TailPenalty, tail_norm, without_tail
+from tesserafl.methods._wanted import wanting
 from tesserafl.methods._width import kept_units, ratio_of, width_tasks
 
 
@@ -78,7 +79,8 @@ class HetLoRA:
             rank = left.get(str(client.id))
             return {a: range(n if rank is None else min(n, rank)) for a, n in most.items()}
 
-        return width_tasks(model, state, clients, training, keep)
+        tasks = width_tasks(model, state, clients, training, keep)
+        return wanting(tasks, Wanted(fewer=self.decay < 1.0))
 
     def local(self, model: Model, task: Task, memory: Memory) -> Fit:
         """Cross-entropy, and the norms of the last ranks."""

@@ -26,7 +26,7 @@ from tesserafl.core.method import (
 )
 from tesserafl.core.model import Model
 from tesserafl.core.schedule import Periods, Situation
-from tesserafl.methods._levels import first_units, mean_of_level
+from tesserafl.methods._levels import counted_units, mean_of_level
 from tesserafl.methods._normalised import relayed_normed, report_normed
 
 
@@ -70,7 +70,7 @@ class HierFAVG:
             for edge, clients in seen.edges.items()
         }
 
-    configure = first_units
+    configure = counted_units
     local = train_everything
     report = report_normed
     aggregate = mean_of_level

@@ -42,7 +42,7 @@ from tesserafl.methods._actor import (
     scheduled,
     sketched,
 )
-from tesserafl.methods._levels import first_units, mean_of_level
+from tesserafl.methods._levels import counted_units, mean_of_level
 from tesserafl.methods._normalised import relayed_normed, report_normed
 from tesserafl.methods._observed import matrix_of, no_rows, overview, scene_of, times_of
 
@@ -133,7 +133,7 @@ class Hwamei:
     overview = overview
     sketch = sketched
     periods = scheduled
-    configure = first_units
+    configure = counted_units
     local = train_everything
     report = report_normed
     aggregate = mean_of_level

@@ -25,6 +25,7 @@ from tesserafl.core.method import (
 )
 from tesserafl.core.model import Model
 from tesserafl.methods._own import own_of, personal_of, remember
+from tesserafl.methods._wanted import NOTHING, wanting
 from tesserafl.methods._width import prefix_tasks
 
 
@@ -39,13 +40,14 @@ class Local:
 
     topology: ClassVar[Topology] = "star"
     entrywise: ClassVar[bool] = True
+    sends_changes: ClassVar[bool] = False
     init = init_whole
 
     def configure(
         self, model: Model, state: State, clients: Sequence[Client], training: Training
     ) -> Iterator[Task]:
         """The initial model; used in a client's first round only."""
-        return prefix_tasks(model, state, clients, training, self.ratio)
+        return wanting(prefix_tasks(model, state, clients, training, self.ratio), NOTHING)
 
     def local(self, model: Model, task: Task, memory: Memory) -> Fit:
         """Go on where the client stopped."""

@@ -49,6 +49,7 @@ class MatchedAveraging:
 
     topology: ClassVar[Topology] = "star"
     entrywise: ClassVar[bool] = False
+    rewrites: ClassVar[bool] = True
 
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """The model at the clients' width, freshly initialised at that width."""

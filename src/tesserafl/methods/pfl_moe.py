@@ -68,7 +68,9 @@ class PFLMoE(Experts):
         options = {"second": second, FEATURES: state.notes[FEATURES]}
         for task in first_ranks(self, model, state, clients, training):
             served = task.client.id in state.notes["served"]
-            yield replace(task, params={} if served else task.params, options=options)
+            params = {} if served else task.params
+            wanted = self.own_wanted({}) if second else task.wanted
+            yield replace(task, params=params, options=options, wanted=wanted)
 
     def local(self, model: Model, task: Task, memory: Memory) -> Fit:
         """All adapters; in stage two those of the own expert, and the gate."""

@@ -22,7 +22,7 @@ from tesserafl.core.errors import ConfigError
 from tesserafl.core.exactsum import ExactSum
 from tesserafl.core.fit import Fit, Fitted, Training
 from tesserafl.core.lowrank import check_adapted, factors_of
-from tesserafl.core.messages import Client, Memory, Task, Update
+from tesserafl.core.messages import Client, Memory, Task, Update, Wanted
 from tesserafl.core.method import (
     Report,
     State,
@@ -77,6 +77,7 @@ class Ravan:
         part, own = model.whole(), factors_of(model)
         rest = {name: view for name, view in part.views.items() if name not in own}
         for client in clients:
+            heads = self._chosen(state, client)
             yield Task(
                 round=state.round,
                 client=client,
@@ -84,7 +85,10 @@ class Ravan:
                 params=cut(state.params, SubModel(part.sizes, rest)),
                 training=training,
                 extra=dict(state.extra),
-                options={"seed": state.seed, "heads": self._chosen(state, client)},
+                options={"seed": state.seed, "heads": heads},
+                wanted=Wanted(
+                    deltas=frozenset(rest), fewer=True, extra=_cores.shapes(state.extra, heads)
+                ),
             )
 
     def local(self, model: Model, task: Task, memory: Memory) -> Fit:

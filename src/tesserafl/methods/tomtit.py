@@ -41,7 +41,7 @@ from tesserafl.methods._actor import (
     scheduled,
     sketched,
 )
-from tesserafl.methods._levels import first_units, mean_of_level
+from tesserafl.methods._levels import counted_units, mean_of_level
 from tesserafl.methods._normalised import relayed_normed, report_normed
 from tesserafl.methods._observed import context_of, overview, rows_of, scene_of, times_of
 from tesserafl.methods._width import ratio_of
@@ -137,7 +137,7 @@ class Tomtit:
     overview = overview
     sketch = sketched
     periods = scheduled
-    configure = first_units
+    configure = counted_units
     local = train_everything
     report = report_normed
     aggregate = mean_of_level

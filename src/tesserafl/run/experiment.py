@@ -17,6 +17,7 @@ from tesserafl.core.errors import ConfigError, did_you_mean
 from tesserafl.core.fit import Training
 from tesserafl.data.settings import DataSettings
 from tesserafl.engines.clock import ClockSettings
+from tesserafl.engines.compression import CompressionSettings
 from tesserafl.engines.fleet import FleetSettings
 from tesserafl.engines.network import NetworkSettings
 from tesserafl.methods import METHODS, FedBRB, Hwamei, MethodSettings, Tomtit
@@ -64,6 +65,7 @@ class Experiment:
     network: NetworkSettings = field(default_factory=NetworkSettings)
     fleet: FleetSettings = field(default_factory=FleetSettings)
     clock: ClockSettings = field(default_factory=ClockSettings)
+    compression: CompressionSettings = field(default_factory=CompressionSettings)
     rounds: int = 60
     """communication rounds"""
     clients_per_round: int = 10

@@ -54,11 +54,13 @@ def federate(setup: Setup, state: State) -> Federation:
     """Who holds the model, beginning with `state`.
 
     Raises:
-        ConfigError: the network cannot carry what the experiment asks for.
+        ConfigError: the network cannot carry what the experiment asks for, or the method sends
+            nothing that could be compressed.
     """
     experiment = setup.experiment
     method, settings = experiment.method, experiment.network
     topology = topology_of(experiment)
+    experiment.compression.check(method, topology)
     if topology != "peers":
         if settings not in (NetworkSettings(), NetworkSettings(topology=settings.topology)):
             raise ConfigError(

@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from tesserafl.core.errors import ConfigError, MessageError
-from tesserafl.core.messages import Client, Memory
+from tesserafl.core.answers import check_update
+from tesserafl.core.errors import ConfigError, MessageError, UpdateError
+from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.method import Method, Predictor, State
 from tesserafl.core.model import Model
+from tesserafl.core.params import Params
 from tesserafl.core.submodel import cut
 from tesserafl.core.wire import Parts
 from tesserafl.data.examples import Examples
+from tesserafl.engines.compression import apart
 from tesserafl.engines.federation import Federation
 from tesserafl.engines.remote import Remote
 from tesserafl.engines.seam import Done, Engine
@@ -65,7 +68,7 @@ def personal_accuracies(
     tested = [c for c in setup.clients if len(setup.data.clients[c.id].test)]
     if tested and hasattr(method, "personal"):
         models = [
-            method.personal(setup.model, state, engine.memories.get(client.id, {}))
+            method.personal(setup.model, state, apart(engine.memories.get(client.id, {}))[0])
             for client in tested
         ]
         own = list(zip(tested, models, strict=True))
@@ -103,7 +106,7 @@ def personal_accuracy(
         state = State(params=groups["params"], extra=groups["extra"], **header)
     except (KeyError, TypeError) as error:
         raise MessageError(f"a global state lacks {error}, or has it in excess") from error
-    model = method.personal(setup.model, state, memory)
+    model = method.personal(setup.model, state, apart(memory)[0])
     evaluator = Evaluator(data=setup.data, device=device_of(setup.experiment))
     return evaluator.evaluate(model, examples).accuracy, evaluator.share(model, examples)
 
@@ -119,6 +122,14 @@ def _elsewhere(setup: Setup, engine: Remote, state: State) -> dict[str, list[flo
     if any(each.share is not None for each in judged):
         found["own_share"] = [0.0 if each.share is None else each.share for each in judged]
     return found
+
+
+def _is_good(setup: Setup, task: Task, update: Update, large: Params) -> bool:
+    try:
+        check_update(task, update, large, setup.model)
+    except UpdateError:
+        return False
+    return True
 
 
 def _leaves_out(method: Method, model: Model) -> bool:
@@ -137,9 +148,10 @@ def _finetuned(
     training = replace(experiment.training, epochs=experiment.finetune_epochs)
     # From the global model: peers' own copies may differ from it.
     for task in experiment.method.configure(setup.model, state, clients, training):
+        task = replace(task, wanted=replace(task.wanted, exact=True))  # nothing is sent here
         engine.submit([task])
         (outcome,) = engine.poll()
-        if isinstance(outcome, Done):
+        if isinstance(outcome, Done) and _is_good(setup, task, outcome.update, state.params):
             params = dict(whole.params)
             for name, delta in outcome.update.delta.items():  # it may report a part of its task
                 view = outcome.update.submodel.views[name]

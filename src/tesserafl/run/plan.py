@@ -12,6 +12,7 @@ from tesserafl.core.messages import Task
 from tesserafl.core.method import State
 from tesserafl.core.params import num_entries
 from tesserafl.core.submodel import SubModel
+from tesserafl.engines.compression import answer_bytes
 from tesserafl.models.costs import frozen_entries
 from tesserafl.run.classes import classes_of
 from tesserafl.run.costs import CostTable
@@ -35,6 +36,8 @@ class PlannedClass:
     share: float
     """Of the global model's parameters."""
     bytes_each_way: int
+    bytes_up: int
+    """Of an answer as it is sent."""
     flops_per_step: float
     """Of one optimiser step on a full batch."""
     activation_bytes: int
@@ -68,8 +71,13 @@ class Plan:
 
 
 def make_plan(setup: Setup, coverage_rounds: Sequence[int] = (1, 2, 5, 10, 20, 50, 100)) -> Plan:
-    """Plan an experiment; `coverage_rounds` beyond its rounds are left out."""
+    """Plan an experiment; `coverage_rounds` beyond its rounds are left out.
+
+    Raises:
+        ConfigError: the experiment cannot be run.
+    """
     experiment, model = setup.experiment, setup.model
+    experiment.compression.check(experiment.method, topology_of(experiment))
     state = first_state(experiment, model, setup.data)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.params.items()}
     entries = num_entries(state.params)
@@ -102,6 +110,7 @@ def _classes(setup: Setup, state: State, whole: int, costs: CostTable) -> list[P
                 num_entries=cost.num_entries,
                 share=cost.num_entries / whole,
                 bytes_each_way=cost.bytes_each_way,
+                bytes_up=answer_bytes(kind.task, experiment.compression),
                 flops_per_step=cost.flops_per_example * experiment.training.batch_size,
                 activation_bytes=cost.activation_bytes,
                 peak_bytes=cost.peak_bytes,
@@ -147,7 +156,9 @@ def described(plan: Plan) -> Iterator[str | Table]:
             f"Under them {plan.frozen:,} frozen numbers; at first a client trains at most "
             f"{most:,}, that is {most / plan.frozen:.3%}"
         )
-    table = Table("ratio", "clients", "parameters", "share", "MB each way", "MFLOP a step")
+    both = all(kind.bytes_up == kind.bytes_each_way for kind in plan.classes)
+    sizes = ("MB each way",) if both else ("MB down", "MB up")
+    table = Table("ratio", "clients", "parameters", "share", *sizes, "MFLOP a step")
     for column in ("peak MiB", "has MiB", "fits"):
         table.add_column(column)
     for kind in plan.classes:
@@ -158,6 +169,7 @@ def described(plan: Plan) -> Iterator[str | Table]:
             f"{kind.num_entries:,}",
             f"{kind.share:.1%}",
             f"{kind.bytes_each_way / 1e6:.3g}",
+            *([] if both else [f"{kind.bytes_up / 1e6:.3g}"]),
             f"{kind.flops_per_step / 1e6:.3g}",
             f"{kind.peak_bytes / 2**20:.2f}",
             memory,

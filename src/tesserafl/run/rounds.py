@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from tesserafl.core.checks import MAX_ENTRY, check_delta, check_deltas, check_entries
+from tesserafl.core.answers import check_update
+from tesserafl.core.checks import check_deltas
 from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import CapacityError, UpdateError
 from tesserafl.core.fit import Training
@@ -86,7 +87,8 @@ class Notes:
     @property
     def loss(self) -> float | None:
         """Mean training loss over the examples of those that answered."""
-        rows = sorted(self.clients, key=lambda row: int(row["client"]))
+        heard = [row for row in self.clients if "loss" in row]
+        rows = sorted(heard, key=lambda row: int(row["client"]))
         weight = sum(row["examples"] for row in rows)
         return sum(row["loss"] * row["examples"] for row in rows) / weight if weight else None
 
@@ -215,6 +217,8 @@ def answers(
         good = _all_good([o.update for o in outcomes if isinstance(o, Done)], large)
         while outcomes:  # what was passed on is let go before the next client trains
             outcome = outcomes.pop(0)
+            if outcome.client not in pending:
+                continue  # answered before: of one task one answer counts
             task, clients = pending.pop(outcome.client)
             clients.remove(task.client.id)
             under_way -= not clients
@@ -223,15 +227,14 @@ def answers(
                 continue
             try:
                 # Here, not where it is summed: one bad update must not cost the round.
-                if not good:
-                    check_delta(outcome.update.submodel, outcome.update.delta, large)
-                check_entries(outcome.update.extra, MAX_ENTRY)
+                check_update(task, outcome.update, large, setup.model, summable=good)
             except UpdateError as error:
                 notes.failures.append(_failure(task.client.id, "error", str(error)))
                 continue
             _note(task, outcome, costs, notes)
             yield outcome.update
-        del outcome, task
+            del task
+        del outcome
 
 
 def _asked(setup: Setup, tasks: Iterable[Task], notes: Notes) -> Iterator[Task]:

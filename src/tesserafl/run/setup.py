@@ -139,6 +139,7 @@ def client_worker(setup: Setup, index: int = 0) -> ClientWorker:
         cohorts=cohorts_of(setup.experiment, setup.clients, device),
         validation=validation,
         cache_bytes=setup.experiment.engine.cache_mib * _MIB,
+        compression=setup.experiment.compression,
     )
 
 

@@ -20,6 +20,7 @@ from tesserafl.core.messages import (
     Memory,
     Task,
     Update,
+    Wanted,
 )
 from tesserafl.core.params import Params, sha256
 from tesserafl.core.submodel import Index, SubModel, View, index_tensor
@@ -108,6 +109,58 @@ def test_what_is_trained_comes_back(trainable: frozenset[str] | None, depth: int
     task, _ = decode_task(encode_task(sent, MEMORY))
     assert task.trainable == trainable and (task.trainable is None) == (trainable is None)
     assert task.client == sent.client
+
+
+def test_what_is_wanted_comes_back() -> None:
+    wanted = Wanted(
+        deltas=frozenset({"head"}),
+        fewer=True,
+        extra={"gate": (2, 3), "scale": ()},
+        divisors=frozenset({"steps"}),
+        exact=True,
+    )
+    for sent in (wanted, Wanted(), Wanted(deltas=frozenset())):
+        task, _ = decode_task(encode_task(replace(TASK, wanted=sent), MEMORY))
+        assert task.wanted == sent
+
+
+def test_a_device_keeps_its_memory() -> None:
+    task = replace(TASK, extra=EXTRA)
+    decode_update(encode_update(UPDATE, {}), task)
+    with pytest.raises(MessageError, match="keeps its own"):
+        decode_update(encode_update(UPDATE, MEMORY), task)
+
+
+def test_a_header_longer_than_its_task_allows_is_not_read() -> None:
+    metrics = {f"m{n}": 1.0 for n in range(20_000)}
+    data = encode_update(replace(UPDATE, metrics=metrics), {})
+    decode_update(data)
+    with pytest.raises(MessageError, match="allowed are"):
+        decode_update(data, TASK)
+
+
+def test_keys_that_come_twice_are_refused() -> None:
+    for kind, (_, data) in KINDS.items():
+        length = int.from_bytes(data[:8], "little")
+        text = data[8 : 8 + length].rstrip()
+        for twice in (b', "__metadata__": {}', b', "delta/w": {}, "delta/w": {}'):
+            header = text[:-1] + twice + b"}"
+            must_be_refused(kind, len(header).to_bytes(8, "little") + header + data[8 + length :])
+
+
+def test_an_error_says_little_of_what_was_sent() -> None:
+    body, groups = unpack(KINDS["update"][1])
+    for name in ("x" * 100_000, "\x1b[2J\n\ud800"):
+        wrong = [
+            pack({**body, name: 1}, groups),
+            pack({**body, "metrics": {name: []}}, groups),
+            pack(body, {**groups, name.replace("\ud800", ""): {"w": torch.ones(1)}}),
+        ]
+        for data in wrong:
+            with pytest.raises(MessageError) as caught:
+                decode_update(data)
+            assert len(str(caught.value)) < 1500 and str(caught.value).isprintable()
+            assert str(caught.value).isascii()
 
 
 def test_the_order_of_names_to_train_is_no_part_of_a_message() -> None:

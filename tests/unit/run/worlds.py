@@ -164,7 +164,7 @@ class Constant:
         for task in self._waiting.popleft():
             self.trained.append((task.client.id, task.round))
             self.tasks.append(task)
-            outcomes.append(Done(update=self.answer(task), seconds=0.0))
+            outcomes.append(Done(client=task.client.id, update=self.answer(task), seconds=0.0))
         return outcomes
 
     def answer(self, task: Task) -> Update:
