@@ -20,10 +20,11 @@ from pathlib import Path
 from tesserafl import cli
 from tesserafl.core.fit import Training
 from tesserafl.data.settings import DataSettings
+from tesserafl.engines.settings import EngineSettings
 from tesserafl.experiments import EXPERIMENTS
 from tesserafl.methods import METHODS
 from tesserafl.models import MODELS
-from tesserafl.run.experiment import EngineSettings, Experiment
+from tesserafl.run.experiment import Experiment
 
 HERE = Path(__file__).parent
 
