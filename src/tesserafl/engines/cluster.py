@@ -231,7 +231,8 @@ def _connected(address: str, num_cpus: int) -> tuple[Any, bool]:
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
             f"engine.address {address!r}: Ray does not answer ({_in_one_line(error)}); is the "
-            f"cluster up (ray status), and has this machine its Ray version and token?"
+            f"cluster up (ray status), and has this machine its version of Ray, its token, and "
+            f"RAY_AUTH_MODE=token?"
         ) from error
     return ray, True
 
