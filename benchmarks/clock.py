@@ -38,9 +38,10 @@ from tesserafl.engines.federation import Star
 from tesserafl.engines.fleet import FleetSettings, generated
 from tesserafl.engines.process import threads
 from tesserafl.engines.seam import Done, Outcome
+from tesserafl.engines.settings import EngineSettings
 from tesserafl.methods import FedAvg, FedBuff, MethodSettings
 from tesserafl.models import MLP
-from tesserafl.run.experiment import EngineSettings, Experiment
+from tesserafl.run.experiment import Experiment
 from tesserafl.run.setup import Setup, clients_of
 from tesserafl.run.timed import Timed
 

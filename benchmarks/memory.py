@@ -31,10 +31,11 @@ from tesserafl.core.coverage import Coverage
 from tesserafl.core.fit import Training
 from tesserafl.data.examples import ClientData, Examples, FederatedData, Spec
 from tesserafl.engines.process import threads
+from tesserafl.engines.settings import EngineSettings
 from tesserafl.methods import FedAvg, FedIT, HeteroFL
 from tesserafl.models import MLP, LoRA
 from tesserafl.models.huggingface import Option
-from tesserafl.run.experiment import EngineSettings, Experiment
+from tesserafl.run.experiment import Experiment
 from tesserafl.run.federate import federate
 from tesserafl.run.rounds import play_round
 from tesserafl.run.setup import Setup, clients_of, make_engine

@@ -21,10 +21,11 @@ from tesserafl import cli
 from tesserafl.core.fit import Training
 from tesserafl.data.settings import DataSettings
 from tesserafl.engines.compression import CompressionSettings
+from tesserafl.engines.settings import EngineSettings
 from tesserafl.experiments import EXPERIMENTS
 from tesserafl.methods import METHODS
 from tesserafl.models import MODELS
-from tesserafl.run.experiment import EngineSettings, Experiment
+from tesserafl.run.experiment import Experiment
 
 HERE = Path(__file__).parent
 

@@ -9,12 +9,14 @@ import torch
 
 from tesserafl.core.errors import CapacityError, TesseraError, UpdateError
 from tesserafl.core.messages import Task
-from tesserafl.engines.local import InProcess, WorkerPool
+from tesserafl.engines.local import InProcess
+from tesserafl.engines.pool import WorkerPool
+from tesserafl.engines.processes import Processes
 from tesserafl.engines.seam import Done
 from tesserafl.run.events import read_events
 from tesserafl.run.experiment import Experiment, from_json
 from tesserafl.run.runner import start
-from tesserafl.run.setup import make_engine, prepare
+from tesserafl.run.setup import Setup, make_engine, prepare
 
 
 def small(**changes: object) -> Experiment:
@@ -55,36 +57,12 @@ def test_two_workers_give_the_same_bits_as_one(tmp_path, method, batching):
     assert one["loss"] == two["loss"]
 
 
-def pool_and_tasks() -> tuple[WorkerPool, list[Task]]:
-    setup = prepare(small(engine={"workers": 2}))
+def first_tasks(setup: Setup) -> list[Task]:
     state = setup.experiment.method.init(setup.model, 0, 3)
     tasks = setup.experiment.method.configure(
         setup.model, state, setup.cohort(0), setup.experiment.training
     )
-    engine = make_engine(setup)
-    assert isinstance(engine, WorkerPool)
-    return engine, list(tasks)
-
-
-def test_a_worker_that_is_killed_costs_time_and_not_a_bit():
-    engine, tasks = pool_and_tasks()
-    with contextlib.closing(engine):
-        engine.submit([tasks[0]])
-        engine.submit([tasks[1]])
-        engine._processes[0].process.kill()
-        outcomes = []
-        while len(outcomes) < 2:
-            outcomes += engine.poll()
-        assert all(isinstance(outcome, Done) for outcome in outcomes)
-        assert {o.update.client for o in outcomes} == {t.client.id for t in tasks[:2]}
-        engine._processes[1].process.kill()  # an idle one too
-        engine._processes[1].process.wait()
-        engine.submit([tasks[2]])
-        engine.submit([tasks[3]])
-        again = []
-        while len(again) < 2:
-            again += engine.poll()
-        assert {o.update.client for o in again} == {t.client.id for t in tasks[2:4]}
+    return list(tasks)
 
 
 DIES = """
@@ -98,18 +76,19 @@ sys.exit(9)
 
 
 def test_a_task_that_kills_two_workers_is_an_error():
-    engine, tasks = pool_and_tasks()
-    engine.close()
-    with contextlib.closing(WorkerPool([sys.executable, "-c", DIES], b"", 1)) as deadly:
+    tasks = first_tasks(prepare(small()))
+    workers = Processes([sys.executable, "-c", DIES], b"", 1)
+    with contextlib.closing(WorkerPool(workers=workers)) as deadly:
         deadly.submit([tasks[0]])
         with pytest.raises(TesseraError, match=r"code 9, twice.*memory"):
             deadly.poll()
 
 
 def test_a_fault_of_ours_in_a_worker_is_not_taken_for_a_client_that_failed():
-    engine, tasks = pool_and_tasks()
+    setup = prepare(small(engine={"workers": 2}))
+    tasks = first_tasks(setup)
     wrong = {name: t[:, None] for name, t in tasks[0].params.items()}
-    with contextlib.closing(engine):
+    with contextlib.closing(make_engine(setup)) as engine:
         engine.submit([replace(tasks[0], params=wrong)])
         with pytest.raises(RuntimeError, match=f"client {tasks[0].client.id}, round 0"):
             engine.poll()

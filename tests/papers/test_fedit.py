@@ -28,8 +28,9 @@ from tesserafl.core.messages import Update
 from tesserafl.core.method import State, weights_of
 from tesserafl.core.model import Model
 from tesserafl.core.params import sha256
+from tesserafl.engines.settings import Batching
 from tesserafl.methods import FedAvg, FedIT
-from tesserafl.run.experiment import Batching, from_json
+from tesserafl.run.experiment import from_json
 from tesserafl.run.federate import federate
 from tesserafl.run.rounds import Notes, play_round
 from tesserafl.run.setup import make_engine, prepare

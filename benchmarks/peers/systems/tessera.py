@@ -29,11 +29,12 @@ from tesserafl.core.messages import Client
 from tesserafl.core.model import Model
 from tesserafl.data.examples import ClientData, Examples, FederatedData, Spec
 from tesserafl.engines.process import threads
+from tesserafl.engines.settings import Batching, EngineSettings
 from tesserafl.methods import FedAvg
 from tesserafl.models import MLP
 from tesserafl.run.batching import choose
 from tesserafl.run.events import EventLog
-from tesserafl.run.experiment import Batching, EngineSettings, Experiment
+from tesserafl.run.experiment import Experiment
 from tesserafl.run.federate import federate
 from tesserafl.run.rounds import play_round
 from tesserafl.run.setup import Setup, clients_of, make_engine

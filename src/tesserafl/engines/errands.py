@@ -137,7 +137,7 @@ class Errand:
                 f"{len(memory)} memories; asked was client {self.client} in round "
                 f"{self.task.round}, and memories stay on devices"
             )
-        return Done(update=update, seconds=self._answer.seconds)
+        return Done(client=self.client, update=update, seconds=self._answer.seconds)
 
     def _work(self, inline: Iterable[int]) -> Envelope:
         values: dict[str, Any] = {"run": self.run, "client": self.client}

@@ -21,9 +21,10 @@ from tesserafl.engines.batches import num_steps, widest
 from tesserafl.engines.client import ClientWorker
 from tesserafl.engines.cohort import Cohorts, obstacle
 from tesserafl.engines.graphs import trace
+from tesserafl.engines.settings import Batching
 from tesserafl.models.costs import costs_of
 from tesserafl.run.classes import classes_of
-from tesserafl.run.experiment import Batching, Experiment
+from tesserafl.run.experiment import Experiment
 from tesserafl.run.first import first_state
 
 MOST_FLOPS = 1e7

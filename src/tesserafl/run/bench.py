@@ -22,7 +22,8 @@ from rich.table import Table
 from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import TesseraError
 from tesserafl.engines.process import threads
-from tesserafl.run.experiment import Batching, Experiment, from_json, to_json
+from tesserafl.engines.settings import Batching
+from tesserafl.run.experiment import Experiment, from_json, to_json
 from tesserafl.run.federate import federate
 from tesserafl.run.first import first_state
 from tesserafl.run.rounds import play_round

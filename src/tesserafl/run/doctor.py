@@ -37,6 +37,7 @@ _NEEDED = (
 )
 _OPTIONAL = {
     "transformers": "Hugging Face models (pip install 'tesserafl[huggingface]')",
+    "ray": "clients in a cluster, engine.kind ray (pip install 'tesserafl[ray]')",
     "numba": "compiled sums of large models (pip install 'tesserafl[fast]')",
     "flwr": "servers and devices on many machines (pip install 'tesserafl[flower]')",
 }

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -20,6 +20,7 @@ from tesserafl.engines.clock import ClockSettings
 from tesserafl.engines.compression import CompressionSettings
 from tesserafl.engines.fleet import FleetSettings
 from tesserafl.engines.network import NetworkSettings
+from tesserafl.engines.settings import EngineSettings
 from tesserafl.methods import METHODS, FedBRB, Hwamei, MethodSettings, Tomtit
 from tesserafl.models import (
     MLP,
@@ -30,27 +31,6 @@ from tesserafl.models import (
     ModelSettings,
     Prompts,
 )
-
-Batching = Literal["auto", "sequential", "vmapped", "compiled"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """Where and how clients are computed; the number of workers alone never changes bits."""
-
-    workers: int = 1
-    """processes that train clients; 1 trains them in the main process. Any number, the same bits"""
-    threads: int = 1
-    """threads of one worker's matrix products; another number may change the last bits"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where clients train; auto takes a GPU if there is one"""
-    batching: Batching = "auto"
-    """how clients train: one after another, those of one shape in one vectorised program, or that
-    program compiled; auto decides by the model and the length of the run, config.json says how"""
-    group: int = 16
-    """clients that one vectorised program trains, at most; fewer spread over more workers"""
-    cache_mib: int = 1024
-    """memory of one worker for what frozen layers gave; 0: nothing is kept and no layer skipped"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +92,6 @@ class Experiment:
                 "settings of the clock need devices whose time they measure; add fleet.profiles or "
                 "fleet.file"
             )
-        if self.engine.cache_mib < 0:
-            raise ConfigError(f"engine.cache_mib must be 0 or more; got {self.engine.cache_mib}")
-        for name in ("workers", "threads", "group"):
-            if getattr(self.engine, name) < 1:
-                raise ConfigError(
-                    f"engine.{name} must be at least 1; got {getattr(self.engine, name)}"
-                )
 
 
 REGISTRIES: dict[str, Mapping[str, type[Any]]] = {"method": METHODS, "model": MODELS}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
+from tesserafl import __version__
 from tesserafl.core import seeds
 from tesserafl.core.errors import ConfigError
 from tesserafl.core.messages import Client
@@ -15,13 +18,17 @@ from tesserafl.core.model import Model
 from tesserafl.data import load
 from tesserafl.data.examples import Examples, FederatedData
 from tesserafl.engines.client import ClientWorker
+from tesserafl.engines.cluster import Actors, Share
 from tesserafl.engines.fleet_file import fleet_of
-from tesserafl.engines.local import InProcess, WorkerPool
+from tesserafl.engines.local import InProcess
+from tesserafl.engines.pool import WorkerPool, Workers
+from tesserafl.engines.processes import Processes
 from tesserafl.engines.seam import Engine
+from tesserafl.engines.settings import EngineSettings
 from tesserafl.methods import MethodSettings
 from tesserafl.run.batching import choose, cohorts_of, group_of
 from tesserafl.run.costs import CostTable, with_depth
-from tesserafl.run.experiment import Experiment, to_json
+from tesserafl.run.experiment import Experiment, from_json, to_json
 
 _MIB = 1 << 20
 
@@ -107,8 +114,13 @@ def clients_of(experiment: Experiment, data: FederatedData) -> tuple[Client, ...
 
 
 def device_of(experiment: Experiment) -> str:
-    """The device that clients train on; ConfigError if it is not there."""
+    """The device that this process computes on; ConfigError if it is not there.
+
+    Clients train on it too, unless they train in actors: a cluster's GPUs need not be here.
+    """
     asked, found = experiment.engine.device, torch.cuda.is_available()
+    if experiment.engine.kind == "ray" and asked == "cuda":
+        asked = "auto"
     if asked == "cuda" and not found:
         raise ConfigError("engine.device is 'cuda', but torch finds no GPU; use 'auto' or 'cpu'")
     return "cuda" if asked == "cuda" or (asked == "auto" and found) else "cpu"
@@ -144,16 +156,44 @@ def client_worker(setup: Setup, index: int = 0) -> ClientWorker:
 
 
 def make_engine(setup: Setup) -> Engine:
-    """In this process for one worker, else a pool of `python -m tesserafl.run.worker`."""
-    workers = setup.experiment.engine.workers
-    if workers == 1:
+    """In this process for one worker, else a pool of processes or of actors.
+
+    Raises:
+        ConfigError: the cluster that is asked for is not there, or too small.
+    """
+    experiment, engine = setup.experiment, setup.experiment.engine
+    if engine.kind == "local" and engine.workers == 1:
         return InProcess(worker=client_worker(setup))
-    alone = replace(setup.experiment, engine=replace(setup.experiment.engine, workers=1))
-    together = setup.experiment.engine.batching != "sequential"
-    group = group_of(setup.experiment) if together else 1
-    return WorkerPool(
-        [sys.executable, "-m", "tesserafl.run.worker"],
-        json.dumps(to_json(alone)).encode(),
-        size=min(workers, setup.experiment.clients_per_round),
-        group=group,
-    )
+    size = min(engine.workers, experiment.clients_per_round)
+    alone = replace(engine, kind="local", workers=1, address=EngineSettings.address, gpus=0.0)
+    if engine.kind == "ray":
+        alone = replace(alone, device="cuda" if engine.gpus else "cpu")
+    hello = json.dumps(to_json(replace(experiment, engine=alone))).encode()
+    workers: Workers
+    if engine.kind == "ray":
+        share = Share(threads=engine.threads, gpus=engine.gpus)
+        shared = shared_by_all(setup)
+        workers = Actors(engine.address, loaded, hello, size=size, share=share, shared=shared)
+    else:
+        workers = Processes([sys.executable, "-m", "tesserafl.run.worker"], hello, size)
+    group = 1 if engine.batching == "sequential" else group_of(experiment)
+    return WorkerPool(workers=workers, group=group)
+
+
+def loaded(hello: bytes) -> tuple[ClientWorker, Mapping[str, str]]:
+    """What an actor begins with: who does clients' work, and what all machines must share."""
+    setup = prepare(from_json(json.loads(hello)))
+    return client_worker(setup), shared_by_all(setup)
+
+
+def shared_by_all(setup: Setup) -> dict[str, str]:
+    """What would change results if it were another on another machine, as far as is quickly told.
+
+    The examples are told by their numbers: digests of all data would cost a pass over them.
+    """
+    counts = json.dumps([client.num_examples for client in setup.clients]).encode()
+    return {
+        "the version of tesserafl": __version__,
+        "the version of torch": torch.__version__.split("+")[0],  # of any build: CPU, CUDA
+        "the digest of the clients' numbers of examples": hashlib.sha256(counts).hexdigest()[:12],
+    }

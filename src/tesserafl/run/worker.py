@@ -18,8 +18,8 @@ from tesserafl.core.errors import TesseraError
 from tesserafl.core.wire import task_of, update_parts
 from tesserafl.engines.client import ClientWorker
 from tesserafl.engines.frames import read_frame, write_frame
-from tesserafl.engines.local import FAULT
 from tesserafl.engines.process import threads
+from tesserafl.engines.processes import FAULT
 from tesserafl.engines.slab import Slab
 from tesserafl.run.experiment import from_json
 from tesserafl.run.setup import client_worker, prepare

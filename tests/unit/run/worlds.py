@@ -25,10 +25,11 @@ from tesserafl.engines.device import Device, Link, Placed
 from tesserafl.engines.federation import Star
 from tesserafl.engines.fleet import CLOUD, Edge, Fleet, FleetSettings
 from tesserafl.engines.seam import Done, Failed, Outcome
+from tesserafl.engines.settings import EngineSettings
 from tesserafl.methods import FedAvg, MethodSettings
 from tesserafl.models import MLP
 from tesserafl.run.costs import CostTable
-from tesserafl.run.experiment import EngineSettings, Experiment
+from tesserafl.run.experiment import Experiment
 from tesserafl.run.rounds import Notes
 from tesserafl.run.setup import Setup, clients_of
 from tesserafl.run.timed import Timed
