@@ -39,9 +39,9 @@ from tesserafl.engines.seam import Engine
 from tesserafl.experiments.quickstart import quickstart
 from tesserafl.methods import FedAvg
 from tesserafl.models import MLP
+from tesserafl.run.begin import first_federation
 from tesserafl.run.experiment import Experiment
 from tesserafl.run.player import player_of
-from tesserafl.run.runner import first_federation
 from tesserafl.run.setup import Setup, client_worker, make_engine, prepare
 
 WARMUP = 2

@@ -29,10 +29,10 @@ from tesserafl.engines.pool import WorkerPool
 from tesserafl.engines.process import threads
 from tesserafl.engines.processes import Processes
 from tesserafl.engines.seam import Done, Engine, Failed, Outcome, Reason
+from tesserafl.run.begin import first_federation
 from tesserafl.run.experiment import from_json
 from tesserafl.run.player import Player, player_of
 from tesserafl.run.rounds import Notes
-from tesserafl.run.runner import first_federation
 from tesserafl.run.setup import Setup, make_engine, prepare
 
 # One process of pytest-xdist: a second one would start every engine again.

@@ -10,10 +10,11 @@ from tesserafl.core.method import Predictor, State
 from tesserafl.core.model import Model
 from tesserafl.core.submodel import cut
 from tesserafl.methods import DepthFL
+from tesserafl.run.begin import first_federation
 from tesserafl.run.events import read_events
 from tesserafl.run.experiment import Experiment, from_json
 from tesserafl.run.plan import make_plan
-from tesserafl.run.runner import first_federation, start
+from tesserafl.run.runner import start
 from tesserafl.run.setup import prepare
 
 METHODS = {

@@ -9,7 +9,7 @@ from tesserafl.data.examples import Spec
 from tesserafl.experiments import EXPERIMENTS
 from tesserafl.methods import FedIT
 from tesserafl.models import HuggingFace
-from tesserafl.run.runner import first_federation
+from tesserafl.run.begin import first_federation
 from tesserafl.run.setup import prepare
 from tesserafl.run.study import start_study
 

@@ -8,11 +8,12 @@ from interrupted import undisturbed
 from safetensors.torch import load_file
 
 from tesserafl.core.errors import ConfigError
+from tesserafl.run.begin import first_federation
 from tesserafl.run.events import read_events
 from tesserafl.run.experiment import Experiment, from_json
 from tesserafl.run.plan import make_plan
 from tesserafl.run.report import write_report
-from tesserafl.run.runner import first_federation, start
+from tesserafl.run.runner import start
 from tesserafl.run.setup import prepare
 
 

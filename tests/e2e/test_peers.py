@@ -21,11 +21,12 @@ from tesserafl.engines.lean import Lean
 from tesserafl.engines.replicas import Replicas
 from tesserafl.engines.seam import Engine
 from tesserafl.run import runner
+from tesserafl.run.begin import first_federation
 from tesserafl.run.events import read_events
 from tesserafl.run.experiment import Experiment, from_json
 from tesserafl.run.federate import exchange_of, federate, topology_of
 from tesserafl.run.rounds import play_round
-from tesserafl.run.runner import first_federation, resume, start
+from tesserafl.run.runner import resume, start
 from tesserafl.run.setup import Setup, make_engine, prepare
 
 Settings = dict[str, Any]

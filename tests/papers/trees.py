@@ -19,9 +19,9 @@ from tesserafl.engines.clock import ClockSettings
 from tesserafl.engines.fleet import FleetSettings
 from tesserafl.methods import Hwamei, MethodSettings, Tomtit
 from tesserafl.models import MLP
+from tesserafl.run.begin import first_federation
 from tesserafl.run.experiment import Experiment
 from tesserafl.run.player import Clocked, player_of
-from tesserafl.run.runner import first_federation
 from tesserafl.run.setup import make_engine, prepare
 
 EDGES = ("edge-0", "edge-1")

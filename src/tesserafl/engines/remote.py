@@ -8,6 +8,7 @@ server only knows of which round.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -55,7 +56,7 @@ class Post(Protocol):
     """Carries envelopes to nodes and their replies back."""
 
     def nodes(self) -> Mapping[int, str]:
-        """Those that are connected now, and the names that vouch for them; "": nobody does."""
+        """Those that are connected now, and the names that vouch for them, if any do."""
         ...
 
     def push(self, node: int, envelope: Envelope, seconds: float) -> str:
@@ -132,10 +133,7 @@ class Remote:
 
     def gather(self, most: int, seconds: float) -> None:
         """Wait until so many devices have a seat, at most so long."""
-        until = self.clock() + seconds
-        while len(self.seated) < most and self.clock() < until:
-            self._work_on()
-            self.pause(_PAUSE)
+        self._wait(lambda: len(self.seated) >= most, seconds)
 
     def renumber(self, numbers: Mapping[int, int]) -> None:
         """Give the devices other clients' numbers: old -> new; before the first task."""
@@ -151,12 +149,9 @@ class Remote:
             else:
                 self._fail(client, "offline", f"no device of client {client} is connected")
 
-    def poll(self) -> list[Outcome]:
-        """At least one outcome; blocks until there is one."""
-        self._work_on()
-        while not self._ended:
-            self.pause(_PAUSE)
-            self._work_on()
+    def poll(self, seconds: float = math.inf) -> list[Outcome]:
+        """At least one outcome; blocks until there is one, at most so long."""
+        self._wait(lambda: bool(self._ended), seconds)
         outcomes = list(self._ended)
         self._ended.clear()
         return outcomes
@@ -170,9 +165,7 @@ class Remote:
         self._judged = {}
         for client in sorted(self.seated):
             self._begin(client, None, parts)
-        while self._errands:
-            self._work_on()
-            self.pause(_PAUSE)
+        self._wait(lambda: not self._errands)
         self._ended.clear()
         return {client: self._judged[client] for client in sorted(self._judged)}
 
@@ -192,10 +185,16 @@ class Remote:
 
     # Who is there.
 
-    def _work_on(self) -> None:
-        self._look()
-        self._deliver()
-        self._expire()
+    def _wait(self, enough: Callable[[], bool], seconds: float = math.inf) -> None:
+        """Work on until it is enough, at most so long."""
+        until = self.clock() + seconds
+        while True:
+            self._look()
+            self._deliver()
+            self._expire()
+            if enough() or self.clock() >= until:
+                return
+            self.pause(_PAUSE)
 
     def _look(self) -> None:
         """Greet who has come."""
@@ -216,8 +215,7 @@ class Remote:
         if isinstance(reply, Undelivered):
             self._known.discard(node)  # greeted again when it is there
             return
-        client = self._client_of(node, reply)
-        if isinstance(client, str):
+        if isinstance(client := self._client_of(node, reply), str):
             self.refused[node] = client
             return
         self.refused.pop(node, None)

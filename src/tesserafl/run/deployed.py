@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,13 +15,20 @@ from pydantic import TypeAdapter, ValidationError
 from tesserafl.core.errors import CheckpointError, ConfigError, TesseraError
 from tesserafl.core.messages import Client
 from tesserafl.data import ClientData
+from tesserafl.engines.federation import Federation
 from tesserafl.engines.orders import Hello
 from tesserafl.engines.parcels import MOST_BYTES
 from tesserafl.engines.remote import Post, Remote
+from tesserafl.engines.seam import Engine
+from tesserafl.run.begin import first_federation
 from tesserafl.run.children import die_with_parent
+from tesserafl.run.costs import CostTable
 from tesserafl.run.experiment import Experiment, from_json, to_json, with_absolute_paths
+from tesserafl.run.federate import topology_of
 from tesserafl.run.files import read_json, write_json
-from tesserafl.run.runner import Listener, first_federation, play
+from tesserafl.run.live import Waiting, live
+from tesserafl.run.player import Player, player_of
+from tesserafl.run.runner import Listener, play
 from tesserafl.run.seats import Seats
 from tesserafl.run.setup import Setup, prepare, with_depths
 
@@ -50,6 +57,7 @@ class Deployment:
     """tasks that are under way at once: their sub-models are in the server's memory"""
     message_bytes: int = MOST_BYTES
     """of tensors in one message; devices need about six times as much for the transport"""
+    waiting: Waiting = field(default_factory=Waiting)
 
     def __post_init__(self) -> None:
         for name in ("devices", "under_way", "message_bytes", "task_seconds"):
@@ -110,6 +118,11 @@ def for_devices(experiment: Experiment, deployment: Deployment) -> Experiment:
         raise ConfigError(
             "fleet.* describes simulated devices; leave it away where real ones do the work"
         )
+    if topology_of(experiment) != "star":
+        raise ConfigError(
+            f"network.topology {topology_of(experiment)!r} is simulated: over Flower devices have "
+            f"one server, which would do their sums; set network.topology to 'star'"
+        )
     if experiment.finetune_epochs:
         raise ConfigError(
             "finetune_epochs tests models where clients' data is, and the server has none of it; "
@@ -162,7 +175,12 @@ def serve_over(
     remote.renumber(seats.settle())
     if deployment.own_data:
         setup = _with_devices(setup, seats)
-    summary = play(setup, first_federation(setup), folder, remote, listener)
+
+    def player(setup: Setup, _: Engine, federation: Federation, costs: CostTable) -> Player:
+        return live(setup, remote, federation, costs, deployment.waiting)
+
+    chosen = player_of if deployment.waiting.for_all else player
+    summary = play(setup, first_federation(setup), folder, remote, listener, chosen)
     remote.goodbye()
     return summary
 

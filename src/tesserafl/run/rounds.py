@@ -223,15 +223,15 @@ def answers(
             clients.remove(task.client.id)
             under_way -= not clients
             if isinstance(outcome, Failed):
-                notes.failures.append(_failure(outcome.client, outcome.reason, outcome.text))
+                notes.failures.append(failure(outcome.client, outcome.reason, outcome.text))
                 continue
             try:
                 # Here, not where it is summed: one bad update must not cost the round.
                 check_update(task, outcome.update, large, setup.model, summable=good)
             except UpdateError as error:
-                notes.failures.append(_failure(task.client.id, "error", str(error)))
+                notes.failures.append(failure(task.client.id, "error", str(error)))
                 continue
-            _note(task, outcome, costs, notes)
+            note_answer(task, outcome, costs, notes)
             yield outcome.update
             del task
         del outcome
@@ -243,7 +243,7 @@ def _asked(setup: Setup, tasks: Iterable[Task], notes: Notes) -> Iterator[Task]:
         if setup.answers(task.round, task.client):
             yield task
         else:
-            notes.failures.append(_failure(task.client.id, "offline", "did not answer"))
+            notes.failures.append(failure(task.client.id, "offline", "did not answer"))
 
 
 def _groups(tasks: Iterable[Task], size: int) -> Iterator[list[Task]]:
@@ -270,7 +270,8 @@ def _all_good(updates: Sequence[Update], large: Params) -> bool:
     return True
 
 
-def _note(task: Task, done: Done, costs: CostTable, notes: Notes) -> None:
+def note_answer(task: Task, done: Done, costs: CostTable, notes: Notes) -> None:
+    """Note who answered, what was trained and what it cost."""
     update, cost = done.update, costs.of(task)
     seen = num_seen(update.num_examples, task.training)
     trained = cost.flops_per_example * seen
@@ -295,5 +296,6 @@ def _note(task: Task, done: Done, costs: CostTable, notes: Notes) -> None:
     )
 
 
-def _failure(client: int, reason: str, text: str) -> dict[str, Any]:
+def failure(client: int, reason: str, text: str) -> dict[str, Any]:
+    """What is noted of a client that did not answer."""
     return {"client": client, "reason": reason, "text": text}

@@ -18,7 +18,9 @@ from tesserafl.engines.process import threads
 from tesserafl.engines.seam import Engine
 from tesserafl.models.costs import frozen_entries
 from tesserafl.run import checkpoint as checkpoints
+from tesserafl.run.begin import first_federation
 from tesserafl.run.checkpoint import Checkpoint
+from tesserafl.run.costs import CostTable
 from tesserafl.run.evaluate import Evaluator
 from tesserafl.run.events import Event, EventLog
 from tesserafl.run.experiment import (
@@ -29,17 +31,17 @@ from tesserafl.run.experiment import (
     with_absolute_paths,
 )
 from tesserafl.run.export import export_model
-from tesserafl.run.federate import federate, links_of
+from tesserafl.run.federate import links_of
 from tesserafl.run.files import alone_in, read_json, write_json
-from tesserafl.run.first import first_state
-from tesserafl.run.personal import check_personal, personal_accuracies
-from tesserafl.run.player import Player, fleet_for, player_of
+from tesserafl.run.personal import personal_accuracies
+from tesserafl.run.player import Player, player_of
 from tesserafl.run.report import write_partition, write_report
-from tesserafl.run.rounds import check_memory
 from tesserafl.run.setup import Setup, device_of, make_engine, prepare
 
 Listener = Callable[[Event], None]
 """Called with every event as it is written, for progress bars."""
+MakePlayer = Callable[[Setup, Engine, Federation, CostTable], Player]
+"""What plays the rounds of a run."""
 
 
 def start(experiment: Experiment, folder: Path, listener: Listener | None = None) -> dict[str, Any]:
@@ -73,25 +75,13 @@ def resume(folder: Path, listener: Listener | None = None) -> dict[str, Any]:
     return play(setup, federation, folder, make_engine(setup), listener)
 
 
-def first_federation(setup: Setup) -> Federation:
-    """Who holds what before the first round; raises if the settings do not fit together."""
-    experiment = setup.experiment
-    device_of(experiment)
-    check_personal(setup)
-    with threads(experiment.engine.threads):
-        state = first_state(experiment, setup.model, setup.data)
-    check_memory(setup, state, setup.costs())
-    federation = federate(setup, state)
-    fleet_for(setup, federation)
-    return federation
-
-
 def play(
     setup: Setup,
     federation: Federation,
     folder: Path,
     engine: Engine,
     listener: Listener | None = None,
+    player: MakePlayer = player_of,
 ) -> dict[str, Any]:
     """Play a run on an engine, from its newest checkpoint; closes the engine.
 
@@ -111,6 +101,7 @@ def play(
             folder=folder,
             log=log,
             listener=listener,
+            player=player,
         )
         return run.to_the_end()
 
@@ -123,6 +114,7 @@ class _Run:
     folder: Path
     log: EventLog
     listener: Listener | None
+    player: MakePlayer
     totals: dict[str, float] = field(
         default_factory=lambda: {
             "bytes_down": 0,
@@ -138,7 +130,7 @@ class _Run:
         experiment, federation = self.setup.experiment, self.federation
         costs = self.setup.costs()
         evaluator = Evaluator(data=self.setup.data, device=device_of(experiment))
-        player = player_of(self.setup, self.engine, federation, costs)
+        player = self.player(self.setup, self.engine, federation, costs)
         coverage = self._begin(player)
         while not player.over:
             notes = player.play(coverage)

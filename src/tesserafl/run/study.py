@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from tesserafl.core.errors import CheckpointError, ConfigError
+from tesserafl.run.begin import first_federation
 from tesserafl.run.compare import compare
 from tesserafl.run.experiment import Experiment, from_json, to_json, with_absolute_paths
 from tesserafl.run.files import read_json, write_atomic, write_json
-from tesserafl.run.runner import Listener, first_federation, resume, start
+from tesserafl.run.runner import Listener, resume, start
 from tesserafl.run.setup import Setup, prepare, with_depths
 
 Rows = Mapping[str, Experiment]

@@ -30,8 +30,8 @@ from tesserafl.engines.federation import Star
 from tesserafl.engines.fleet import Fleet
 from tesserafl.engines.seam import Engine
 from tesserafl.run.agents import Moment
+from tesserafl.run.begin import first_federation
 from tesserafl.run.player import Clocked, accuracy_of, player_of
-from tesserafl.run.runner import first_federation
 from tesserafl.run.setup import Setup
 from tesserafl.run.tree import Tree
 

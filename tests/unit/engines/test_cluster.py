@@ -19,8 +19,8 @@ from tesserafl.engines import cluster
 from tesserafl.engines.client import ClientWorker
 from tesserafl.engines.cluster import Actors, Share
 from tesserafl.engines.pool import Answered, Broke, Ended
+from tesserafl.run.begin import first_federation
 from tesserafl.run.experiment import from_json
-from tesserafl.run.runner import first_federation
 from tesserafl.run.setup import Setup, client_worker, device_of, loaded, prepare, shared_by_all
 
 

@@ -11,6 +11,7 @@ from devices_at_hand import PostAtHand, parts
 from tesserafl.core.errors import CheckpointError, ConfigError, UpdateError
 from tesserafl.data import DataSettings
 from tesserafl.engines.fleet import FleetSettings
+from tesserafl.engines.network import NetworkSettings
 from tesserafl.engines.remote import Remote, Undelivered
 from tesserafl.methods import FedAvg, FedBRB, FedRolex
 from tesserafl.models import MLP
@@ -187,6 +188,7 @@ def test_devices_that_lost_their_disks_are_greeted_again(tmp_path):
 def test_what_devices_cannot_run_is_refused_before_a_folder_is_made(tmp_path):
     for changes, text in (
         ({"fleet": FleetSettings(profiles=("phone",))}, "leave it away"),
+        ({"network": NetworkSettings(topology="peers")}, "set network.topology to 'star'"),
         ({"finetune_epochs": 1, "data": DataSettings(num_clients=4, test=0.2)}, "set it to 0"),
     ):
         with pytest.raises(ConfigError, match=text):

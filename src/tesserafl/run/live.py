@@ -1,0 +1,185 @@
+"""Rounds on devices in real time that do not wait for all: until a quorum or a deadline.
+
+Who is late goes on working, and its answer counts in the round in which it comes, or not at all. So
+which updates make a model depends on the devices; what they make of it does not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from tesserafl.core.answers import check_update
+from tesserafl.core.coverage import Coverage
+from tesserafl.core.errors import ConfigError, UpdateError
+from tesserafl.core.messages import Client, Task, Update
+from tesserafl.engines.federation import Federation, Held, Star, Traffic
+from tesserafl.engines.remote import Remote
+from tesserafl.engines.seam import Failed, Outcome
+from tesserafl.run.costs import CostTable
+from tesserafl.run.rounds import (
+    Notes,
+    check_answered,
+    count,
+    failure,
+    fold,
+    note_answer,
+    training_of,
+)
+from tesserafl.run.setup import Setup
+
+_ALONE = 5.0
+"""Seconds between two looks for a device, where none is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """How long a round on devices waits."""
+
+    quorum: float = 1.0
+    """share of clients_per_round whose answers end a round"""
+    round_seconds: float | None = None
+    """seconds after which a round ends; None: it has no deadline of its own"""
+    over_selection: float = 0.0
+    """share of clients_per_round that is asked beyond it"""
+    late: Literal["bank", "refuse"] = "bank"
+    """whether an answer that comes after its round counts in the round in which it comes"""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.quorum <= 1.0:
+            raise ConfigError(f"quorum is a share, in (0, 1]; got {self.quorum}")
+        if self.round_seconds is not None and not self.round_seconds > 0:
+            raise ConfigError(f"round_seconds must be positive; got {self.round_seconds}")
+        if not 0.0 <= self.over_selection < math.inf:
+            raise ConfigError(f"over_selection must be 0 or more; got {self.over_selection}")
+
+    @property
+    def for_all(self) -> bool:
+        """Whether a round waits until all have answered or failed."""
+        plain = self.quorum == 1.0 and self.round_seconds is None
+        return plain and self.over_selection == 0.0
+
+
+@dataclass(kw_only=True)
+class Live:
+    """A server and its devices, in real time."""
+
+    setup: Setup
+    engine: Remote
+    federation: Star
+    costs: CostTable
+    waiting: Waiting
+    _working: dict[int, Task] = field(default_factory=dict)
+    """Client -> its task, of this round or of one before."""
+
+    @property
+    def over(self) -> bool:
+        """Whether all rounds are done; answers that are late then are not waited for."""
+        return self.federation.round >= self.federation.rounds
+
+    def play(self, coverage: Coverage) -> Notes:
+        """The next round.
+
+        Raises:
+            UpdateError: the work of every client that answered was refused.
+        """
+        begun = time.perf_counter()
+        notes, traffic, version = Notes(), dict[int, Traffic](), self.federation.round
+        updates = list(self._until_enough(notes, traffic))
+        ended = {update.client for update in updates} | {row["client"] for row in notes.failures}
+        # All that came to an end, as in a synchronous round: the grid of exact sums goes by them.
+        cohort = [self.setup.clients[client] for client in sorted(ended)]
+        fold(self.setup, self.federation, cohort, updates, notes)
+        notes.folded = replace(notes.folded, traffic=traffic)
+        count(self.federation, coverage, notes)
+        check_answered(version, notes)
+        notes.seconds = time.perf_counter() - begun
+        return notes
+
+    def held(self) -> Held:
+        """The federation's; tasks that are under way are not: who has one is asked anew."""
+        return self.federation.held()
+
+    def restore(self, held: Held) -> None:
+        """Go on from a checkpoint."""
+        self.federation.restore(held)
+
+    def _until_enough(self, notes: Notes, traffic: dict[int, Traffic]) -> Iterator[Update]:
+        """The updates that make the next model."""
+        settings, wanted = self.waiting, self.setup.experiment.clients_per_round
+        cohort = self._pick(_up(wanted * (1 + settings.over_selection)))
+        needed = min(_up(settings.quorum * wanted), len(cohort))
+        tasks = self.federation.tasks(cohort, training_of(self.setup, self.federation))
+        until = self.engine.clock() + (settings.round_seconds or math.inf)
+        left, answered = len(cohort), 0
+        while left and answered < needed and self.engine.clock() < until:
+            while len(self._working) < self.engine.capacity and (task := next(tasks, None)):
+                self._working[task.client.id] = task
+                self.engine.submit([task])
+            for outcome in self.engine.poll(until - self.engine.clock()):
+                own, update = self._taken(outcome, notes, traffic)
+                left -= own
+                if update is not None:
+                    answered += own
+                    yield update
+
+    def _taken(
+        self, outcome: Outcome, notes: Notes, traffic: dict[int, Traffic]
+    ) -> tuple[bool, Update | None]:
+        """Whether an outcome is of this round, and the update that it gives."""
+        task = self._working.pop(outcome.client, None)
+        if task is None:  # answered before: of one task one answer counts
+            return False, None
+        own = task.round == self.federation.round
+        if isinstance(outcome, Failed):
+            notes.failures.append(failure(outcome.client, outcome.reason, outcome.text))
+            return own, None
+        if not own and self.waiting.late == "refuse":
+            text = "came after its round had ended"
+            notes.failures.append(failure(outcome.client, "expired", text))
+            return False, None
+        try:
+            check_update(task, outcome.update, self.federation.shapes, self.setup.model)
+        except UpdateError as error:
+            notes.failures.append(failure(outcome.client, "error", str(error)))
+            return own, None
+        traffic[outcome.client] = Traffic(outcome.update.num_bytes, task.num_bytes)
+        note_answer(task, outcome, self.costs, notes)
+        row = notes.clients[-1]
+        row["bytes_up"], row["bytes_down"] = traffic[outcome.client]
+        row["staleness"] = self.federation.round - task.round
+        return own, outcome.update
+
+    def _pick(self, most: int) -> list[Client]:
+        """Devices that are there and idle, in the round's order; waits for the first."""
+        while True:
+            idle = self.engine.seated - self._working.keys()
+            order = self.setup.order(self.federation.round)
+            if picked := [self.setup.clients[n] for n in order if n in idle][:most]:
+                return picked
+            self.engine.gather(1, _ALONE)
+
+
+def live(
+    setup: Setup, engine: Remote, federation: Federation, costs: CostTable, waiting: Waiting
+) -> Live:
+    """Plays the rounds of an experiment without waiting for all.
+
+    Raises:
+        ConfigError: it simulates clients that do not answer.
+    """
+    assert isinstance(federation, Star), "devices have a server"
+    if setup.experiment.dropout:
+        raise ConfigError(
+            f"dropout {setup.experiment.dropout} simulates devices that do not answer; set it to 0 "
+            f"where real ones do the work until a quorum or a deadline"
+        )
+    return Live(setup=setup, engine=engine, federation=federation, costs=costs, waiting=waiting)
+
+
+def _up(number: float) -> int:
+    """Rounded up, but for what floats are off: 10 x 1.1 is 11."""
+    return math.ceil(round(number, 9))
