@@ -30,6 +30,7 @@ from tesserafl.engines.orders import read_envelope, write_envelope
 from tesserafl.run import certs
 from tesserafl.run.addresses import check_address, check_name
 from tesserafl.run.children import child, end, free_port, program, tail_of
+from tesserafl.run.enrol import PREFIX, enrol
 from tesserafl.run.files import alone_in
 from tesserafl.run.flower_env import environment
 from tesserafl.run.holding import Local
@@ -71,13 +72,25 @@ class Line:
         return Path(f"{name}-state") if self.keys is None else self.keys.folder / "state"
 
 
-def line_to(place: str) -> Line:
-    """The line to a server: a bundle of `tessera certs`, or HOST:PORT on this machine.
+def line_to(place: str, enrolled: Path | None = None) -> Line:
+    """The line to a server: a bundle of `tessera certs`, a token, or HOST:PORT on this machine.
+
+    With a token the device makes its keys in `enrolled`; who comes again finds them there.
 
     Raises:
-        ConfigError: it is neither, or a server elsewhere without keys.
-        TrustError: the bundle is damaged.
+        ConfigError: it is none of these, or a server elsewhere without keys.
+        TrustError: the bundle is damaged, or the server does not take the token.
     """
+    if place.startswith(PREFIX):
+        if enrolled is None:
+            raise ConfigError(
+                "where shall this device keep the key that it makes? Name a folder with --folder"
+            )
+        keys = enrolled / "keys"
+        made = (keys / "device.json").exists()
+        enrolled.mkdir(parents=True, exist_ok=True, mode=0o700)
+        files = certs.device_files(keys) if made else enrol(place, keys)
+        return Line(address=files.server, keys=files)
     folder = Path(place)
     if folder.is_dir():
         files = certs.device_files(folder)

@@ -68,6 +68,9 @@ class Progress:
             self._accuracy = f"accuracy {event['accuracy']:.4f}  "
         elif event["kind"] == "round":
             self._round(event)
+        elif event["kind"] in ("open", "guest"):  # of runs on devices
+            who = f"{event['device']}: " if "device" in event else ""
+            self._bar.console.print(f"{who}{event['text']}", highlight=False, markup=False)
 
     def _begin(self, rounds: int) -> None:
         self._rounds, self._accuracy, self._begun = rounds, "", time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from tesserafl.core.errors import CheckpointError, ConfigError
 from tesserafl.engines.orders import Profile
 from tesserafl.run.files import read_json, write_json
 
+GUESTS = "guests.jsonl"
+"""Beside the seats: who came, and what became of it, one JSON object a line."""
 _PROFILES: TypeAdapter[dict[int, Profile]] = TypeAdapter(dict[int, Profile])
 
 
@@ -27,6 +30,7 @@ class Seats:
     """Client -> its device."""
     settled: bool = False
     """Whether the rounds have begun: clients' numbers do not change any more."""
+    _told: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.path.exists():
@@ -40,8 +44,18 @@ class Seats:
     def seat(self, voucher: str, profile: Profile) -> int | str:
         """The client that a device is, or why it is none.
 
-        `voucher` is the name that its key was registered with; "": it has none.
+        `voucher` is the name that its key was registered with; "": it has none. What a device is
+        told is written beside the seats, once, for who watches the run.
         """
+        client = self._seat(voucher, profile)
+        text = client if isinstance(client, str) else f"has joined, as client {client}"
+        if self._told.get(profile.name) != text:
+            self._told[profile.name] = text
+            with self.path.with_name(GUESTS).open("a", encoding="utf-8") as book:
+                book.write(json.dumps({"device": profile.name, "text": text}) + "\n")
+        return client
+
+    def _seat(self, voucher: str, profile: Profile) -> int | str:
         if voucher and voucher != profile.name:
             return f"the device calls itself {profile.name!r}, but its key is {voucher!r}'s"
         client = self._asked(profile)

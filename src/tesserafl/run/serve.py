@@ -31,6 +31,7 @@ from tesserafl.run.deployed import AT_WORK
 from tesserafl.run.files import read_json, write_json
 from tesserafl.run.flower_env import SUPERLINK_FLAGS, environment
 from tesserafl.run.runner import Listener
+from tesserafl.run.seats import GUESTS
 
 _LINK = "tessera"
 """Flower's name of our SuperLink."""
@@ -83,7 +84,9 @@ def serve(folder: Path, link: Link, listener: Listener | None = None) -> dict[st
             for name, key in certs.device_keys(link.keys).items():
                 flower.register(name, key)
             stack.enter_context(_doors(link, address, flower))
-        seen = len(_events(folder))
+        if listener is not None:
+            listener({"kind": "open", "text": _invitation(link)})
+        seen = len(_lines(folder / "events.jsonl"))
         if seen and listener is not None:
             listener({"kind": "resume", "experiment": read_json(folder / "config.json")})
         run = flower.start(folder)
@@ -133,6 +136,13 @@ def _superlink(home: Path, link: Link) -> Iterator[tuple[subprocess.Popen[bytes]
                 raise TesseraError(f"Flower's SuperLink did not start: {tail_of(log)}")
             time.sleep(_PAUSE)
         yield process, address
+
+
+def _invitation(link: Link) -> str:
+    if link.keys is None:
+        return f"Devices of this machine may join: tessera join 127.0.0.1:{link.port}"
+    address = certs.server_files(link.keys).address
+    return f"Devices may join at {address}, each with its folder: tessera join FOLDER"
 
 
 @contextlib.contextmanager
@@ -210,7 +220,9 @@ def _follow(
     """Pass the run's events on until it ends and its devices know."""
     log, looked = flower.home / "superlink.log", time.monotonic()
     over: float | None = None
+    guests = len(_lines(folder / GUESTS))
     while True:
+        guests = _welcome(folder, guests, listener)
         seen = _pass_on(folder, seen, listener)
         if (folder / "summary.json").exists():
             over = over or time.monotonic()
@@ -234,18 +246,26 @@ def _follow(
         time.sleep(_PAUSE)
 
 
-def _events(folder: Path) -> list[bytes]:
-    """The whole lines of the run's events."""
-    path = folder / "events.jsonl"
+def _lines(path: Path) -> list[bytes]:
+    """The whole lines of a file that another process writes."""
     return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
 def _pass_on(folder: Path, seen: int, listener: Listener | None) -> int:
     """Pass on what was written after so many events; a run that goes on does some again."""
-    lines = _events(folder)
+    lines = _lines(folder / "events.jsonl")
     if listener is not None:
         for line in lines[seen:]:
             listener(json.loads(line))
+    return len(lines)
+
+
+def _welcome(folder: Path, seen: int, listener: Listener | None) -> int:
+    """Tell who came after so many others."""
+    lines = _lines(folder / GUESTS)
+    if listener is not None:
+        for line in lines[seen:]:
+            listener({"kind": "guest", **json.loads(line)})
     return len(lines)
 
 
