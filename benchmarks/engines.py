@@ -7,10 +7,11 @@
     1, 50, 500   a perceptron of so many MiB of parameters, FedAvg, `--clients` clients a round, one
                  step each: copies decide
 
-A row is a process of its own: start the engine, play rounds that do not count, then time each.
-Engines take turns, `--repeats` times; medians are over the repeats. `start` is from an experiment
-that is loaded to workers that are ready. `wire` is the bytes that leave and reach the server over
-the bytes of the parameters that are meant. An engine joins by one entry in ENGINES.
+All engines are started, then play the same rounds in turn, so that a machine that others use is
+shared fairly; the first rounds do not count. `times` is the median over rounds of the ratio to the
+first engine of the same turn. `start` is from an experiment that is loaded to workers that are
+ready. `wire` is the bytes that leave and reach the server over the bytes of the parameters that are
+meant. A model is a process of its own, `--repeats` times. An engine joins by one entry in ENGINES.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from tesserafl.methods import FedAvg
 from tesserafl.models import MLP
 from tesserafl.run.begin import first_federation
 from tesserafl.run.experiment import Experiment
-from tesserafl.run.player import player_of
+from tesserafl.run.player import Player, player_of
 from tesserafl.run.setup import Setup, client_worker, make_engine, prepare
 
 WARMUP = 2
@@ -93,44 +94,57 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--here", action="store_true", help="one row, in this process")
+    parser.add_argument("--here", action="store_true", help="one model, in this process")
     options = parser.parse_args()
     if options.here:
-        row = measured(options.models[0], options.engines[0], options.rounds, options.clients)
-        print(json.dumps(row))
+        rows = measured(options.models[0], options.engines, options.rounds, options.clients)
+        print(json.dumps(rows))
         return
     table = []
     for model in options.models:
-        found: dict[str, list[Any]] = {name: [] for name in options.engines}
-        for _ in range(options.repeats):
-            for name in options.engines:
-                found[name].append(_apart(model, name, options))
-        for repeats in found.values():
-            table.append(_row(repeats, found[options.engines[0]]))
+        repeats = [_apart(model, options) for _ in range(options.repeats)]
+        for rows in zip(*repeats, strict=True):
+            table.append(_row(rows))
             print(json.dumps(table[-1]), flush=True)
     if options.out:
         options.out.write_text(json.dumps(table, indent=1) + "\n")
 
 
-def measured(model: str, name: str, rounds: int, clients: int) -> dict[str, Any]:
-    """One engine with one model: seconds of each round that counts."""
-    setup, entry, seconds = prepare(experiment_of(model, clients)), ENGINES[name], []
-    begun = time.perf_counter()
-    with threads(1), contextlib.closing(entry.begin(setup)) as engine:
-        start = time.perf_counter() - begun
-        player = player_of(setup, engine, first_federation(setup), setup.costs())
-        coverage = Coverage(setup.model.shapes)
-        for _ in range(WARMUP + rounds):
+def measured(model: str, names: Sequence[str], rounds: int, clients: int) -> list[dict[str, Any]]:
+    """Engines with one model: seconds of each one's start and of each round that counts."""
+    setup = prepare(experiment_of(model, clients))
+    starts: list[float] = []
+    players: list[Player] = []
+    turns: list[list[float]] = []
+    coverage = Coverage(setup.model.shapes)
+    with threads(1), contextlib.ExitStack() as stack:
+        for name in names:
             begun = time.perf_counter()
-            player.play(coverage)
-            seconds.append(time.perf_counter() - begun)
-    return {
-        "model": model,
-        "engine": name,
-        "start_seconds": start,
-        "round_seconds": seconds[WARMUP:],
-        "wire": None if entry.wire is None else entry.wire(setup),
-    }
+            engine = stack.enter_context(contextlib.closing(ENGINES[name].begin(setup)))
+            starts.append(time.perf_counter() - begun)
+            players.append(player_of(setup, engine, first_federation(setup), setup.costs()))
+        for _ in range(WARMUP + rounds):
+            turns.append([_seconds(player, coverage) for player in players])
+    seconds = list(zip(*turns[WARMUP:], strict=True))
+    return [
+        {
+            "model": model,
+            "engine": name,
+            "start_seconds": start,
+            "round_seconds": own,
+            "ratios": [mine / bar for mine, bar in zip(own, seconds[0], strict=True)],
+            "wire": wire and wire(setup),
+        }
+        for name, start, own, wire in zip(
+            names, starts, seconds, [ENGINES[name].wire for name in names], strict=True
+        )
+    ]
+
+
+def _seconds(player: Player, coverage: Coverage) -> float:
+    begun = time.perf_counter()
+    player.play(coverage)
+    return time.perf_counter() - begun
 
 
 def experiment_of(model: str, clients: int) -> Experiment:
@@ -153,25 +167,24 @@ def _one_by_one(experiment: Experiment) -> Any:
     return replace(experiment.engine, batching="sequential")
 
 
-def _row(repeats: list[Any], first: list[Any]) -> dict[str, Any]:
+def _row(repeats: Sequence[dict[str, Any]]) -> dict[str, Any]:
     rounds = [statistics.median(each["round_seconds"]) for each in repeats]
-    bars = [statistics.median(each["round_seconds"]) for each in first]
-    ratios = [own / bar for own, bar in zip(rounds, bars, strict=True)]
+    ratios = [statistics.median(each["ratios"]) for each in repeats]
     return {
         "model": repeats[0]["model"],
         "engine": repeats[0]["engine"],
         "start_seconds": round(statistics.median(each["start_seconds"] for each in repeats), 2),
         "round_ms": round(1000 * statistics.median(rounds), 2),
-        "round_ms_of_repeats": [round(1000 * seconds, 2) for seconds in rounds],
-        f"times_{first[0]['engine'].replace(' ', '_')}": round(statistics.median(ratios), 3),
+        "times": round(statistics.median(ratios), 3),
+        "times_of_repeats": [round(ratio, 3) for ratio in ratios],
         "wire": repeats[0]["wire"],
     }
 
 
-def _apart(model: str, name: str, options: argparse.Namespace) -> Any:
-    command = [sys.executable, __file__, "--here", "--models", model, "--engines", name]
-    command += ["--rounds", str(options.rounds), "--clients", str(options.clients)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+def _apart(model: str, options: argparse.Namespace) -> Any:
+    command = [sys.executable, __file__, "--here", "--models", model, "--engines"]
+    command += [*options.engines, "--rounds", str(options.rounds), "--clients"]
+    done = subprocess.run([*command, str(options.clients)], check=True, stdout=subprocess.PIPE)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -221,6 +221,7 @@ def cluster() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
+            address="local",  # a new one, whatever runs on this machine
             num_cpus=4,
             include_dashboard=False,
             object_store_memory=80 << 20,  # nearly the least that Ray takes

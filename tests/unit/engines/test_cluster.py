@@ -160,7 +160,7 @@ def test_only_bytes_cross_and_answers_are_those_of_a_worker_here(ray, setup) -> 
     workers, asked = actors(setup), asked_of(setup)
     workers.send(1, asked)
     assert workers.ready() == [1]
-    found = workers.receive(1)
+    found = workers.receive(1, [task for task, _ in asked])
     assert isinstance(found, Answered) and found.seconds > 0
     assert len(ray.crossed) == 3 and all(type(each) is bytes for each in ray.crossed)
     wanted = client_worker(setup).work_together(asked)
@@ -174,20 +174,20 @@ def test_failures_of_a_client_of_our_code_and_of_an_actor_are_told_apart(ray, se
     workers, ((task, memory), other, _) = actors(setup), asked_of(setup)
     cannot = replace(task, training=replace(task.training, momentum=0.0))
     workers.send(0, [(cannot, memory), other])
-    found = workers.receive(0)
+    found = workers.receive(0, [cannot, other[0]])
     assert isinstance(found, Answered) and "momentum" in str(found.answers[0])
     assert not isinstance(found.answers[1], str)
     fault = replace(task, params={name: tensor[None] for name, tensor in task.params.items()})
     workers.send(0, [(fault, memory)])
-    found = workers.receive(0)
+    found = workers.receive(0, [fault])
     assert isinstance(found, Broke) and "Traceback" in found.text
     workers.actors[0].is_alive = False
     workers.send(0, [other])
-    found = workers.receive(0)
+    found = workers.receive(0, [other[0]])
     assert found == Ended(how="the actor ended (The actor died. pid: 7)")
     workers.replace(0)
     workers.send(0, [other])
-    assert isinstance(workers.receive(0), Answered)
+    assert isinstance(workers.receive(0, [other[0]]), Answered)
 
 
 def test_an_instance_of_our_own_is_quiet_fits_and_ends_with_the_engine(ray, setup) -> None:

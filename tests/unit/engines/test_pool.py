@@ -59,8 +59,9 @@ class Scripted:
     def ready(self) -> Sequence[int]:
         return [next(iter(self._asked))]
 
-    def receive(self, number: int) -> Answered | Ended | Broke:
+    def receive(self, number: int, tasks: Sequence[Task]) -> Answered | Ended | Broke:
         asked = self._asked.pop(number)
+        assert [task for task, _ in asked] == list(tasks), "those that it was sent"
         told = self.script.pop(0) if self.script else None
         if told is not None:
             return told
