@@ -18,7 +18,7 @@ from typing import Any
 
 from tesserafl.core.errors import ConfigError, TesseraError
 from tesserafl.core.messages import Memory, Task
-from tesserafl.core.wire import decode_task, decode_update, encode_task, encode_update
+from tesserafl.core.wire import decode_task, encode_task, encode_update, unpack, update_of
 from tesserafl.engines.client import ClientWorker
 from tesserafl.engines.pool import Answered, Broke, Ended
 from tesserafl.engines.process import threads
@@ -162,7 +162,7 @@ class Actors:
         if "fault" in head:
             return Broke(text=head["fault"])
         answers = [
-            body.decode() if failed else decode_update(body, task)
+            body.decode() if failed else update_of(*unpack(body), task)
             for task, failed, body in zip(tasks, head["failed"], bodies, strict=True)
         ]
         return Answered(answers=answers, seconds=head["seconds"])

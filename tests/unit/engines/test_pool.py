@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from tesserafl.core.errors import MessageError, TesseraError
+from tesserafl.core.errors import TesseraError
 from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.submodel import SubModel
@@ -112,14 +112,6 @@ def test_a_fault_of_ours_is_not_taken_for_a_client_that_failed() -> None:
     pool = WorkerPool(workers=Scripted(script=[Broke(text="a stack of lines")]))
     pool.submit([task(7)])
     with pytest.raises(RuntimeError, match="client 7, round 3: a stack of lines"):
-        pool.poll()
-
-
-@pytest.mark.parametrize("wrong", [update(8), update(7, round=2)])
-def test_an_answer_for_another_task_is_refused(wrong: Update) -> None:
-    pool = WorkerPool(workers=Scripted(script=[Answered(answers=[(wrong, {})], seconds=1.0)]))
-    pool.submit([task(7)])
-    with pytest.raises(MessageError, match="asked was client 7 in round 3"):
         pool.poll()
 
 
