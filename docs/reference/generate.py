@@ -115,11 +115,17 @@ def command_line() -> str:
         "`plan` takes the same ones and trains nothing. `--method NAME` and `--model NAME` choose "
         "another method or model, `--data.path FOLDER` makes a named experiment choose its model "
         "and size for that data.",
-        block(options_of_run()),
+        block(options_of("run")),
         "Named experiments:",
         block("\n".join(f"{name:16}{named.summary}" for name, named in EXPERIMENTS.items())),
     ]
-    for name in ("resume", "compare", "report", "certs", "token", "proxy"):
+    parts += [
+        "## tessera serve",
+        "Takes what `tessera run` takes, and options of its own; how it is used: "
+        "[train on devices](../howto/devices.md).",
+        block(options_of("serve")),
+    ]
+    for name in ("resume", "compare", "report", "join", "certs", "token", "proxy"):
         parts += [f"## tessera {name}", block(printed([name, "--help"]))]
     parts += [
         "## tessera list",
@@ -131,9 +137,9 @@ def command_line() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def options_of_run() -> str:
-    """The first box of the help: options of the command and settings of the run."""
-    lines = printed(["run", "quickstart", "--help"]).splitlines()
+def options_of(command: str) -> str:
+    """The first boxes of the help: options of the command and settings of the run."""
+    lines = printed([command, "quickstart", "--help"]).splitlines()
     ends = next(n for n, line in enumerate(lines) if "data options" in line)
     return "\n".join(lines[:ends])
 

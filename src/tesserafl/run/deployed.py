@@ -42,8 +42,6 @@ _MIB = 1 << 20
 class Deployment:
     """How a run reaches its devices; the run folder holds it as deployment.json."""
 
-    run: str = ""
-    """Names the run to its devices, in 32 hexadecimal digits."""
     devices: int = 2
     """devices that the first round waits for"""
     own_data: bool = False
@@ -67,7 +65,16 @@ class Deployment:
             raise ConfigError(f"wait_seconds must be 0 or more; got {self.wait_seconds}")
 
 
-def begin(experiment: Experiment, deployment: Deployment, folder: Path) -> Deployment:
+@dataclass(frozen=True, kw_only=True)
+class _Deployed:
+    """What deployment.json holds."""
+
+    run: str
+    """Names the run to its devices, in 32 hexadecimal digits."""
+    deployment: Deployment
+
+
+def begin(experiment: Experiment, deployment: Deployment, folder: Path) -> None:
     """Write a new run's folder, after all was tried that does not need the devices.
 
     Raises:
@@ -87,11 +94,10 @@ def begin(experiment: Experiment, deployment: Deployment, folder: Path) -> Deplo
             f"the first round would wait for {deployment.devices} devices, but data.num_clients "
             f"deals out {len(setup.clients)} parts; lower devices, or raise data.num_clients"
         )
-    deployment = replace(deployment, run=uuid4().hex)
+    deployed = _Deployed(run=uuid4().hex, deployment=deployment)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "deployment.json", asdict(deployment))
+    write_json(folder / "deployment.json", asdict(deployed))
     write_json(folder / "config.json", to_json(setup.experiment))
-    return deployment
 
 
 def is_deployed(folder: Path) -> bool:
@@ -99,10 +105,9 @@ def is_deployed(folder: Path) -> bool:
     return (folder / "deployment.json").exists()
 
 
-def deployment_of(folder: Path) -> Deployment:
-    """How the run of a folder reaches its devices; raises CheckpointError."""
+def _deployed(folder: Path) -> _Deployed:
     try:
-        found = TypeAdapter(Deployment).validate_python(read_json(folder / "deployment.json"))
+        found = TypeAdapter(_Deployed).validate_python(read_json(folder / "deployment.json"))
     except ValidationError as error:
         raise CheckpointError(f"{folder / 'deployment.json'} is damaged: {error}") from error
     return found
@@ -152,13 +157,14 @@ def serve_over(
     if (folder / "summary.json").exists():
         done: dict[str, Any] = read_json(folder / "summary.json")
         return done
-    deployment, experiment = deployment_of(folder), from_json(read_json(folder / "config.json"))
+    deployed, experiment = _deployed(folder), from_json(read_json(folder / "config.json"))
+    deployment = deployed.deployment
     setup = prepare(experiment)
     number = deployment.devices if deployment.own_data else len(setup.clients)
     path = folder / "devices.json"
     seats = Seats(path=path, number=number, parts=not deployment.own_data)
     hello = Hello(
-        run=deployment.run,
+        run=deployed.run,
         experiment=to_json(experiment),
         spec=asdict(setup.data.spec),
     )
