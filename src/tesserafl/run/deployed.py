@@ -187,6 +187,7 @@ def serve_over(
 
     chosen = player_of if deployment.waiting.for_all else player
     summary = play(setup, first_federation(setup), folder, remote, listener, chosen)
+    write_json(folder / "wire.json", {"down": remote.bytes_down, "up": remote.bytes_up})
     remote.goodbye()
     return summary
 

@@ -174,7 +174,7 @@ def _factors(setup: Setup, federation: Federation, cohort: Sequence[Client]) -> 
 
 
 def check_memory(setup: Setup, state: State, costs: CostTable) -> None:
-    """Raise CapacityError if a client's part does not fit its memory, or the method its own error."""
+    """Raise CapacityError if a client's part exceeds its memory, or what the method raises."""
     for kind in classes_of(setup.experiment, setup.model, setup.clients, state):
         limit = kind.memory_bytes
         if limit is not None and (peak := costs.of(kind.task).peak_bytes) > limit:
