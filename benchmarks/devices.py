@@ -76,16 +76,8 @@ def ours(folder: Path, mib: int, devices: int, rounds: int) -> dict[str, Any]:
             stack.enter_context(
                 running(
                     [
-                        tessera,
-                        "join",
-                        f"127.0.0.1:{port}",
-                        "--client",
-                        str(n),
-                        "--name",
-                        f"d{n}",
-                        "--folder",
-                        str(folder / f"d{n}"),
-                        "--once",
+                        *(tessera, "join", f"127.0.0.1:{port}", "--client", str(n)),
+                        *("--name", f"d{n}", "--folder", str(folder / f"d{n}"), "--once"),
                     ],
                     os.environ,
                     folder / f"d{n}.log",
@@ -126,14 +118,9 @@ def plain(folder: Path, mib: int, devices: int, rounds: int) -> dict[str, Any]:
             stack.enter_context(
                 running(
                     [
-                        program("flower-supernode"),
-                        "--insecure",
-                        "--superlink",
-                        f"127.0.0.1:{port}",
-                        "--host",
-                        "127.0.0.1",
-                        "--port",
-                        str(free_port()),
+                        *(program("flower-supernode"), "--insecure"),
+                        *("--superlink", f"127.0.0.1:{port}"),
+                        *("--host", "127.0.0.1", "--port", str(free_port())),
                     ],
                     environment(folder / f"node{n}"),
                     folder / f"node{n}.log",

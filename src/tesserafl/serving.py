@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ def served(
     args: list[str], fresh: Callable[[Path], Path], listener: Listener
 ) -> tuple[dict[str, Any], Path, bool]:
     """`tessera serve`: the run's summary, its folder, and whether JSON is wanted."""
-    name, _, options, experiment, _ = configured("serve", args, ServeOptions())
+    name, _, options, experiment, asked = configured("serve", args, ServeOptions())
+    devices = options.deployment.devices
+    # A named experiment's numbers are those of a simulation.
+    if "data.num_clients" not in asked:
+        experiment = replace(experiment, data=replace(experiment.data, num_clients=devices))
+    if "clients_per_round" not in asked:
+        experiment = replace(experiment, clients_per_round=experiment.data.num_clients)
     folder = options.out or fresh(Path("runs") / name)
     begin(experiment, options.deployment, folder)
     return serve(folder, options.link, listener), folder, options.json

@@ -43,7 +43,7 @@ class Deployment:
     """How a run reaches its devices; the run folder holds it as deployment.json."""
 
     devices: int = 2
-    """devices that the first round waits for"""
+    """devices that the first round waits for; data.num_clients, if that is not given"""
     own_data: bool = False
     """devices bring data of their own (tessera join --data); else each takes a part of the
     experiment's data (tessera join --client)"""

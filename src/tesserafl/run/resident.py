@@ -84,17 +84,23 @@ class Resident:
             return sealed(Refusal(text=str(error)[:10_000]))
 
     def _hello(self, order: Hello) -> Envelope:
-        self._run, self._holding = order.run, None
-        self._holding = hold(self.local, order.experiment, order.spec)
-        folder = self.folder / order.run
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_json(folder / "hello.json", order.model_dump())
-        _log.info("run %s: %d examples", order.run, len(self._holding.data.train))
+        folder, values = self.folder / order.run, order.model_dump()
+        path = folder / "hello.json"
+        self.over = False
+        if not path.exists() or read_json(path) != values:
+            self._run, self._holding = None, None
+            holding = hold(self.local, order.experiment, order.spec)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_json(path, values)
+            self._run, self._holding = order.run, holding
+        holding = self._known(order.run)
+        assert holding is not None, "it was written"
+        _log.info("run %s: %d examples", order.run, len(holding.data.train))
         return sealed(
             Profile(
                 name=self.name,
                 client=self.local.client,
-                num_examples=len(self._holding.data.train),
+                num_examples=len(holding.data.train),
                 memory_mib=self.memory_mib,
             )
         )
