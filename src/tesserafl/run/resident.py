@@ -93,14 +93,14 @@ class Resident:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_json(path, values)
             self._run, self._holding = order.run, holding
-        holding = self._known(order.run)
-        assert holding is not None, "it was written"
-        _log.info("run %s: %d examples", order.run, len(holding.data.train))
+        known = self._known(order.run)
+        assert known is not None, "it was written"
+        _log.info("run %s: %d examples", order.run, len(known.data.train))
         return sealed(
             Profile(
                 name=self.name,
                 client=self.local.client,
-                num_examples=len(holding.data.train),
+                num_examples=len(known.data.train),
                 memory_mib=self.memory_mib,
             )
         )
