@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ class Site:
 
     folder: Path
     port: int = field(default_factory=free_port)
+    enrol_port: int = field(default_factory=free_port)
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     """Name -> its process, the newest of that name."""
 
@@ -37,7 +39,7 @@ class Site:
         """A new folder of keys."""
         keys = self.folder / "keys"
         arguments = ["certs", str(keys), "--server", "127.0.0.1", "--port", str(self.port)]
-        arguments += ["--enrol-port", str(free_port())]
+        arguments += ["--enrol-port", str(self.enrol_port)]
         self.tell(*arguments, *(["--devices", ",".join(devices)] if devices else []))
         return keys
 
@@ -72,6 +74,13 @@ class Site:
         """With -9, and wait until it is gone."""
         self.running[name].send_signal(signal.SIGKILL)
         self.running[name].wait()
+
+    def wait_for(self, port: int) -> None:
+        """Until somebody listens there."""
+        for _ in self.while_it_runs():
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                return
+        raise AssertionError(self.said())
 
     def finish(self) -> dict[str, Any]:
         """Wait for the server's end; the run's summary."""

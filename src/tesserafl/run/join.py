@@ -30,6 +30,7 @@ from tesserafl.engines.orders import read_envelope, write_envelope
 from tesserafl.run import certs
 from tesserafl.run.addresses import check_address, check_name
 from tesserafl.run.children import child, end, free_port, program, tail_of
+from tesserafl.run.enrol import PREFIX, enrol
 from tesserafl.run.files import alone_in
 from tesserafl.run.flower_env import environment
 from tesserafl.run.holding import Local
@@ -71,15 +72,21 @@ class Line:
         return Path(f"{name}-state") if self.keys is None else self.keys.folder / "state"
 
 
-def line_to(place: str) -> Line:
-    """The line to a server: a bundle of `tessera certs`, or HOST:PORT on this machine.
+def line_to(place: str, name: str = "") -> Line:
+    """The line to a server: a bundle of `tessera certs`, a token, or HOST:PORT on this machine.
+
+    With a token the device's bundle is made in the folder ./NAME, once.
 
     Raises:
-        ConfigError: it is neither, or a server elsewhere without keys.
-        TrustError: the bundle is damaged.
+        ConfigError: it is none of them, or a server elsewhere without keys.
+        TrustError: the bundle is damaged, or the token is not good.
     """
     folder = Path(place)
-    if folder.is_dir():
+    if place.startswith(PREFIX):
+        folder = Path(check_name(name))
+        if not (folder / "device.json").exists():
+            enrol(place, folder)
+    if place.startswith(PREFIX) or folder.is_dir():
         files = certs.device_files(folder)
         return Line(address=files.server, keys=files)
     host = check_address(place).rpartition(":")[0].strip("[]")

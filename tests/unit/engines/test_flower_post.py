@@ -10,10 +10,11 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install 'tesserafl[flower]'")
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
 
 from tesserafl.core.errors import MessageError
 from tesserafl.engines.flower import client
+from tesserafl.engines.flower import post as flower_post
 from tesserafl.engines.flower.post import FlowerPost
 from tesserafl.engines.flower.records import from_record, to_record
 from tesserafl.engines.orders import Envelope, Stranger, sealed
@@ -53,12 +54,27 @@ def test_other_records_are_refused(record, text):
 
 
 @dataclass
+class Sent:
+    """In the place of Flower's message, which can be made in a server app's process alone."""
+
+    content: RecordDict
+    dst_node_id: int
+    message_type: str
+    ttl: float = 0.0
+
+
+@pytest.fixture(autouse=True)
+def without_flowers_process(monkeypatch):
+    monkeypatch.setattr(flower_post, "Message", Sent)
+
+
+@dataclass
 class Grid:
     """What a test says of its nodes and replies; a call fails as often as it says."""
 
     replies: list[Any] = field(default_factory=list)
     fails: int = 0
-    sent: list[Message] = field(default_factory=list)
+    sent: list[Sent] = field(default_factory=list)
     names: list[str | None] = field(default_factory=lambda: ["first"])
 
     def get_nodes(self):
@@ -102,7 +118,7 @@ def test_a_message_goes_to_its_node_for_as_long_as_its_task():
     grid = Grid()
     assert post(grid).push(5, ENVELOPE, 90.0) == "first"
     (message,) = grid.sent
-    assert message.metadata.dst_node_id == 5 and message.metadata.ttl == 90.0
+    assert (message.dst_node_id, message.message_type, message.ttl) == (5, "train", 90.0)
     assert from_record(message.content).parcels[NAME] == b"\x00\xff"
     with pytest.raises(MessageError, match="took no message for node 5"):
         post(Grid(names=[None])).push(5, ENVELOPE, 90.0)

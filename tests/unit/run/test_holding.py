@@ -77,7 +77,7 @@ def test_a_folder_of_ones_own_is_one_client_with_the_servers_classes(server, tmp
         (["ant", "dog"], {}, "'dog', a class that the training part"),
         (["ant", "bee"], {"shape": (5, 6)}, r"are \(1, 5, 6\), the federation's are \(1, 6, 6\)"),
         (["ant", "bee"], {"column": "text"}, "data for"),
-        ([], {}, ""),
+        ([], {}, "empty|no rows|nothing"),
     ],
     ids=["an unknown class", "other shapes", "another column", "nothing"],
 )
