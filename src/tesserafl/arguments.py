@@ -48,8 +48,8 @@ class JoinOptions:
     """Be a device of a run that `tessera serve` serves."""
 
     place: tyro.conf.Positional[str]
-    """this device's folder of keys (tessera certs), a token (tessera token), or HOST:PORT of a
-    server on this machine"""
+    """this device's folder of keys (tessera certs), a token (tessera token; with --name), or
+    HOST:PORT of a server on this machine"""
     local: Annotated[Local, tyro.conf.arg(name="")] = field(default_factory=Local)
     name: str = ""
     """name of the device; its folder of keys has one"""

@@ -37,7 +37,7 @@ def joined(args: list[str]) -> None:
     """`tessera join`: a device, until it is stopped."""
     options = tyro.cli(JoinOptions, args=args, prog="tessera join")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    line = line_to(options.place, options.folder)
+    line = line_to(options.place, options.name)
     name = line.name_of(options.name)
     folder = options.folder or line.folder_of(name)
     join(line, name, folder, options.local, memory_mib=options.memory_mib, once=options.once)

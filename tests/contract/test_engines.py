@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, get_args
 
 import pytest
 from bytes_encoder import write_encoder, write_texts
+from devices_at_hand import PostAtHand, parts, prepare_once, remembered, remote_at_hand
 
 from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import ConfigError
@@ -28,6 +30,7 @@ from tesserafl.engines.local import InProcess
 from tesserafl.engines.pool import WorkerPool
 from tesserafl.engines.process import threads
 from tesserafl.engines.processes import Processes
+from tesserafl.engines.remote import Remote
 from tesserafl.engines.seam import Done, Engine, Failed, Outcome, Reason
 from tesserafl.run.begin import first_federation
 from tesserafl.run.experiment import from_json
@@ -54,8 +57,10 @@ class Kind:
     """Start it for an experiment, ready for tasks."""
     kill: Callable[[Engine], None] | None = None
     """End a worker without a word, while it works or before; None: there is none to end."""
-    keeps_memories: bool = True
-    """False for an engine whose devices keep their own."""
+    remembered: Callable[[Engine], Mapping[int, Memory]] = lambda engine: engine.memories
+    """What its clients keep between rounds, wherever that is."""
+    cannot: Collection[str] = ()
+    """Names of experiments that are refused on it."""
     needs: str | None = None
     """A package that may be missing."""
 
@@ -82,10 +87,55 @@ def kill_actor(engine: Engine) -> None:
     ray.kill(engine.workers.actors[0])
 
 
+@dataclass(kw_only=True)
+class AtHand:
+    """Devices in this process, with their disks."""
+
+    remote: Remote
+    disk: tempfile.TemporaryDirectory[str]
+    patch: pytest.MonkeyPatch
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.disk.name)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.remote, name)
+
+    def close(self) -> None:
+        self.remote.close()
+        self.patch.undo()
+        self.disk.cleanup()
+
+
+def at_hand(setup: Setup) -> Engine:
+    patch, disk = pytest.MonkeyPatch(), tempfile.TemporaryDirectory()
+    prepare_once(patch)
+    return AtHand(remote=remote_at_hand(setup, Path(disk.name)), disk=disk, patch=patch)
+
+
+def restart_device(engine: Engine) -> None:
+    """It begins anew with what lies on its disk."""
+    assert isinstance(engine, AtHand) and isinstance(engine.remote.post, PostAtHand)
+    engine.remote.post.residents.update(parts(engine.folder, engine.remote.seated))
+
+
+def on_disks(engine: Engine) -> Mapping[int, Memory]:
+    engine = getattr(engine, "engine", engine)  # of those below that do something to one
+    assert isinstance(engine, AtHand)
+    return remembered(engine.remote, engine.folder)
+
+
 KINDS: dict[str, Kind] = {
     "in process": Kind(begin=embedded(workers=1)),
     "processes": Kind(begin=embedded(workers=2), kill=kill_process),
     "ray": Kind(begin=embedded(kind="ray", workers=2), kill=kill_actor, needs="ray"),
+    "devices": Kind(
+        begin=at_hand,
+        kill=restart_device,
+        remembered=on_disks,
+        cannot=("fedbrb together", "fedbuff"),  # they train alone, and have a time of their own
+    ),
 }
 
 DIGITS: Settings = {
@@ -95,6 +145,7 @@ DIGITS: Settings = {
     "engine": {"batching": "sequential"},
     "rounds": 4,
     "clients_per_round": 4,
+    "checkpoint_every": 2,
 }
 RATIO = [0.5, 0.25]
 MSFUSION: Settings = {"name": "msfusion", "ratio": RATIO, "contrast": 0.5, "momentum": "carry"}
@@ -179,12 +230,14 @@ def begun(setup: Setup, engine: Engine) -> tuple[Federation, Player]:
     return federation, player_of(setup, engine, federation, setup.costs())
 
 
-def went_on(setup: Setup, engine: Engine, federation: Federation, player: Player) -> Played:
+def went_on(
+    setup: Setup, engine: Engine, federation: Federation, player: Player, kind: Kind
+) -> Played:
     coverage, rounds = Coverage({n: tuple(t.shape) for n, t in federation.shapes.items()}), []
     with threads(1):
         while not player.over:
             rounds.append(told(player.play(coverage)))
-    memories = {client: sha256(memory) for client, memory in engine.memories.items()}
+    memories = {client: sha256(memory) for client, memory in kind.remembered(engine).items()}
     params = sha256(federation.assembled().params)
     return Played(params=params, memories=memories, rounds=tuple(rounds))
 
@@ -195,22 +248,22 @@ def told(notes: Notes) -> Any:
     return sorted(rows, key=lambda row: int(row["client"])), failed
 
 
-def played(setup: Setup, engine: Engine) -> Played:
+def played(setup: Setup, engine: Engine, kind: Kind) -> Played:
     engine.restore({})
-    return went_on(setup, engine, *begun(setup, engine))
+    return went_on(setup, engine, *begun(setup, engine), kind)
 
 
 @cache
 def expected(name: str, files: Path) -> Played:
     """What one process comes to."""
     setup = setup_of(name, files)
-    return played(setup, embedded(workers=1)(setup))
+    return played(setup, embedded(workers=1)(setup), KINDS["in process"])
 
 
-def same(found: Played, wanted: Played, kind: Kind) -> None:
+def same(found: Played, wanted: Played) -> None:
     assert found.params == wanted.params
     assert found.rounds == wanted.rounds
-    assert found.memories == (wanted.memories if kind.keeps_memories else {})
+    assert found.memories == wanted.memories
 
 
 @pytest.fixture(scope="session")
@@ -297,16 +350,19 @@ def alone(setup: Setup, tasks: Sequence[Task]) -> dict[int, Any]:
 
 def test_a_run_gives_the_bits_of_one_process(started, files) -> None:
     kind, setup, engine = started
-    same(played(setup, engine), expected(MAIN, files), kind)
+    same(played(setup, engine, kind), expected(MAIN, files))
 
 
-QUICK = {("ray", "fedfmsl")}
+QUICK = {
+    ("ray", "fedfmsl"),
+    *(("devices", method) for method in ("fedavg", "fedbrb", "fedfmsl", "hetlora")),
+}
 """Two workers import and load for five seconds each: one such start is enough in every check."""
 STARTED_ALONE = [
     pytest.param(name, method, marks=[] if (name, method) in QUICK else pytest.mark.slow)
-    for name in KINDS
+    for name, kind in KINDS.items()
     for method in EXPERIMENTS
-    if name != "in process" and method != MAIN
+    if name != "in process" and method != MAIN and method not in kind.cannot
 ]
 
 
@@ -316,7 +372,7 @@ def test_every_method_gives_the_bits_of_one_process(
 ) -> None:
     kind, setup = kind_of(name, request), setup_of(method, files)
     with contextlib.closing(kind.begin(setup)) as engine:
-        same(played(setup, engine), expected(method, files), kind)
+        same(played(setup, engine, kind), expected(method, files))
 
 
 def test_the_experiments_can_tell_engines_apart(files) -> None:
@@ -366,15 +422,13 @@ def test_a_run_goes_on_from_what_was_held(started, files) -> None:
     with threads(1):
         for _ in range(2):
             player.play(coverage)
-    if not kind.keeps_memories:
-        pytest.skip("its devices keep their own")
     held, memories = player.held(), copied(engine.memories)
     assert memories
-    played(setup, engine)  # something else
+    played(setup, engine, kind)  # something else
     engine.restore(memories)
     federation, player = begun(setup, engine)
     player.restore(held)
-    rest = went_on(setup, engine, federation, player)
+    rest = went_on(setup, engine, federation, player, kind)
     wanted = expected(MAIN, files)
     assert rest.params == wanted.params and rest.memories == wanted.memories
     assert rest.rounds == wanted.rounds[2:]
@@ -388,16 +442,15 @@ def copied(memories: Mapping[int, Memory]) -> dict[int, Memory]:
 
 
 def test_what_was_restored_is_there_and_comes_to_the_clients(started) -> None:
-    kind, setup, engine = started
-    if not kind.keeps_memories:
-        pytest.skip("its devices keep their own")
+    _, setup, engine = started
     tasks = tasks_of(setup)
+    later = [replace(task, round=1) for task in tasks]
     engine.restore({})
     first = bits(asked(engine, [[task] for task in tasks]))
     memories = copied(engine.memories)
     assert memories.keys() == first.keys()
-    second = bits(asked(engine, [[task] for task in tasks]))
-    assert second.keys() == first.keys() and second != first  # momentum goes on
+    second = bits(asked(engine, [[task] for task in later]))
+    assert second.keys() == first.keys() and second != alone(setup, later)  # momentum goes on
     engine.restore({})
     assert not engine.memories
     assert bits(asked(engine, [[task] for task in tasks])) == first
@@ -405,7 +458,7 @@ def test_what_was_restored_is_there_and_comes_to_the_clients(started) -> None:
     assert {c: sha256(m) for c, m in engine.memories.items()} == {
         c: sha256(m) for c, m in memories.items()
     }
-    assert bits(asked(engine, [[task] for task in tasks])) == second
+    assert bits(asked(engine, [[task] for task in later])) == second
 
 
 # What is lost.
@@ -502,7 +555,7 @@ def dropped_out(method: str, files: Path) -> Played:
     engine = embedded(workers=1)(setup)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Setup, "answers", lambda self, r, client: (r, client.id) not in LOST)
-        return played(setup, engine)
+        return played(setup, engine, KINDS["in process"])
 
 
 def test_who_is_lost_for_whatever_reason_has_only_not_taken_part(started, files) -> None:
@@ -510,10 +563,10 @@ def test_who_is_lost_for_whatever_reason_has_only_not_taken_part(started, files)
     wanted = dropped_out(MAIN, files)
     assert wanted.params != expected(MAIN, files).params
     for reason in get_args(Reason):
-        found = played(setup, Losing(engine=engine, reason=reason, lost=LOST))
+        found = played(setup, Losing(engine=engine, reason=reason, lost=LOST), kind)
         lost = [failed for _, failed in found.rounds]
         assert set().union(*lost) and all(why == reason for each in lost for _, why in each)
-        same(replace(found, rounds=as_offline(found)), wanted, kind)
+        same(replace(found, rounds=as_offline(found)), wanted)
 
 
 def as_offline(run: Played) -> tuple[Any, ...]:
@@ -566,13 +619,13 @@ def test_answers_may_come_in_any_order(method: str, files: Path) -> None:
     setup = setup_of(method, files)
     for order in ORDERS.values():
         engine = Shuffling(engine=embedded(workers=1)(setup), order=order)
-        same(played(setup, engine), expected(method, files), KINDS["in process"])
+        same(played(setup, engine, KINDS["in process"]), expected(method, files))
 
 
 def test_answers_of_an_engine_may_come_in_any_order(started, files) -> None:
     kind, setup, engine = started
     shuffling = Shuffling(engine=engine, order=ORDERS["backwards"])
-    same(played(setup, shuffling), expected(MAIN, files), kind)
+    same(played(setup, shuffling, kind), expected(MAIN, files))
 
 
 # The end. Last in this file: an engine of the module is closed here for good.

@@ -8,6 +8,7 @@ An errand sends nothing itself, and knows neither post nor clock.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,9 @@ from tesserafl.engines.seam import Done
 
 _MOST_REPEATS = 5
 """Of one step, after which the device is given up for the round."""
+_MOST_ANSWER_BYTES, _MOST_TENSOR_BYTES, _MOST_ENTRY_BYTES = 1 << 16, 1 << 10, 16
+"""Of an answer: in all, for every tensor and for every entry; an entry has 8 bytes, or 4 with its
+place, and the rest is for the heads of parcels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +98,23 @@ class Errand:
         if isinstance(reply, Judged) and self.task is None:
             return Step(result=reply)
         if isinstance(reply, Answer) and self.task is not None:
-            self._answer, self._letter = reply, letter_of(reply.letter)
+            self._answer, self._letter = reply, self._bounded(letter_of(reply.letter))
         elif not (isinstance(reply, Parcels) and self._letter is not None):
             raise MessageError(f"a device answered {reply.kind!r} where that answers nothing")
         return self._collected(self._letter, envelope.parcels)
+
+    def _bounded(self, letter: Letter) -> Letter:
+        """The letter, if an answer to the task can be as large: its parcels are kept in memory."""
+        assert self.task is not None
+        task, most = self.task, _MOST_ANSWER_BYTES
+        shapes = [*(v.shape for v in task.submodel.views.values()), *task.wanted.extra.values()]
+        most += sum(_MOST_TENSOR_BYTES + _MOST_ENTRY_BYTES * math.prod(s) for s in shapes)
+        if letter.num_bytes > most:
+            raise MessageError(
+                f"the device of client {self.client} wants to send {letter.num_bytes} bytes; an "
+                f"answer to its task has {most} at most"
+            )
+        return letter
 
     def _missed(self, parcels: Sequence[str]) -> Step:
         if self._letter is not None:

@@ -72,27 +72,21 @@ class Line:
         return Path(f"{name}-state") if self.keys is None else self.keys.folder / "state"
 
 
-def line_to(place: str, enrolled: Path | None = None) -> Line:
+def line_to(place: str, name: str = "") -> Line:
     """The line to a server: a bundle of `tessera certs`, a token, or HOST:PORT on this machine.
 
-    With a token the device makes its keys in `enrolled`; who comes again finds them there.
+    With a token the device's bundle is made in the folder ./NAME, once.
 
     Raises:
-        ConfigError: it is none of these, or a server elsewhere without keys.
-        TrustError: the bundle is damaged, or the server does not take the token.
+        ConfigError: it is none of them, or a server elsewhere without keys.
+        TrustError: the bundle is damaged, or the token is not good.
     """
-    if place.startswith(PREFIX):
-        if enrolled is None:
-            raise ConfigError(
-                "where shall this device keep the key that it makes? Name a folder with --folder"
-            )
-        keys = enrolled / "keys"
-        made = (keys / "device.json").exists()
-        enrolled.mkdir(parents=True, exist_ok=True, mode=0o700)
-        files = certs.device_files(keys) if made else enrol(place, keys)
-        return Line(address=files.server, keys=files)
     folder = Path(place)
-    if folder.is_dir():
+    if place.startswith(PREFIX):
+        folder = Path(check_name(name))
+        if not (folder / "device.json").exists():
+            enrol(place, folder)
+    if place.startswith(PREFIX) or folder.is_dir():
         files = certs.device_files(folder)
         return Line(address=files.server, keys=files)
     host = check_address(place).rpartition(":")[0].strip("[]")

@@ -148,7 +148,8 @@ class Resident:
         seconds = time.perf_counter() - begun
         outgoing = Outgoing(parts=update_parts(update, {}), most_bytes=order.most_bytes)
         # The memory first: an answer says that it is there.
-        spool.remember(order.remembers, task.round, memory)
+        every = holding.experiment.checkpoint_every
+        spool.remember(order.remembers, task.round, memory, every)
         spool.write_answer(asked, outgoing, seconds)
         _log.info("round %d: %d steps in %.2f s", task.round, update.num_steps, seconds)
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tesserafl.core.errors import MessageError
+from tesserafl.core.errors import CheckpointError, MessageError
 from tesserafl.core.messages import Memory
 from tesserafl.core.wire import pack, unpack
-from tesserafl.engines.parcels import Outgoing
+from tesserafl.engines.parcels import Outgoing, letter_of
 from tesserafl.run.files import read_json, write_atomic, write_json
 
 
@@ -65,34 +65,58 @@ class Spool:
         write_json(folder / "letter.json", value)
 
     def answer(self, task: str | None = None) -> dict[str, Any] | None:
-        """Letter and seconds of the answer that is kept; None: it is of another task, or none."""
+        """Letter and seconds of the answer that is kept; None: it is of another task, or none that
+        is whole."""
         path = self.folder / "answer" / "letter.json"
         if not path.exists():
             return None
-        value: dict[str, Any] = read_json(path)
-        return value if task in (None, value["task"]) else None
+        try:
+            value: dict[str, Any] = read_json(path)
+            notes = letter_of(value["letter"]).parcels
+        except (CheckpointError, MessageError, KeyError, TypeError):
+            return None  # damaged: it can be trained for again
+        whole = all(self._answered(note.sha256, note.bytes) for note in notes)
+        return value if whole and task in (None, value["task"]) else None
 
     def answered(self, name: str) -> bytes | None:
         """A parcel of the answer."""
         path = self.folder / "answer" / name
         return path.read_bytes() if path.exists() else None
 
+    def _answered(self, name: str, num_bytes: int) -> bool:
+        path = self.folder / "answer" / name
+        return path.exists() and path.stat().st_size == num_bytes
+
     # What the client remembers, after each round that it answered.
 
-    def remember(self, begun: int | None, round: int, memory: Memory) -> None:
-        """Keep a round's memory, and the one it began with: the server may not have heard of it."""
-        folder = self.folder / "memory"
+    def remember(self, begun: int | None, round: int, memory: Memory, every: int = 1) -> None:
+        """Keep a round's memory, and those that the server may ask for yet.
+
+        That is the one that this round began with, since the server may not have heard of it; and
+        what the server knew at its last checkpoint, of which there is one `every` so many rounds.
+        """
         write_atomic(self._memory(round), pack({"round": round}, {"memory": memory}))
-        for path in folder.iterdir():
-            if path.stem not in (str(begun), str(round)):
-                path.unlink()
+        saved = round // every * every  # the first round after the last checkpoint
+        kept = {begun, round}
+        if begun is not None and begun >= saved:
+            # Only one is left of before: the round that was begun with it removed the others.
+            kept.add(max((each for each in self._rounds() if each < saved), default=None))
+        for each in self._rounds() - kept:
+            self._memory(each).unlink()
+
+    def _rounds(self) -> set[int]:
+        paths = (self.folder / "memory").glob("*.safetensors")
+        return {int(path.stem) for path in paths if path.stem.isdigit()}
 
     def recall(self, round: int | None) -> Memory | None:
         """What the client kept after a round (None: nothing yet); None: it is not here."""
         if round is None:
             return {}
         path = self._memory(round)
-        return unpack(path.read_bytes())[1]["memory"] if path.exists() else None
+        try:
+            return unpack(path.read_bytes())[1]["memory"] if path.exists() else None
+        except (MessageError, KeyError):  # damaged on the disk: as lost as if it were not there
+            return None
 
     def remove(self) -> None:
         """Nothing is left."""

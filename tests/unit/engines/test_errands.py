@@ -1,0 +1,201 @@
+"""The way of one task: what a device may answer, and in which order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tesserafl.core.errors import MessageError, TesseraError
+from tesserafl.core.fit import Training
+from tesserafl.core.messages import Client, Task, Update
+from tesserafl.core.params import sha256
+from tesserafl.core.submodel import whole
+from tesserafl.core.wire import task_parts, update_parts
+from tesserafl.engines.errands import Errand
+from tesserafl.engines.orders import (
+    Answer,
+    Envelope,
+    Judged,
+    Missing,
+    Parcels,
+    Profile,
+    Refusal,
+    Stranger,
+    order_of,
+    sealed,
+)
+from tesserafl.engines.parcels import Outgoing
+
+RUN = "b" * 32
+LARGE, SMALL = 1 << 20, 400
+
+
+def task():
+    params = {"w": torch.arange(300.0).reshape(10, 30), "v": torch.arange(30.0)}
+    return Task(
+        round=2,
+        client=Client(id=1, num_examples=20),
+        submodel=whole({}, {name: tuple(p.shape) for name, p in params.items()}),
+        params=params,
+        training=Training(),
+    )
+
+
+def errand(most=LARGE, judge=False):
+    asked = task()
+    return Errand(
+        run=RUN,
+        client=1,
+        task=None if judge else asked,
+        outgoing=Outgoing(parts=task_parts(asked, {}), most_bytes=most),
+        remembers=None,
+    )
+
+
+def outgoing(most=LARGE, memory=None, **changes):
+    asked = task()
+    fields = {
+        "round": 2,
+        "client": 1,
+        "submodel": asked.submodel,
+        "delta": {name: p + 1 for name, p in asked.params.items()},
+        "num_examples": 20,
+        "num_steps": 3,
+        "metrics": {"loss": 1.0},
+        "extra": {},
+    }
+    return Outgoing(parts=update_parts(Update(**(fields | changes)), memory or {}), most_bytes=most)
+
+
+def answer(out, inline=True, **changes):
+    letter = out.letter.model_dump() | changes
+    parcels = {n.sha256: out.parcel(i) for i, n in enumerate(out.letter.parcels)} if inline else {}
+    return sealed(Answer(letter=letter, seconds=0.5), parcels)
+
+
+def kinds(step):
+    return [order_of(envelope).kind for envelope in step.send]
+
+
+def test_a_small_task_takes_one_message():
+    found = errand()
+    step = found.begin()
+    assert kinds(step) == ["work"] and found.waiting == 1
+    assert step.send[0].parcels.keys() == {n.sha256 for n in found.outgoing.letter.parcels}
+    step = found.replied(answer(outgoing()))
+    assert not step.send and step.result.client == 1 and step.result.seconds == 0.5
+    assert sha256(step.result.update.delta) == sha256({n: p + 1 for n, p in task().params.items()})
+
+
+def test_a_large_task_is_offered_and_its_answer_fetched():
+    found = errand(SMALL)
+    step = found.begin()
+    assert kinds(step) == ["offer"]
+    names = order_of(step.send[0]).parcels
+    assert len(names) > 3
+    step = found.replied(sealed(Missing(parcels=names[1:])))  # it has the first
+    assert kinds(step) == ["store"] * (len(names) - 1)
+    assert [list(envelope.parcels) for envelope in step.send] == [[name] for name in names[1:]]
+    for _ in names[2:]:
+        assert not found.replied(sealed(Missing(parcels=[]))).send  # others are under way
+    step = found.replied(sealed(Missing(parcels=[])))
+    assert kinds(step) == ["work"] and not step.send[0].parcels
+    out = outgoing(SMALL)
+    step = found.replied(answer(out, inline=False))
+    wanted = [note.sha256 for note in out.letter.parcels]
+    assert [order_of(envelope).parcels for envelope in step.send] == [[n] for n in wanted]
+    for number, name in enumerate(wanted):
+        assert step.result is None or number == len(wanted)
+        step = found.replied(sealed(Parcels(), {name: out.parcel(number)}))
+    assert step.result.update.metrics == {"loss": 1.0}
+
+
+def test_what_got_lost_is_asked_for_again_and_not_for_ever():
+    found = errand(SMALL)
+    found.begin()
+    names = [note.sha256 for note in found.outgoing.letter.parcels]
+    for _ in range(5):
+        step = found.replied(sealed(Missing(parcels=names[:1])))
+        assert kinds(step) == ["store"]
+    with pytest.raises(MessageError, match="keeps losing parcels"):
+        found.replied(sealed(Missing(parcels=names[:1])))
+
+
+def test_parcels_of_an_answer_that_do_not_come_are_given_up():
+    found = errand()
+    found.begin()
+    step = found.replied(answer(outgoing(), inline=False))
+    for _ in range(4):
+        assert kinds(step) == ["fetch"]
+        step = found.replied(sealed(Parcels()))
+    with pytest.raises(MessageError, match="do not come"):
+        found.replied(sealed(Parcels()))
+
+
+def test_a_stranger_is_greeted_when_nothing_is_under_way():
+    found = errand()
+    found.begin()
+    for _ in range(5):
+        assert found.replied(sealed(Stranger())).greet
+        assert kinds(found.begin()) == ["work"]
+    with pytest.raises(MessageError, match="forgets the run"):
+        found.replied(sealed(Stranger()))
+
+
+def test_what_a_clients_own_model_reaches_ends_a_measurement():
+    found = errand(judge=True)
+    assert kinds(found.begin()) == ["judge"]
+    assert found.replied(sealed(Judged(accuracy=0.5, share=None))).result.accuracy == 0.5
+    found = errand(judge=True)
+    found.begin()
+    with pytest.raises(MessageError, match="'answer' where that answers nothing"):
+        found.replied(answer(outgoing()))
+
+
+HUGE = [{"sha256": f"{n:064x}", "bytes": 1 << 30} for n in range(4)]
+WRONG = {
+    "no JSON": (lambda: Envelope(head=b"\x00"), "head is wrong"),
+    "no reply": (lambda: Envelope(head=b'{"kind": "work"}'), "head is wrong"),
+    "a refusal": (lambda: sealed(Refusal(text="no memory")), "no memory"),
+    "a measurement": (lambda: sealed(Judged(accuracy=1.0, share=None)), "answers nothing"),
+    "a profile": (
+        lambda: sealed(Profile(name="x", client=0, num_examples=1, memory_mib=None)),
+        "'profile' where that answers nothing",
+    ),
+    "parcels before a letter": (lambda: sealed(Parcels()), "answers nothing"),
+    "parcels of another task": (lambda: sealed(Missing(parcels=["0" * 64])), "another task"),
+    "no letter": (lambda: sealed(Answer(letter={}, seconds=0.0)), "a letter is wrong"),
+    "gigabytes": (lambda: answer(outgoing(), parcels=HUGE), "an answer to its task has"),
+    "a damaged parcel": (
+        lambda: Envelope(
+            head=answer(outgoing()).head,
+            parcels=dict.fromkeys(answer(outgoing()).parcels, b"other"),
+        ),
+        "send it again",
+    ),
+    "a piece too few": (
+        lambda: answer(outgoing(), groups=["delta", "extra", "memory", "more"]),
+        "group more",
+    ),
+    "another client": (lambda: answer(outgoing(client=2)), "answered for client 2 in round 2"),
+    "another round": (lambda: answer(outgoing(round=1)), "client 1 in round 1"),
+    "a memory": (lambda: answer(outgoing(memory={"m": torch.ones(1)})), "memories stay"),
+    "another header": (lambda: answer(outgoing(), header={"round": 2}), "header is wrong"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_reply_is_a_named_error(what):
+    reply, text = WRONG[what]
+    found = errand()
+    found.begin()
+    with pytest.raises(TesseraError, match=text):
+        found.replied(reply())
+
+
+def test_an_answer_that_is_lost_between_its_parcels_is_an_error():
+    found = errand()
+    found.begin()
+    found.replied(answer(outgoing(), inline=False))
+    with pytest.raises(MessageError, match="has lost its answer"):
+        found.replied(sealed(Missing(parcels=["0" * 64])))
