@@ -37,6 +37,8 @@ class PostAtHand:
     away: set[int] = field(default_factory=set)
     log: list[tuple[int, str, int]] = field(default_factory=list)
     """Node, kind of the order, bytes of its envelope."""
+    at_once: int = 3
+    """Replies that one look finds, at most."""
     largest: int = 0
     """Bytes of tensors in an envelope, at most, either way."""
     _names: itertools.count[int] = field(default_factory=itertools.count)
@@ -55,7 +57,7 @@ class PostAtHand:
         return name
 
     def pull(self, names: Collection[str]) -> list[tuple[str, Envelope | Undelivered]]:
-        return [(name, self.deliver(*self.waiting.pop(name))) for name in list(names)[:3]]
+        return [(name, self.deliver(*self.waiting.pop(name))) for name in list(names)[: self.at_once]]
 
     def deliver(self, node: int, envelope: Envelope) -> Envelope | Undelivered:
         if node in self.away:

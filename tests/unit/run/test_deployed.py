@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from devices_at_hand import PostAtHand, parts
+from devices_at_hand import PostAtHand, parts, prepare_once
 
 from tesserafl.core.errors import CheckpointError, ConfigError, UpdateError
 from tesserafl.data import DataSettings
@@ -20,6 +20,11 @@ from tesserafl.run.experiment import EngineSettings, Experiment
 from tesserafl.run.runner import start
 
 ALL = range(4)
+
+
+@pytest.fixture(autouse=True)
+def _prepared_once(monkeypatch):
+    prepare_once(monkeypatch)
 
 
 def _experiment(**changes):
@@ -111,7 +116,7 @@ def test_a_device_that_fails_changes_only_who_took_part(tmp_path):
 
 
 def test_a_device_that_comes_late_takes_part_from_then_on(tmp_path):
-    post = PostAtHand(residents=parts(tmp_path / "devices", ALL), away={103})
+    post = PostAtHand(residents=parts(tmp_path / "devices", ALL), away={103}, at_once=9)
     rounds = []
 
     def listen(event):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from devices_at_hand import PostAtHand, parts
+from devices_at_hand import PostAtHand, parts, prepare_once
 
 from tesserafl.core.errors import ConfigError
 from tesserafl.data import DataSettings
@@ -17,6 +17,11 @@ from tesserafl.run.deployed import Deployment, begin, serve_over
 from tesserafl.run.experiment import EngineSettings, Experiment
 from tesserafl.run.live import Waiting
 from tesserafl.run.runner import start
+
+
+@pytest.fixture(autouse=True)
+def _prepared_once(monkeypatch):
+    prepare_once(monkeypatch)
 
 
 def _experiment(**changes):
@@ -38,14 +43,14 @@ class Slow(PostAtHand):
     free = False
 
     def pull(self, names):
-        order = {name: self._waiting[name] for name in names}
+        order = {name: self.waiting[name] for name in names}
         ready = [n for n, (node, _) in order.items() if node != 103 or self.free or "hello" in n]
         return super().pull(ready) if ready else []
 
     def push(self, node, envelope, seconds):
         name = super().push(node, envelope, seconds)
         if b'"kind":"hello"' in envelope.head:
-            self._waiting[f"hello-{name}"] = self._waiting.pop(name)
+            self.waiting[f"hello-{name}"] = self.waiting.pop(name)
             return f"hello-{name}"
         return name
 

@@ -121,7 +121,7 @@ def test_events_are_passed_on_and_the_summary_is_the_runs(programs, folder):
     programs("flwr", ends + STARTS.replace("STATUS", "'running'"))
     heard = []
     assert serve.serve(folder, Link(port=free()), heard.append) == {"accuracy": 1.0}
-    assert [event["kind"] for event in heard] == ["resume", "round"]
+    assert [event["kind"] for event in heard] == ["open", "resume", "round"]
     assert heard[1]["round"] == 2
 
 
