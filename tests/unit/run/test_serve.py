@@ -122,7 +122,7 @@ def test_events_are_passed_on_and_the_summary_is_the_runs(programs, folder):
     heard = []
     assert serve.serve(folder, Link(port=free()), heard.append) == {"accuracy": 1.0}
     assert [event["kind"] for event in heard] == ["open", "resume", "round"]
-    assert heard[1]["round"] == 2
+    assert heard[2]["round"] == 2
 
 
 def test_a_link_that_is_damaged_is_named(folder):
