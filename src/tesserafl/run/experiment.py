@@ -8,6 +8,7 @@ import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -226,10 +227,15 @@ def _known(values: Mapping[str, Any], kind: type, prefix: str) -> Mapping[str, A
     return values
 
 
+@cache
+def _adapter(kind: type, name: str) -> TypeAdapter[Any]:
+    """What checks a field; to make one takes longer than to read an experiment with it."""
+    return TypeAdapter(typing.get_type_hints(kind)[name])
+
+
 def _validated(kind: type, name: str, value: Any, path: str) -> Any:
-    expected = typing.get_type_hints(kind)[name]
     try:
-        return TypeAdapter(expected).validate_python(value)
+        return _adapter(kind, name).validate_python(value)
     except ValidationError as error:
         problem = error.errors()[0]
         raise ConfigError(f"{path} = {value!r} is not allowed: {problem['msg']}") from error
