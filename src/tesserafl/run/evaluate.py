@@ -130,7 +130,7 @@ class Evaluator:
         """What has changed between the tests so far; None: nothing has, or this is the first."""
         digests = digests_of(predictor.params)
         before, moved = self._seen.get(_key(predictor), (digests, frozenset[str]()))
-        moved |= {name for name, digest in digests.items() if digest != before[name]}
+        moved |= {name for name, digest in digests.items() if digest != before.get(name)}
         self._seen[_key(predictor)] = digests, moved
         return moved or None
 
