@@ -1,9 +1,10 @@
-"""What keeping the states of frozen blocks saves: a round without over a round with it.
+"""What keeping the states of frozen blocks saves: a round, or a test, without over one with it.
 
     python benchmarks/frozen.py [--repeats 5] [--active 1 2 4 6] [--out frozen.json]
 
 One client of FedFMSL's first stage, 64 texts of 64 tokens, three epochs, adapters in the top blocks
-of an encoder with 6 blocks of 384 (random weights), one thread. "first": nothing is kept yet.
+of an encoder with 6 blocks of 384 (random weights), one thread. "first": nothing is kept yet. Then
+a test on the same texts, with adapters in as many top blocks; last, both of a feature adapter.
 Medians of interleaved repeats, in processor time, which a busy machine disturbs less.
 """
 
@@ -21,11 +22,15 @@ import torch
 from tesserafl.core import seeds
 from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Task
-from tesserafl.data.examples import Examples, Spec
+from tesserafl.core.method import Predictor
+from tesserafl.core.model import Model
+from tesserafl.data.examples import Examples, FederatedData, Spec
 from tesserafl.engines.client import ClientWorker
+from tesserafl.engines.kept import Kept
 from tesserafl.engines.process import threads
-from tesserafl.methods import FedFMSL
-from tesserafl.models import LoRA
+from tesserafl.methods import FedAvg, FedFMSL, MethodSettings
+from tesserafl.models import FeatureAdapter, LoRA
+from tesserafl.run.evaluate import Evaluator
 
 COUNT, LENGTH = 64, 64
 TEXTS = Spec(
@@ -61,23 +66,45 @@ def main() -> None:
     options = parser.parse_args()
     with threads(1):
         rows = [ratios(active, options.repeats) for active in options.active]
+        rows += [of_tests(active, options.repeats) for active in options.active]
+        rows += [of_feature_adapter(options.repeats)]
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def ratios(active: int, repeats: int) -> dict[str, float]:
     """Processor seconds of a round, and how many times faster it is with the store."""
-    draw = seeds.generator(0, "examples")
-    tokens = torch.randint(1, 1000, (COUNT, LENGTH), generator=draw).int()
-    examples = Examples(inputs=tokens, labels=torch.randint(0, 4, (COUNT,), generator=draw))
-    model = ENCODER.build_model(TEXTS)
     method = FedFMSL(schedule="manual", depths=(active,), stage_one=1.0)
+    return {"active": float(active), **_rounds(ENCODER.build_model(TEXTS), method, repeats)}
+
+
+def of_tests(active: int, repeats: int) -> dict[str, float]:
+    """Processor seconds of a test, and how many times faster later ones are with the store."""
+    first = 6 - active
+    targets = (rf".*layer\.[{first}-5]\.attention\.self\.(query|value)",)
+    return {"tested": float(active), **_tests(replace(ENCODER, targets=targets), repeats)}
+
+
+def of_feature_adapter(repeats: int) -> dict[str, float]:
+    """Of a round, and of a test, with an attention adapter on features."""
+    settings = FeatureAdapter(config="bert", options=ENCODER.options, prompt="")
+    found = _rounds(settings.build_model(TEXTS), FedAvg(ratio=(1.0,)), repeats)
+    tests = _tests(settings, repeats)
+    return found | {f"test_{key}": value for key, value in tests.items()}
+
+
+def _rounds(model: Model, method: MethodSettings, repeats: int) -> dict[str, float]:
+    examples = _examples()
     state = method.init(model, 0, 10)
     client = Client(id=0, num_examples=COUNT)
     (task,) = method.configure(model, state, [client], TRAINING)
     plain, kept = (
         ClientWorker(
-            model=model, method=method, examples=lambda _: examples, seed=0, cache_bytes=size
+            model=model,
+            method=method,
+            examples=lambda _: examples,
+            seed=0,
+            kept=Kept(most_bytes=size),
         )
         for size in (0, 1 << 30)
     )
@@ -90,13 +117,36 @@ def ratios(active: int, repeats: int) -> dict[str, float]:
         found["later"].append(_seconds(kept, anew))
     medians = {name: statistics.median(seconds) for name, seconds in found.items()}
     row = {
-        "active": float(active),
         "seconds": medians["without"],
         "first": medians["without"] / medians["first"],
         "later": medians["without"] / medians["later"],
     }
     print(row, flush=True)
     return row
+
+
+def _tests(settings: LoRA | FeatureAdapter, repeats: int) -> dict[str, float]:
+    model, examples = settings.build_model(TEXTS), _examples()
+    predictor = Predictor(model=model, params=model.init(0))
+    data = FederatedData(spec=TEXTS, clients=(), test=examples)
+    plain, kept = (Evaluator(data=data, kept=Kept(most_bytes=size)) for size in (0, 1 << 30))
+    plain.evaluate(predictor, examples), kept.evaluate(predictor, examples)
+    found: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for each, evaluator in zip(found, (plain, kept), strict=True):
+            begun = time.process_time()
+            evaluator.evaluate(predictor, examples)
+            each.append(time.process_time() - begun)
+    without, later = (statistics.median(each) for each in found)
+    row = {"seconds": without, "later": without / later}
+    print(row, flush=True)
+    return row
+
+
+def _examples() -> Examples:
+    draw = seeds.generator(0, "examples")
+    tokens = torch.randint(1, 1000, (COUNT, LENGTH), generator=draw).int()
+    return Examples(inputs=tokens, labels=torch.randint(0, 4, (COUNT,), generator=draw))
 
 
 def _seconds(worker: ClientWorker, task: Task) -> float:

@@ -57,7 +57,9 @@ class PostAtHand:
         return name
 
     def pull(self, names: Collection[str]) -> list[tuple[str, Envelope | Undelivered]]:
-        return [(name, self.deliver(*self.waiting.pop(name))) for name in list(names)[: self.at_once]]
+        return [
+            (name, self.deliver(*self.waiting.pop(name))) for name in list(names)[: self.at_once]
+        ]
 
     def deliver(self, node: int, envelope: Envelope) -> Envelope | Undelivered:
         if node in self.away:

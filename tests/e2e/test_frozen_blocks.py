@@ -54,12 +54,12 @@ def short(folder: Path, engine: dict) -> Experiment:
 def test_a_worker_is_given_the_memory_and_the_validation_examples(texts: Path) -> None:
     setup = prepare(short(texts, {"cache_mib": 3}))
     worker = client_worker(setup)
-    assert worker.cache_bytes == 3 << 20
+    assert worker.kept.most_bytes == 3 << 20
     assert worker.validation is not None
     for client, data in enumerate(setup.data.clients):
         assert worker.validation(client) is data.validation
         assert len(data.validation)
-    assert client_worker(prepare(short(texts, {"cache_mib": 0}))).cache_bytes == 0
+    assert client_worker(prepare(short(texts, {"cache_mib": 0}))).kept.most_bytes == 0
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from tesserafl.engines import references
 from tesserafl.engines.batches import widest
 from tesserafl.engines.client import ClientWorker
 from tesserafl.engines.cohort import Cohorts
+from tesserafl.engines.kept import Kept
 from tesserafl.methods import FedFMSL, PFLMoE
 from tesserafl.methods import _mixture as mixture
 from tesserafl.models import LoRA
@@ -319,7 +320,7 @@ def test_a_cohort_trains_as_each_client_alone(
 def test_what_is_kept_changes_nothing_but_rounding(method: FedFMSL | PFLMoE) -> None:
     if isinstance(method, FedFMSL):  # one block stays frozen
         method = replace(method, schedule="manual", depths=(1,))
-    close(Run(method).play(4), Run(method, cache_bytes=1 << 24).play(4), 1e-4)
+    close(Run(method).play(4), Run(method, kept=Kept(most_bytes=1 << 24)).play(4), 1e-4)
 
 
 def test_large_features_are_computed_for_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:

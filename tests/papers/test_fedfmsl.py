@@ -24,6 +24,7 @@ from tesserafl.methods import _mixture as mixture
 from tesserafl.methods._activation import Activation, trained_of
 from tesserafl.methods._experts import as_it_came
 from tesserafl.models import LoRA
+from tesserafl.models.costs import frozen_entries
 from tesserafl.models.scaling import forward_of
 
 pytest.importorskip("transformers")
@@ -557,3 +558,23 @@ def test_a_client_that_lost_its_memory_is_told() -> None:
     run.play()
     with pytest.raises(MessageError, match="does not remember it"):
         run.worker.work(run.tasks()[0], {})
+
+
+# The budget
+
+
+@pytest.mark.slow
+def test_of_a_clip_of_the_papers_size_fewer_than_three_in_a_thousand_are_trained() -> None:
+    """Rank 4 on queries and values of both towers: docs/methods/fedfmsl.md, the paper's claim.
+
+    Of class names in bytes, and so without 49,149 rows of the vocabulary: the whole model has more.
+    """
+    names = ("cat", "dog", "owl")
+    spec = replace(IMAGES, shape=(3, 224, 224), class_names=names)
+    model = LoRA(config="clip", rank=4, alpha=8.0, prompt="a photo of a {}").build_model(spec)
+    assert model.num_entries == 4 * 61_440  # 24 blocks, two weights of each, 2 x width a rank
+    gate = mixture.new_adapter(512, FedFMSL().gate_width, 0) | mixture.new_choice(512)
+    trained = model.num_entries + sum(tensor.numel() for tensor in gate.values())
+    assert trained == 245_760 + 2 * 32 * 512 + 2 * 512 + 2
+    assert 126_000_000 < frozen_entries(model) < 151_277_313
+    assert trained / frozen_entries(model) < 0.003

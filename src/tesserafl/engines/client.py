@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 from torch import nn
 
@@ -20,7 +19,7 @@ from tesserafl.engines.batches import held_out_of
 from tesserafl.engines.cohort import Cohorts
 from tesserafl.engines.compression import CompressionSettings, apart, compressed
 from tesserafl.engines.execute import execute, measured
-from tesserafl.engines.kept import Kept, Shelf
+from tesserafl.engines.kept import Kept, Shelf, nothing_kept
 from tesserafl.engines.member import Member
 from tesserafl.models.scaling import forward_of, hollow, own_scales
 
@@ -46,17 +45,13 @@ class ClientWorker:
     """Trains clients of one shape together; None: one after another."""
     validation: Callable[[int], Examples] | None = None
     """Validation examples of a client; None: nobody has any."""
-    cache_bytes: int = 0
-    """Of what frozen parameters gave, kept between rounds for clients that train one after another;
-    0: nothing is, and no frozen block is left out."""
+    kept: Kept = field(default_factory=nothing_kept)
+    """What frozen parameters gave, between rounds, for clients that train one after another; if it
+    keeps nothing, no frozen block is left out."""
     compression: CompressionSettings = field(default_factory=CompressionSettings)
     """How changes are sent."""
     _modules: dict[object, nn.Module] = field(default_factory=dict)
     _forwards: dict[object, Forward] = field(default_factory=dict)
-
-    @cached_property
-    def _kept(self) -> Kept:
-        return Kept(most_bytes=self.cache_bytes)
 
     @property
     def group(self) -> int:
@@ -179,7 +174,7 @@ class ClientWorker:
 
     def _shelf(self, task: Task, key: Hashable) -> Shelf:
         prefixes = self.model.frozen_blocks
-        return Shelf(kept=self._kept, client=task.client.id, forward=key, prefixes=prefixes)
+        return Shelf(kept=self.kept, client=task.client.id, forward=key, prefixes=prefixes)
 
     def _answer(self, part: _Part, fitted: Fitted) -> Answer:
         if part.scales:

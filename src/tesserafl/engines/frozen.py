@@ -7,7 +7,7 @@ order, in parts of one size, so that their bits do not depend on when or where t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -89,12 +89,40 @@ def frozen_below(
         params: the fit's, where `forward` runs.
         what: name of these examples among the client's.
     """
-    if shelf is None or module is None or not shelf.kept.most_bytes or not len(examples):
-        return None
     if augments(fit.training, examples):
         return None
     own = {name: tensor.detach() for name, tensor in params.items() if name not in fit.beside}
     trained = {*trained_names(fit), *fit.rebuilt} - fit.beside
+    size = fit.training.batch_size
+    return kept_below(shelf, forward, module, examples, own, fit.params, trained, size, what)
+
+
+def kept_below(
+    shelf: Shelf | None,
+    forward: Forward,
+    module: nn.Module | None,
+    examples: Examples,
+    own: Params,
+    source: Mapping[str, Tensor],
+    trained: Set[str],
+    size: int,
+    what: str,
+) -> Frozen | None:
+    """The hidden states below what changes; None: there are none to be kept.
+
+    Args:
+        shelf: where they are kept; None: nothing is.
+        forward: the model as a function of its parameters.
+        module: what `forward` runs, in the mode in which the states are read again.
+        examples: whose states.
+        own: all parameters of the model, where `forward` runs.
+        source: the same, wherever it is best to look at their bytes.
+        trained: names of those that will change; nothing that depends on them is kept.
+        size: examples of a batch.
+        what: name of these examples among the client's.
+    """
+    if shelf is None or module is None or not shelf.kept.most_bytes or not len(examples):
+        return None
     cuts = cuts_of(module, shelf.prefixes, trained)
     if not cuts:
         return None
@@ -102,7 +130,6 @@ def frozen_below(
     if key not in shelf.kept.towers:
         inputs = _two(examples).to(device)
         shelf.kept.towers[key] = towers_of(module, forward, own, cuts, inputs)
-    size = fit.training.batch_size
     # By their size alone: the forward pass must not depend on what else is kept.
     towers = [
         tower
@@ -113,7 +140,7 @@ def frozen_below(
     if not towers:
         return None
     names = {name for tower in towers for name in tower.names}
-    below = digests_of({name: fit.params[name] for name in names})
+    below = digests_of({name: source[name] for name in names})
     own_below = {tower: joined(below, tower.names) for tower in towers}
     keys = {
         tower: shelf.key("constant", tower, own_below[tower], of_client=False)

@@ -1,4 +1,4 @@
-"""What a worker keeps between rounds because frozen parameters would give the same again.
+"""What a process keeps between rounds because frozen parameters would give the same again.
 
 Nothing here decides a result: an entry that has gone is computed again, to the same bits. That is
 why what is kept, and what is left out because it is too large, never depends on what else is there.
@@ -62,12 +62,18 @@ class Kept:
             self.num_bytes -= num_bytes(gone)
 
 
+def nothing_kept() -> Kept:
+    """Where nothing is kept."""
+    return Kept(most_bytes=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shelf:
     """What one client finds of its own in `Kept`."""
 
     kept: Kept
-    client: int
+    client: int | None
+    """None: the server."""
     forward: Hashable
     """Equal for equal forward functions only: the sub-model's shape and the width scaling."""
     prefixes: tuple[str, ...] = ()

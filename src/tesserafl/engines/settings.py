@@ -35,7 +35,8 @@ class EngineSettings:
     group: int = 16
     """clients that one vectorised program trains, at most; fewer spread over more workers"""
     cache_mib: int = 1024
-    """memory of one worker for what frozen layers gave; 0: nothing is kept and no layer skipped"""
+    """memory of one process for what frozen layers gave, in training and in tests; 0: nothing is
+    kept and no layer skipped"""
 
     def __post_init__(self) -> None:
         if self.cache_mib < 0:

@@ -7,7 +7,8 @@ Data Engineering Bulletin 2023, Section 3. https://arxiv.org/abs/2302.13485
 
 Departures: the loss compares an image with the texts of all classes, not with those of the images
 in its batch, where two images of one class would count as each other's negatives. z' is multiplied
-by its number of entries, so that a mean a is 1: cosines do not see it, a linear head does.
+by its number of entries, so that a mean a is 1: cosines do not see it, a linear head does. z is
+what the frozen model answers with, without dropout in training too: it is the same in every step.
 """
 
 from __future__ import annotations
@@ -96,6 +97,13 @@ class AdaptedFeatures(nn.Module):
             nn.Linear(size, size), nn.Tanh(), nn.Linear(size, size), nn.Softmax(dim=-1)
         )
         self.head = None if classes is None else nn.Linear(size, classes)
+        self.train()
+
+    def train(self, mode: bool = True) -> AdaptedFeatures:
+        """All but the frozen model, which always predicts: nothing in it learns from noise."""
+        super().train(mode)
+        self.frozen.eval()
+        return self
 
     def forward(self, inputs: Tensor) -> Output:
         """Images [batch, C, H, W] or token ids [batch, time]."""

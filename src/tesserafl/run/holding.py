@@ -13,9 +13,12 @@ from tesserafl.core.errors import ConfigError, DataError, MessageError
 from tesserafl.core.messages import Client
 from tesserafl.data import ClientData, FederatedData, Spec, load_own
 from tesserafl.engines.client import ClientWorker
+from tesserafl.engines.kept import Kept
 from tesserafl.models import FeatureAdapter, HuggingFace, LoRA, Prompts
 from tesserafl.run.experiment import Experiment, from_json
 from tesserafl.run.setup import Setup, client_worker, prepare
+
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,7 @@ def hold(local: Local, values: Mapping[str, Any], spec_values: Mapping[str, Any]
             data=FederatedData(spec=spec, clients=(data,), test=data.test),
             model=experiment.model.build_model(spec),
             clients=(Client(id=0, num_examples=len(data.train)),),
+            kept=Kept(most_bytes=experiment.engine.cache_mib * _MIB),
         )
     worker = replace(
         client_worker(setup), examples=lambda _: data.train, validation=lambda _: data.validation

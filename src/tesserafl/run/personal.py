@@ -20,7 +20,7 @@ from tesserafl.engines.federation import Federation
 from tesserafl.engines.remote import Remote
 from tesserafl.engines.seam import Done, Engine
 from tesserafl.run.evaluate import Evaluator
-from tesserafl.run.setup import Setup, device_of
+from tesserafl.run.setup import Setup, evaluator_of
 
 
 def check_personal(setup: Setup) -> None:
@@ -107,7 +107,7 @@ def personal_accuracy(
     except (KeyError, TypeError) as error:
         raise MessageError(f"a global state lacks {error}, or has it in excess") from error
     model = method.personal(setup.model, state, apart(memory)[0])
-    evaluator = Evaluator(data=setup.data, device=device_of(setup.experiment))
+    evaluator = evaluator_of(setup)
     return evaluator.evaluate(model, examples).accuracy, evaluator.share(model, examples)
 
 

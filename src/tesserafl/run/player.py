@@ -14,10 +14,9 @@ from tesserafl.engines.fleet import Fleet
 from tesserafl.engines.fleet_file import fleet_of
 from tesserafl.engines.seam import Engine
 from tesserafl.run.costs import CostTable
-from tesserafl.run.evaluate import Evaluator
 from tesserafl.run.federate import topology_of
 from tesserafl.run.rounds import Notes, play_round
-from tesserafl.run.setup import Setup, device_of
+from tesserafl.run.setup import Setup, evaluator_of
 from tesserafl.run.timed import Timed
 from tesserafl.run.tree import Tree
 
@@ -153,7 +152,7 @@ def player_of(setup: Setup, engine: Engine, federation: Federation, costs: CostT
 
 def accuracy_of(setup: Setup) -> Callable[[State], float]:
     """Measures a state's accuracy on the cloud's test examples."""
-    evaluator = Evaluator(data=setup.data, device=device_of(setup.experiment))
+    evaluator = evaluator_of(setup)
 
     def measured(state: State) -> float:
         predictor = setup.experiment.method.predictor(setup.model, state)

@@ -36,7 +36,7 @@ from tesserafl.run.files import alone_in, read_json, write_json
 from tesserafl.run.personal import personal_accuracies
 from tesserafl.run.player import Player, player_of
 from tesserafl.run.report import write_partition, write_report
-from tesserafl.run.setup import Setup, device_of, make_engine, prepare
+from tesserafl.run.setup import Setup, evaluator_of, make_engine, prepare
 
 Listener = Callable[[Event], None]
 """Called with every event as it is written, for progress bars."""
@@ -129,7 +129,7 @@ class _Run:
     def to_the_end(self) -> dict[str, Any]:
         experiment, federation = self.setup.experiment, self.federation
         costs = self.setup.costs()
-        evaluator = Evaluator(data=self.setup.data, device=device_of(experiment))
+        evaluator = evaluator_of(self.setup)
         player = self.player(self.setup, self.engine, federation, costs)
         coverage = self._begin(player)
         while not player.over:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -20,6 +20,7 @@ from tesserafl.data.examples import Examples, FederatedData
 from tesserafl.engines.client import ClientWorker
 from tesserafl.engines.cluster import Actors, Share
 from tesserafl.engines.fleet_file import fleet_of
+from tesserafl.engines.kept import Kept, nothing_kept
 from tesserafl.engines.local import InProcess
 from tesserafl.engines.pool import WorkerPool, Workers
 from tesserafl.engines.processes import Processes
@@ -28,6 +29,7 @@ from tesserafl.engines.settings import EngineSettings
 from tesserafl.methods import MethodSettings
 from tesserafl.run.batching import choose, cohorts_of, group_of
 from tesserafl.run.costs import CostTable, with_depth
+from tesserafl.run.evaluate import Evaluator
 from tesserafl.run.experiment import Experiment, from_json, to_json
 
 _MIB = 1 << 20
@@ -41,6 +43,8 @@ class Setup:
     data: FederatedData
     model: Model
     clients: tuple[Client, ...]
+    kept: Kept = field(default_factory=nothing_kept)
+    """What this process keeps of what frozen layers gave: in training and in tests together."""
 
     def costs(self) -> CostTable:
         """An empty table of costs."""
@@ -76,6 +80,7 @@ def prepare(experiment: Experiment) -> Setup:
             data=data,
             model=model,
             clients=clients,
+            kept=Kept(most_bytes=experiment.engine.cache_mib * _MIB),
         )
     )
 
@@ -150,9 +155,14 @@ def client_worker(setup: Setup, index: int = 0) -> ClientWorker:
         device=device,
         cohorts=cohorts_of(setup.experiment, setup.clients, device),
         validation=validation,
-        cache_bytes=setup.experiment.engine.cache_mib * _MIB,
+        kept=setup.kept,
         compression=setup.experiment.compression,
     )
+
+
+def evaluator_of(setup: Setup) -> Evaluator:
+    """Tests models of this experiment in this process."""
+    return Evaluator(data=setup.data, device=device_of(setup.experiment), kept=setup.kept)
 
 
 def make_engine(setup: Setup) -> Engine:

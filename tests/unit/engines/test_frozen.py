@@ -451,7 +451,7 @@ def test_the_tower_of_the_class_prompts_is_kept_once_for_all_clients() -> None:
             method=Top(),
             examples=lambda client: examples_of(PETS, 5, client),
             seed=2,
-            cache_bytes=bound,
+            kept=Kept(most_bytes=bound),
         )
         for bound in (0, PLENTY)
     }
@@ -465,7 +465,7 @@ def test_the_tower_of_the_class_prompts_is_kept_once_for_all_clients() -> None:
         )
         plain, split = (workers[bound].work(task, {})[0] for bound in workers)
         assert_close(split.params, plain.params)
-        sizes.append(workers[PLENTY]._kept.num_bytes)
+        sizes.append(workers[PLENTY].kept.num_bytes)
     texts = 3 * len("a horse" + "<>") * 32 * 4  # classes, tokens, width, bytes
     images = (16 + 1) * 16 * 4  # patches and one more, width, bytes
     assert sizes == [texts + 5 * images, texts + 10 * images, texts + 10 * images]
@@ -494,7 +494,7 @@ def test_workers_give_the_same_bits_whatever_they_keep(family: str, cache_bytes:
             method=Top(),
             examples=lambda client: examples_of(SPECS[family], counts[client], client),
             seed=2,
-            cache_bytes=cache_bytes,
+            kept=Kept(most_bytes=cache_bytes),
         )
 
     one, turns, plain = worker_of(PLENTY), [worker_of(cache_bytes) for _ in "ab"], worker_of(0)
@@ -513,6 +513,6 @@ def test_workers_give_the_same_bits_whatever_they_keep(family: str, cache_bytes:
             assert_bits(found.params, expected.params)
             assert found.metrics == expected.metrics
             assert_close(expected.params, plain.work(task, {})[0].params)
-    assert one._kept.num_bytes > cache_bytes or cache_bytes == PLENTY
-    assert all(0 < worker._kept.num_bytes <= cache_bytes for worker in turns)
-    assert plain._kept.num_bytes == 0
+    assert one.kept.num_bytes > cache_bytes or cache_bytes == PLENTY
+    assert all(0 < worker.kept.num_bytes <= cache_bytes for worker in turns)
+    assert plain.kept.num_bytes == 0

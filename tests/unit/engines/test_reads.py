@@ -401,12 +401,15 @@ def test_a_worker_holds_out_the_same_examples_in_all_rounds() -> None:
 @pytest.mark.parametrize("cache_bytes", [0, 600, 1 << 20], ids=["nothing", "little", "all"])
 def test_workers_give_the_same_bits_whatever_they_keep(cache_bytes: int) -> None:
     """And whether one does all the work, or each round another."""
-    one, turns = worker_of(fit_of()), [worker_of(fit_of(), cache_bytes=cache_bytes) for _ in "ab"]
+    one, turns = (
+        worker_of(fit_of()),
+        [worker_of(fit_of(), kept=Kept(most_bytes=cache_bytes)) for _ in "ab"],
+    )
     for task in tasks(rounds=4):
         expected, _ = one.work(task, {})
         found, _ = turns[(task.round + task.client.id) % 2].work(task, {})
         assert found.metrics == expected.metrics
         for name, tensor in expected.params.items():
             assert torch.equal(found.params[name], tensor)
-    assert all(worker._kept.num_bytes <= cache_bytes for worker in turns)
-    assert any(worker._kept.num_bytes for worker in turns) == bool(cache_bytes)
+    assert all(worker.kept.num_bytes <= cache_bytes for worker in turns)
+    assert any(worker.kept.num_bytes for worker in turns) == bool(cache_bytes)
