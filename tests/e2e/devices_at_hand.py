@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tesserafl.core.messages import Memory
+from tesserafl.engines.attendance import Undelivered
 from tesserafl.engines.orders import Envelope, Hello, Order, order_of
-from tesserafl.engines.remote import Remote, Undelivered
+from tesserafl.engines.remote import Remote
 from tesserafl.run import deployed, holding
 from tesserafl.run.deployed import Deployment, for_devices
 from tesserafl.run.experiment import Experiment, to_json

@@ -100,7 +100,14 @@ def load_own(settings: DataSettings, seed: int, client: int, spec: Spec) -> Clie
         labels, _ = read_labels(table, columns.label, spec.class_names)
     part = Part(table=table, labels=labels)
     is_text = KINDS[columns.task] == "tokens"
-    take = _reader(settings, columns, part, load_tokenizer(settings.tokenizer) if is_text else None)
+    tokenizer = load_tokenizer(settings.tokenizer) if is_text else None
+    if tokenizer and (tokenizer.vocab_size, tokenizer.pad_id) != (spec.vocab_size, spec.pad_id):
+        raise DataError(
+            f"the tokenizer here has {tokenizer.vocab_size} tokens and pads with "
+            f"{tokenizer.pad_id}, the federation's has {spec.vocab_size} and {spec.pad_id}; give "
+            f"the same one (data.tokenizer, or --tokenizer of tessera join)"
+        )
+    take = _reader(settings, columns, part, tokenizer)
     fractions = {"validation": settings.validation, "test": settings.test}
     rows = split(torch.arange(len(table)), **fractions, seed=seed, client=client)
     train, validation, test = map(take, rows)

@@ -97,7 +97,7 @@ class Judge(_Strict):
 
 
 class Bye(_Strict):
-    """The run is over: the device keeps nothing of it but what a later run could ask for."""
+    """The run is over: the device keeps nothing of it."""
 
     kind: Literal["bye"] = "bye"
     run: _RunId

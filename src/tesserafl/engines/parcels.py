@@ -50,7 +50,7 @@ class _Entry(_Strict):
     group: str
     name: str
     dtype: str
-    shape: list[_Natural]
+    shape: Annotated[list[_Natural], Field(max_length=64)]
     pieces: Annotated[int, Field(ge=1, lt=1 << 24)]
     """1: the tensor lies whole in a parcel; more: its flat entries are spread over so many."""
 

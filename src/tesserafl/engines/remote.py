@@ -8,18 +8,19 @@ server only knows of which round.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
-from tesserafl.core.errors import MessageError, TesseraError
+from tesserafl.core.errors import TesseraError
 from tesserafl.core.messages import Memory, Task
 from tesserafl.core.wire import Parts, task_parts
+from tesserafl.engines.attendance import Attendance, Post, Undelivered
 from tesserafl.engines.errands import Errand, Step
 from tesserafl.engines.orders import (
     Bye,
@@ -27,45 +28,19 @@ from tesserafl.engines.orders import (
     Hello,
     Judged,
     Profile,
-    Refusal,
-    reply_of,
     sealed,
 )
 from tesserafl.engines.parcels import Outgoing
 from tesserafl.engines.seam import Failed, Outcome, Reason
 
+_log = logging.getLogger(__name__)
+
 _PAUSE = 0.05
 """Seconds between two looks into the post."""
-_LOOK_EVERY = 1.0
-"""Seconds between two looks at who is there."""
 _GOODBYE = 15.0
 """Seconds that devices have to hear that a run is over."""
 _ROUND = "round"
 """Under this name a checkpoint holds of which round a client's memory is."""
-
-
-class Undelivered(Exception):
-    """A message had no reply, and why."""
-
-    def __init__(self, reason: Reason, text: str) -> None:
-        super().__init__(text)
-        self.reason: Reason = reason
-
-
-class Post(Protocol):
-    """Carries envelopes to nodes and their replies back."""
-
-    def nodes(self) -> Mapping[int, str]:
-        """Those that are connected now, and the names that vouch for them, if any do."""
-        ...
-
-    def push(self, node: int, envelope: Envelope, seconds: float) -> str:
-        """Send; the reply to the message of this name may come for so many seconds."""
-        ...
-
-    def pull(self, names: Collection[str]) -> list[tuple[str, Envelope | Undelivered]]:
-        """The replies to these messages that have come by now."""
-        ...
 
 
 @dataclass(kw_only=True)
@@ -91,18 +66,9 @@ class Remote:
     pause: Callable[[float], None] = time.sleep
     heard: dict[int, int] = field(default_factory=dict)
     """Client -> the round it answered last."""
-    refused: dict[int, str] = field(default_factory=dict)
-    """Node -> why it has no seat."""
     bytes_down: int = 0
     """On the wire, with heads and letters."""
     bytes_up: int = 0
-    _nodes: dict[int, int] = field(default_factory=dict)
-    """Client -> its node."""
-    _present: Mapping[int, str] = field(default_factory=dict)
-    _known: set[int] = field(default_factory=set)
-    """Nodes that were sent a Hello."""
-    _greetings: dict[str, int] = field(default_factory=dict)
-    """Name of a Hello's message -> its node."""
     _errands: dict[int, Errand] = field(default_factory=dict)
     _until: dict[int, float] = field(default_factory=dict)
     """Client -> when its errand expires."""
@@ -110,7 +76,9 @@ class Remote:
     """Name of an errand's message -> its client."""
     _judged: dict[int, Judged] = field(default_factory=dict)
     _ended: deque[Outcome] = field(default_factory=deque)
-    _looked: float = float("-inf")
+
+    def __post_init__(self) -> None:
+        self._attendance = Attendance(hello=self.hello, seat=self.seat)
 
     @property
     def group(self) -> int:
@@ -129,15 +97,26 @@ class Remote:
     @property
     def seated(self) -> set[int]:
         """The clients whose devices are there."""
-        return {client for client, node in self._nodes.items() if node in self._present}
+        return self._attendance.seated
+
+    @property
+    def refused(self) -> Mapping[int, str]:
+        """Node -> why it has no seat."""
+        return self._attendance.refused
 
     def gather(self, most: int, seconds: float) -> None:
         """Wait until so many devices have a seat, at most so long."""
         self._wait(lambda: len(self.seated) >= most, seconds)
 
+    def gather_any(self, clients: Collection[int]) -> set[int]:
+        """Wait until the device of one of these clients is there; returns all that are."""
+        wanted = set(clients)
+        self._wait(lambda: bool(self.seated & wanted))
+        return self.seated & wanted
+
     def renumber(self, numbers: Mapping[int, int]) -> None:
         """Give the devices other clients' numbers: old -> new; before the first task."""
-        self._nodes = {numbers[old]: node for old, node in self._nodes.items()}
+        self._attendance.renumber(numbers)
 
     def submit(self, tasks: Sequence[Task]) -> None:
         """Send tasks to their devices."""
@@ -175,7 +154,8 @@ class Remote:
     def goodbye(self) -> None:
         """Tell the devices that the run is over, if the post works."""
         bye = sealed(Bye(run=self.hello.run))
-        nodes, self._known = self._known & self._present.keys(), set()
+        there = self._attendance
+        nodes, there.known = there.known & there.present.keys(), set()
         until = self.clock() + _GOODBYE
         with contextlib.suppress(Exception):  # a post's own: the devices find out by themselves
             names = {self.post.push(node, bye, _GOODBYE) for node in nodes}
@@ -198,40 +178,15 @@ class Remote:
 
     def _look(self) -> None:
         """Greet who has come."""
-        if self.clock() - self._looked < _LOOK_EVERY:
-            return
-        self._looked = self.clock()
-        self._present = self.post.nodes()
-        # Who comes back is greeted again: it may be another process.
-        self._known &= self._present.keys()
-        for node in sorted(self._present.keys() - self._known):
-            self._greet(node)
+        self._attendance.look(self.post, self.clock(), self.seconds)
 
-    def _greet(self, node: int) -> None:
-        self._known.add(node)
-        self._greetings[self._push(node, sealed(self.hello), self.seconds)] = node
-
-    def _welcome(self, node: int, reply: Envelope | Undelivered) -> None:
-        if isinstance(reply, Undelivered):
-            self._known.discard(node)  # greeted again when it is there
-            return
-        if isinstance(client := self._client_of(node, reply), str):
-            self.refused[node] = client
-            return
-        self.refused.pop(node, None)
-        self._nodes[client] = node
-        errand = self._errands.get(client)
-        if errand is not None and not errand.waiting:  # it did not know the run
-            self._go_on(client, errand.begin())
-
-    def _client_of(self, node: int, reply: Envelope) -> int | str:
-        try:
-            profile = reply_of(reply)
-        except MessageError as error:
-            return str(error)
-        if isinstance(profile, Profile):
-            return self.seat(self._present.get(node, ""), profile)
-        return profile.text if isinstance(profile, Refusal) else f"it answered {profile.kind!r}"
+    def _welcome(self, name: str, reply: Envelope | Undelivered) -> None:
+        client, lost = self._attendance.answered(name, reply)
+        for other in lost & self._errands.keys():
+            self._give_up(other, "offline", f"the device of client {other} has no seat any more")
+        errand = None if client is None else self._errands.get(client)
+        if client is not None and errand is not None and not errand.waiting:
+            self._go_on(client, errand.begin())  # it did not know the run
 
     # The errands.
 
@@ -243,35 +198,39 @@ class Remote:
             outgoing=Outgoing(parts=parts, most_bytes=self.most_bytes),
             remembers=self.heard.get(client),
         )
+        self._forget(client)
         self._errands[client], self._until[client] = errand, self.clock() + self.seconds
         self._go_on(client, errand.begin())
 
     def _go_on(self, client: int, step: Step) -> None:
-        for envelope in step.send:
-            seconds = max(1.0, self._until[client] - self.clock())
-            self._messages[self._push(self._nodes[client], envelope, seconds)] = client
+        node = self._attendance.nodes[client]
+        try:
+            for envelope in step.send:
+                seconds = max(1.0, self._until[client] - self.clock())
+                self._messages[self.post.push(node, envelope, seconds)] = client
+                self.bytes_down += envelope.num_bytes
+        except Undelivered as error:
+            self._give_up(client, error.reason, str(error))
+            return
         if step.greet:
-            self._greet(self._nodes[client])
+            self.bytes_down += self._attendance.greet(self.post, node, self.seconds)
         if step.result is not None:
             errand = self._errands.pop(client)
+            self._forget(client)
             if isinstance(step.result, Judged):
                 self._judged[client] = step.result
             elif errand.task is not None:
                 self.heard[client] = errand.task.round
                 self._ended.append(step.result)
 
-    def _push(self, node: int, envelope: Envelope, seconds: float) -> str:
-        self.bytes_down += envelope.num_bytes
-        return self.post.push(node, envelope, seconds)
-
     def _deliver(self) -> None:
         """Look into the post."""
-        names = [*self._messages, *self._greetings]
+        names = [*self._messages, *self._attendance.greetings]
         for name, reply in self.post.pull(names) if names else ():
             if isinstance(reply, Envelope):
                 self.bytes_up += reply.num_bytes
-            if name in self._greetings:
-                self._welcome(self._greetings.pop(name), reply)
+            if name in self._attendance.greetings:
+                self._welcome(name, reply)
                 continue
             client = self._messages.pop(name, None)
             if client is not None:  # else: of an errand that was given up in this look
@@ -285,6 +244,9 @@ class Remote:
             self._go_on(client, self._errands[client].replied(reply))
         except TesseraError as error:
             self._give_up(client, "error", str(error))
+        except Exception as error:  # nothing that a device sends may end a run
+            _log.exception("an answer of client %d could not be read", client)
+            self._give_up(client, "error", f"its answer could not be read: {error!r:.500}")
 
     def _expire(self) -> None:
         now = self.clock()
@@ -293,8 +255,12 @@ class Remote:
 
     def _give_up(self, client: int, reason: Reason, text: str) -> None:
         self._errands.pop(client, None)
-        self._messages = {name: c for name, c in self._messages.items() if c != client}
+        self._forget(client)
         self._fail(client, reason, text)
+
+    def _forget(self, client: int) -> None:
+        """What a client answers to earlier messages is not waited for any more."""
+        self._messages = {name: c for name, c in self._messages.items() if c != client}
 
     def _fail(self, client: int, reason: Reason, text: str) -> None:
         self._ended.append(Failed(client=client, reason=reason, text=text))

@@ -15,10 +15,11 @@ from pydantic import TypeAdapter, ValidationError
 from tesserafl.core.errors import CheckpointError, ConfigError, TesseraError
 from tesserafl.core.messages import Client
 from tesserafl.data import ClientData
+from tesserafl.engines.attendance import Post
 from tesserafl.engines.federation import Federation
 from tesserafl.engines.orders import Hello
 from tesserafl.engines.parcels import MOST_BYTES
-from tesserafl.engines.remote import Post, Remote
+from tesserafl.engines.remote import Remote
 from tesserafl.engines.seam import Engine
 from tesserafl.run.begin import first_federation
 from tesserafl.run.children import die_with_parent
@@ -26,7 +27,7 @@ from tesserafl.run.costs import CostTable
 from tesserafl.run.experiment import Experiment, from_json, to_json, with_absolute_paths
 from tesserafl.run.federate import topology_of
 from tesserafl.run.files import read_json, write_json
-from tesserafl.run.live import Waiting, live
+from tesserafl.run.live import Patient, Waiting, live
 from tesserafl.run.player import Player, player_of
 from tesserafl.run.runner import Listener, play
 from tesserafl.run.seats import Seats
@@ -138,7 +139,9 @@ def for_devices(experiment: Experiment, deployment: Deployment) -> Experiment:
     data = experiment.data
     if deployment.own_data:  # what the server has is for its tests, not for the devices
         data = replace(data, num_clients=deployment.devices, partition="iid")
-    return replace(experiment, engine=engine, data=data)
+    # A late answer may come rounds after its task: what it began with is kept for one checkpoint.
+    every = experiment.checkpoint_every if deployment.waiting.for_all else 1
+    return replace(experiment, engine=engine, data=data, checkpoint_every=every)
 
 
 def serve_over(
@@ -163,6 +166,8 @@ def serve_over(
     number = deployment.devices if deployment.own_data else len(setup.clients)
     path = folder / "devices.json"
     seats = Seats(path=path, number=number, parts=not deployment.own_data)
+    if seats.settled and deployment.own_data:
+        number = len(seats.taken)
     hello = Hello(
         run=deployed.run,
         experiment=to_json(experiment),
@@ -177,16 +182,19 @@ def serve_over(
         capacity=deployment.under_way,
     )
     watch(remote)
-    remote.gather(deployment.devices, deployment.wait_seconds)
+    full = number if seats.settled and deployment.own_data else deployment.devices
+    remote.gather(full, deployment.wait_seconds)
     remote.renumber(seats.settle())
     if deployment.own_data:
         setup = _with_devices(setup, seats)
 
-    def player(setup: Setup, _: Engine, federation: Federation, costs: CostTable) -> Player:
-        return live(setup, remote, federation, costs, deployment.waiting)
+    def player(setup: Setup, engine: Engine, federation: Federation, costs: CostTable) -> Player:
+        if not deployment.waiting.for_all:
+            return live(setup, remote, federation, costs, deployment.waiting)
+        synchronous = player_of(setup, engine, federation, costs)
+        return Patient(player=synchronous, setup=setup, engine=remote, federation=federation)
 
-    chosen = player_of if deployment.waiting.for_all else player
-    summary = play(setup, first_federation(setup), folder, remote, listener, chosen)
+    summary = play(setup, first_federation(setup), folder, remote, listener, player)
     write_json(folder / "wire.json", {"down": remote.bytes_down, "up": remote.bytes_up})
     remote.goodbye()
     return summary

@@ -20,6 +20,7 @@ from tesserafl.engines.federation import Federation, Held, Star, Traffic
 from tesserafl.engines.remote import Remote
 from tesserafl.engines.seam import Failed, Outcome
 from tesserafl.run.costs import CostTable
+from tesserafl.run.player import Player
 from tesserafl.run.rounds import (
     Notes,
     check_answered,
@@ -32,7 +33,7 @@ from tesserafl.run.rounds import (
 from tesserafl.run.setup import Setup
 
 _ALONE = 5.0
-"""Seconds between two looks for a device, where none is there."""
+"""Seconds between two looks, where no device can be asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,38 @@ class Waiting:
         """Whether a round waits until all have answered or failed."""
         plain = self.quorum == 1.0 and self.round_seconds is None
         return plain and self.over_selection == 0.0
+
+
+@dataclass(kw_only=True)
+class Patient:
+    """Plays synchronous rounds, each when a device is there that it asks.
+
+    Else a run whose devices are away for a minute would be over: nobody answers, in no time.
+    """
+
+    player: Player
+    setup: Setup
+    engine: Remote
+    federation: Federation
+
+    @property
+    def over(self) -> bool:
+        """Whether all rounds are done."""
+        return self.player.over
+
+    def play(self, coverage: Coverage) -> Notes:
+        """The next round."""
+        cohort = {client.id for client in self.setup.cohort(self.federation.round)}
+        self.engine.gather_any(cohort)
+        return self.player.play(coverage)
+
+    def held(self) -> Held:
+        """The player's."""
+        return self.player.held()
+
+    def restore(self, held: Held) -> None:
+        """Go on from a checkpoint."""
+        self.player.restore(held)
 
 
 @dataclass(kw_only=True)
@@ -110,7 +143,15 @@ class Live:
     def _until_enough(self, notes: Notes, traffic: dict[int, Traffic]) -> Iterator[Update]:
         """The updates that make the next model."""
         settings, wanted = self.waiting, self.setup.experiment.clients_per_round
-        cohort = self._pick(_up(wanted * (1 + settings.over_selection)))
+        most, late = _up(wanted * (1 + settings.over_selection)), False
+        while not (cohort := self._idle(most)) and not late:
+            # All that are there are late, so the round begins with the first that is not any more.
+            for outcome in self.engine.poll(_ALONE):
+                _, update = self._taken(outcome, notes, traffic)
+                if update is not None:
+                    late = True
+                    yield update
+        cohort = [client for client in cohort if client.id not in traffic]  # one answer of each
         needed = min(_up(settings.quorum * wanted), len(cohort))
         tasks = self.federation.tasks(cohort, training_of(self.setup, self.federation))
         until = self.engine.clock() + (settings.round_seconds or math.inf)
@@ -153,14 +194,11 @@ class Live:
         row["staleness"] = self.federation.round - task.round
         return own, outcome.update
 
-    def _pick(self, most: int) -> list[Client]:
-        """Devices that are there and idle, in the round's order; waits for the first."""
-        while True:
-            idle = self.engine.seated - self._working.keys()
-            order = self.setup.order(self.federation.round)
-            if picked := [self.setup.clients[n] for n in order if n in idle][:most]:
-                return picked
-            self.engine.gather(1, _ALONE)
+    def _idle(self, most: int) -> list[Client]:
+        """Devices that are there and do nothing, in the round's order."""
+        idle = self.engine.seated - self._working.keys()
+        order = self.setup.order(self.federation.round)
+        return [self.setup.clients[number] for number in order if number in idle][:most]
 
 
 def live(

@@ -26,14 +26,15 @@ from tesserafl.run.setup import Setup, evaluator_of
 def check_personal(setup: Setup) -> None:
     """Raise ConfigError if clients lack the examples that something is to be measured on."""
     experiment = setup.experiment
+    validated = any(len(c.validation) for c in setup.data.clients)
+    if setup.data.elsewhere:  # what devices keep of their data for that, the settings say
+        validated = experiment.data.validation > 0
     if experiment.finetune_epochs and not any(len(c.test) for c in setup.data.clients):
         raise ConfigError(
             "finetune_epochs is for the clients' own test examples, and they have none; set "
             "data.test, for instance to 0.2"
         )
-    if getattr(experiment.method, "validates", False) and not any(
-        len(c.validation) for c in setup.data.clients
-    ):
+    if getattr(experiment.method, "validates", False) and not validated:
         raise ConfigError(
             "the method goes by what clients reach on validation examples of their own, and they "
             "have none; set data.validation, for instance to 0.1, or method.schedule to another"

@@ -7,6 +7,7 @@ is killed goes on where it was.
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,6 +142,8 @@ class Resident:
         task, _ = task_of(*_read(letter_of(order.letter), spool))
         if task.client.id != order.client:
             raise TesseraError(f"the task is client {task.client.id}'s, the order {order.client}'s")
+        if self.local.client not in (None, order.client):
+            raise TesseraError(f"this device is client {self.local.client}, not {order.client}")
         memory = _recalled(order, spool)
         begun = time.perf_counter()
         with threads(holding.experiment.engine.threads):
@@ -170,8 +173,9 @@ class Resident:
 
     def _bye(self, order: Bye) -> Envelope:
         self.over = True
-        spool = self._spool(order.run)
-        spool.keep_only(())
+        if self._run == order.run:
+            self._run, self._holding = None, None
+        shutil.rmtree(self.folder / order.run, ignore_errors=True)
         return sealed(Missing(parcels=[]))
 
 

@@ -117,7 +117,7 @@ def play_round(
 
 def check_answered(round: int, notes: Notes) -> None:
     """Raise UpdateError if clients answered and all that they did was refused."""
-    refused = [note for note in notes.failures if note["reason"] not in ("offline", "expired")]
+    refused = [note for note in notes.failures if note["reason"] == "error"]
     if refused and not notes.clients:
         raise UpdateError(
             f"round {round}: the work of every client failed; the first: {refused[0]['text']}"

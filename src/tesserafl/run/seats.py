@@ -61,6 +61,9 @@ class Seats:
         client = self._asked(profile)
         if isinstance(client, str):
             return client
+        for other, profile_there in self.taken.items():
+            if profile_there.name == profile.name and other != client:
+                return f"the device {profile.name!r} is client {other} of this run"
         sitting = self.taken.get(client)
         if sitting is not None and sitting.name != profile.name:
             return (
@@ -74,6 +77,8 @@ class Seats:
                 f"data of before, or start a new run"
             )
         self.taken[client] = profile
+        if self.settled and sitting is None:  # who comes late has a seat after a restart too
+            self.save()
         return client
 
     def settle(self) -> dict[int, int]:

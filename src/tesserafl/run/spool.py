@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,10 +116,6 @@ class Spool:
             return unpack(path.read_bytes())[1]["memory"] if path.exists() else None
         except (MessageError, KeyError):  # damaged on the disk: as lost as if it were not there
             return None
-
-    def remove(self) -> None:
-        """Nothing is left."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _parcel(self, name: str) -> Path:
         return self.folder / "parcels" / name

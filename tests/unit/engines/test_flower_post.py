@@ -13,12 +13,12 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'tesser
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
 
 from tesserafl.core.errors import MessageError
+from tesserafl.engines.attendance import Undelivered
 from tesserafl.engines.flower import client
 from tesserafl.engines.flower import post as flower_post
 from tesserafl.engines.flower.post import FlowerPost
 from tesserafl.engines.flower.records import from_record, to_record
 from tesserafl.engines.orders import Envelope, Stranger, sealed
-from tesserafl.engines.remote import Undelivered
 
 NAME = "a" * 64
 ENVELOPE = Envelope(head=b'{"kind": "x"}', parcels={NAME: b"\x00\xff", "b" * 64: b""})
@@ -120,14 +120,15 @@ def test_a_message_goes_to_its_node_for_as_long_as_its_task():
     (message,) = grid.sent
     assert (message.dst_node_id, message.message_type, message.ttl) == (5, "train", 90.0)
     assert from_record(message.content).parcels[NAME] == b"\x00\xff"
-    with pytest.raises(MessageError, match="took no message for node 5"):
+    with pytest.raises(Undelivered, match="takes no message for node 5") as found:
         post(Grid(names=[None])).push(5, ENVELOPE, 90.0)
+    assert found.value.reason == "offline"
 
 
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        *[(1, "error"), (2, "error"), (3, "expired"), (4, "expired"), (5, "offline")],
+        *[(1, "crashed"), (2, "crashed"), (3, "expired"), (4, "expired"), (5, "offline")],
         *[(6, "error"), (7, "error"), (8, "crashed"), (99, "error")],
     ],
 )

@@ -126,6 +126,12 @@ def test_a_claim_beyond_the_parcels_is_refused_before_memory_is_taken():
     _refused(values, parcels, "claims")
 
 
+def test_a_shape_of_many_dimensions_is_refused_before_it_is_multiplied():
+    values, parcels = _letter()
+    values["entries"][0]["shape"] = [(1 << 47)] * 400
+    _refused(values, parcels, "a letter is wrong")
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

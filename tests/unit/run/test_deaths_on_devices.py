@@ -17,10 +17,11 @@ from devices_at_hand import PostAtHand, parts, prepare_once
 
 from tesserafl.core.messages import Memory, Task
 from tesserafl.data import DataSettings
+from tesserafl.engines.attendance import Undelivered
 from tesserafl.engines.compression import CompressionSettings
 from tesserafl.engines.local import InProcess
 from tesserafl.engines.orders import Envelope, Work, order_of
-from tesserafl.engines.remote import Remote, Undelivered
+from tesserafl.engines.remote import Remote
 from tesserafl.engines.seam import Failed, Outcome, Reason
 from tesserafl.methods import FedBRB
 from tesserafl.models import MLP

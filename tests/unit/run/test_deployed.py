@@ -10,9 +10,10 @@ from devices_at_hand import PostAtHand, parts, prepare_once
 
 from tesserafl.core.errors import CheckpointError, ConfigError, UpdateError
 from tesserafl.data import DataSettings
+from tesserafl.engines.attendance import Undelivered
 from tesserafl.engines.fleet import FleetSettings
 from tesserafl.engines.network import NetworkSettings
-from tesserafl.engines.remote import Remote, Undelivered
+from tesserafl.engines.remote import Remote
 from tesserafl.methods import FedAvg, FedBRB, FedRolex
 from tesserafl.models import MLP
 from tesserafl.run.deployed import Deployment, begin, serve_over
@@ -75,7 +76,7 @@ def test_parcels_that_a_device_has_are_not_sent_again(tmp_path):
     def loses_the_first_work(node, order):
         if order.kind == "work" and node not in lost:
             lost.append(node)
-            return Undelivered("crashed", "killed")
+            return Undelivered("error", "lost")
         return None
 
     residents = parts(tmp_path / "devices", ALL)
@@ -188,6 +189,59 @@ def test_devices_that_lost_their_disks_are_greeted_again(tmp_path):
     summary = serve_over(post, tmp_path / "served", listen)
     assert summary["state_sha256"] == here["state_sha256"]
     assert [kind for _, kind, _ in post.log].count("hello") == 8
+
+
+def test_a_round_waits_for_a_device_that_it_asks(tmp_path):
+    """Else a run whose devices are away for a moment would be over in one."""
+    post = PostAtHand(residents=parts(tmp_path / "devices", ALL))
+    looks, rounds = [], []
+
+    def nodes():
+        looks.append(1)
+        there = {node: resident.name for node, resident in post.residents.items()}
+        return {} if rounds and len(looks) < 40 else there
+
+    def listen(event):
+        if event["kind"] == "round":
+            rounds.append((event["answered"], len(looks)))
+
+    post.nodes = nodes
+    begin(_experiment(method=FedAvg()), Deployment(devices=4), tmp_path / "served")
+
+    def at_once(remote: Remote) -> None:
+        remote.clock, remote.pause = iter(range(10**6)).__next__, lambda _: None
+
+    serve_over(post, tmp_path / "served", listen, at_once)
+    assert len(looks) >= 40
+    assert all(answered for answered, _ in rounds), rounds
+
+
+def test_a_device_has_one_seat(tmp_path):
+    residents = parts(tmp_path / "devices", ALL)
+    post = PostAtHand(residents=residents)
+
+    def listen(event):  # the device of client 0 comes back as client 1, whose device is away
+        if event["kind"] == "round" and event["round"] == 1:
+            residents[100].local = replace(residents[100].local, client=1)
+            residents.pop(101)
+            post.away = {100}
+        elif event["kind"] == "round":
+            post.away = set()
+
+    def at_once(remote: Remote) -> None:
+        remote.clock, remote.pause = iter(range(10**6)).__next__, lambda _: None
+
+    begin(_experiment(method=FedAvg(), rounds=6), Deployment(devices=4), tmp_path / "served")
+    serve_over(post, tmp_path / "served", listen, at_once)
+    guests = (tmp_path / "served/guests.jsonl").read_text().splitlines()
+    assert json.loads(guests[-1]) == {
+        "device": "device-0",
+        "text": "the device 'device-0' is client 0 of this run",
+    }
+    lines = (tmp_path / "served/events.jsonl").read_text().splitlines()
+    last = [event for event in map(json.loads, lines) if event["kind"] == "round"][-1]
+    assert [row["client"] for row in last["clients"]] == [2, 3]
+    assert {f["client"]: f["reason"] for f in last["failures"]} == {0: "offline", 1: "offline"}
 
 
 def test_what_devices_cannot_run_is_refused_before_a_folder_is_made(tmp_path):

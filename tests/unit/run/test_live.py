@@ -9,8 +9,8 @@ from devices_at_hand import PostAtHand, parts, prepare_once
 
 from tesserafl.core.errors import ConfigError
 from tesserafl.data import DataSettings
+from tesserafl.engines.attendance import Undelivered
 from tesserafl.engines.orders import Work
-from tesserafl.engines.remote import Undelivered
 from tesserafl.methods import FedAvg, FedBRB
 from tesserafl.models import MLP
 from tesserafl.run.deployed import Deployment, begin, serve_over
@@ -122,6 +122,32 @@ def test_a_task_that_expires_frees_its_device_for_the_next(tmp_path):
     _, rounds = _served(tmp_path, _experiment(rounds=30), post, waiting, task_seconds=5.0)
     failed = [(f["client"], f["reason"]) for event in rounds for f in event["failures"]]
     assert failed.count((3, "expired")) >= 2  # asked again after the first
+
+
+def test_a_round_may_begin_with_an_answer_that_is_late(tmp_path):
+    """All devices are late: nobody can be asked before one of them has answered."""
+    post = Slow(residents=parts(tmp_path / "devices", [3]), away=set())
+    experiment = _experiment(
+        data=DataSettings(num_clients=4, max_train=120, max_test=50), clients_per_round=1
+    )
+    folder = tmp_path / "served"
+    waiting = Waiting(round_seconds=2.0)
+    begin(experiment, Deployment(devices=1, waiting=waiting), folder)
+    looks = iter(range(10**7))
+
+    def slow(remote):
+        def clock():
+            post.free = (now := next(looks) / 10) > 30.0
+            return now
+
+        remote.clock, remote.pause = clock, lambda seconds: None
+
+    summary = serve_over(post, folder, None, slow)
+    assert summary["rounds"] == 3
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    rounds = [event for event in map(json.loads, lines) if event["kind"] == "round"]
+    assert (3, 1) in _answered(rounds)[1] or (3, 1) in _answered(rounds)[2]
+    assert sum(map(len, _answered(rounds))) >= 2
 
 
 def test_more_are_asked_than_a_round_needs(tmp_path):

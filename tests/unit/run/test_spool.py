@@ -108,9 +108,3 @@ def test_a_damaged_memory_is_a_lost_one(spool):
     (path,) = (spool.folder / "memory").iterdir()
     path.write_bytes(path.read_bytes()[:-3])
     assert spool.recall(0) is None
-
-
-def test_nothing_is_left(spool, tmp_path):
-    spool.remember(None, 0, {})
-    spool.remove()
-    assert not list(tmp_path.iterdir())

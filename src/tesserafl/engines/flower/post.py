@@ -12,17 +12,18 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from tesserafl.core.errors import MessageError
+from tesserafl.engines.attendance import Undelivered
 from tesserafl.engines.flower.records import from_record, to_record
 from tesserafl.engines.orders import Envelope
-from tesserafl.engines.remote import Undelivered
 from tesserafl.engines.seam import Reason
 
 _log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
 
-_REASONS: dict[int, Reason] = {1: "error", 2: "error", 3: "expired", 4: "expired", 5: "offline"}
-_REASONS |= {6: "error", 7: "error", 8: "crashed"}
-"""Flower's error codes; all others are errors too."""
+_REASONS: dict[int, Reason] = {1: "crashed", 2: "crashed", 3: "expired", 4: "expired"}
+_REASONS |= {5: "offline", 8: "crashed"}
+"""Flower's error codes; all others are errors. A client app that raises (1, 2) found no resident:
+what a resident cannot do it says in its answer."""
 _TRIES = 8
 """Of one call of the grid; the pauses between them double from half a second, so a minute."""
 
@@ -45,7 +46,7 @@ class FlowerPost:
         message = Message(to_record(envelope), node, MessageType.TRAIN, ttl=seconds)
         (name,) = self._patiently(lambda: list(self.grid.push_messages([message])))
         if not name:
-            raise MessageError(f"Flower took no message for node {node}")
+            raise Undelivered("offline", f"Flower takes no message for node {node}: it has gone")
         return str(name)
 
     def pull(self, names: Collection[str]) -> list[tuple[str, Envelope | Undelivered]]:

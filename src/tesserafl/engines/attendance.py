@@ -1,0 +1,118 @@
+"""Which devices are there, and which client each of them is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tesserafl.core.errors import MessageError
+from tesserafl.engines.orders import Envelope, Hello, Profile, Refusal, reply_of, sealed
+from tesserafl.engines.seam import Reason
+
+_LOOK_EVERY = 1.0
+"""Seconds between two looks at who is there."""
+
+
+class Undelivered(Exception):
+    """A message could not be sent or had no reply, and why."""
+
+    def __init__(self, reason: Reason, text: str) -> None:
+        super().__init__(text)
+        self.reason: Reason = reason
+
+
+class Post(Protocol):
+    """Carries envelopes to nodes and their replies back."""
+
+    def nodes(self) -> Mapping[int, str]:
+        """Those that are connected now, and the names that vouch for them, if any do."""
+        ...
+
+    def push(self, node: int, envelope: Envelope, seconds: float) -> str:
+        """Send; the reply to the message of this name may come for so many seconds.
+
+        Raises:
+            Undelivered: the node has gone.
+        """
+        ...
+
+    def pull(self, names: Collection[str]) -> list[tuple[str, Envelope | Undelivered]]:
+        """The replies to these messages that have come by now."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Attendance:
+    """Greets devices that appear; a device that answers takes a seat, the number of a client."""
+
+    hello: Hello
+    seat: Callable[[str, Profile], int | str]
+    """Name that vouches for a node, its profile -> the client that the node is from now on, or why
+    it is none."""
+    present: Mapping[int, str] = field(default_factory=dict)
+    known: set[int] = field(default_factory=set)
+    """Nodes that were greeted since they came."""
+    refused: dict[int, str] = field(default_factory=dict)
+    """Node -> why it has no seat."""
+    greetings: dict[str, int] = field(default_factory=dict)
+    """Name of a Hello's message -> its node."""
+    nodes: dict[int, int] = field(default_factory=dict)
+    """Client -> its node, there or not."""
+    _looked: float = float("-inf")
+
+    @property
+    def seated(self) -> set[int]:
+        """The clients whose devices are there."""
+        return {client for client, node in self.nodes.items() if node in self.present}
+
+    def look(self, post: Post, now: float, seconds: float) -> None:
+        """Greet who has come; their answers may come for so many seconds."""
+        if now - self._looked < _LOOK_EVERY:
+            return
+        self._looked = now
+        self.present = post.nodes()
+        # Who comes back is greeted again: it may be another process.
+        self.known &= self.present.keys()
+        for node in sorted(self.present.keys() - self.known):
+            self.greet(post, node, seconds)
+
+    def greet(self, post: Post, node: int, seconds: float) -> int:
+        """Send a Hello; returns its bytes."""
+        envelope = sealed(self.hello)
+        try:
+            self.greetings[post.push(node, envelope, seconds)] = node
+        except Undelivered:  # gone since; greeted when it is there again
+            return 0
+        self.known.add(node)
+        return envelope.num_bytes
+
+    def answered(self, name: str, reply: Envelope | Undelivered) -> tuple[int | None, set[int]]:
+        """The client that took its seat by the answer to a Hello, and those that lost theirs."""
+        node = self.greetings.pop(name)
+        if isinstance(reply, Undelivered):
+            self.known.discard(node)  # greeted again when it is there
+            return None, set()
+        client = self._client_of(node, reply)
+        lost = {other for other, at in self.nodes.items() if at == node and other != client}
+        for other in lost:  # a node is one client, or none
+            del self.nodes[other]
+        if isinstance(client, str):
+            self.refused[node] = client
+            return None, lost
+        self.refused.pop(node, None)
+        self.nodes[client] = node
+        return client, lost
+
+    def renumber(self, numbers: Mapping[int, int]) -> None:
+        """Give the devices other clients' numbers: old -> new."""
+        self.nodes = {numbers[old]: node for old, node in self.nodes.items()}
+
+    def _client_of(self, node: int, reply: Envelope) -> int | str:
+        try:
+            profile = reply_of(reply)
+        except MessageError as error:
+            return str(error)
+        if isinstance(profile, Profile):
+            return self.seat(self.present.get(node, ""), profile)
+        return profile.text if isinstance(profile, Refusal) else f"it answered {profile.kind!r}"
