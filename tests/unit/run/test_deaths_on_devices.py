@@ -68,6 +68,8 @@ class Storm:
     """The calls at which the server is killed."""
     calls: int = 0
     died: list[str] = field(default_factory=list)
+    emptied: set[int] = field(default_factory=set)
+    """Clients whose disks were lost."""
     _asked: set[tuple[int, int]] = field(default_factory=set)
     """(round, node) whose fate was drawn."""
     _back: dict[int, int] = field(default_factory=dict)
@@ -133,6 +135,7 @@ class Storm:
             self.post.deliver(node, envelope)
         if how == "and its disk":
             shutil.rmtree(self.disks / f"device-{node - 100}")
+            self.emptied.add(node - 100)
         self.post.residents.update(parts(self.disks, [node - 100]))
         if how in ("before it began", "after the work"):
             return Undelivered("crashed", "it was killed")
@@ -224,6 +227,8 @@ def test_whoever_dies_only_does_not_take_part(tmp_path, monkeypatch, seed):
         for failure in event["failures"]
     }
     assert set(lost.values()) == {"offline", "crashed"} and len(lost) >= 5
+    # Nobody else forgot anything.
+    assert {client for _, client in forgot} <= storm.emptied < set(CLIENTS)
     # Every parameter keeps being trained, also after the third round.
     whole = checkpoint.latest(folder / "checkpoints").coverage
     assert summary["coverage"] == 1.0
