@@ -268,7 +268,7 @@ class Remote:
 
     def _deliver(self) -> None:
         """Look into the post."""
-        names = [*self._messages, *self._greetings]
+        names = [*self._greetings, *self._messages]
         for name, reply in self.post.pull(names) if names else ():
             if isinstance(reply, Envelope):
                 self.bytes_up += reply.num_bytes
