@@ -225,7 +225,7 @@ class Remote:
 
     def _deliver(self) -> None:
         """Look into the post."""
-        names = [*self._messages, *self._attendance.greetings]
+        names = [*self._attendance.greetings, *self._messages]
         for name, reply in self.post.pull(names) if names else ():
             if isinstance(reply, Envelope):
                 self.bytes_up += reply.num_bytes
