@@ -15,7 +15,6 @@ from tesserafl.engines.attendance import Undelivered
 from tesserafl.engines.orders import Envelope, Hello, Order, order_of
 from tesserafl.engines.remote import Remote
 from tesserafl.run import deployed, holding
-from tesserafl.run.deployed import Deployment, for_devices
 from tesserafl.run.experiment import Experiment, to_json
 from tesserafl.run.holding import Local
 from tesserafl.run.resident import Resident
@@ -105,7 +104,8 @@ def prepare_once(patch: pytest.MonkeyPatch) -> None:
 
 def remote_at_hand(setup: Setup, folder: Path) -> Remote:
     """The engine of an experiment whose devices, with their disks in `folder`, have joined."""
-    experiment = for_devices(setup.experiment, Deployment())
+    engine = replace(setup.experiment.engine, workers=1, batching="sequential")
+    experiment = replace(setup.experiment, engine=engine)
     clients = [client.id for client in setup.clients]
     seats = Seats(path=folder / "devices.json", number=len(clients), parts=True)
     remote = Remote(

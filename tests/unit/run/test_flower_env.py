@@ -24,6 +24,7 @@ def test_flowers_variables_are_ours_alone(tmp_path: Path, monkeypatch: pytest.Mo
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_TRACING_ENABLED": "0",
         "FLWR_LOG_LEVEL": "DEBUG",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
         "FLWR_HOME": str(tmp_path),
     }
     assert given["HTTPS_PROXY"] == "http://proxy:1"
