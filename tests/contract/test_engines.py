@@ -348,13 +348,7 @@ def alone(setup: Setup, tasks: Sequence[Task]) -> dict[int, Any]:
 # The same participants give the same bits.
 
 
-def test_a_run_gives_the_bits_of_one_process(started, files) -> None:
-    kind, setup, engine = started
-    same(played(setup, engine, kind), expected(MAIN, files))
-
-
 QUICK = {
-    ("ray", "fedfmsl"),
     *(("devices", method) for method in ("fedavg", "fedbrb", "fedfmsl", "hetlora")),
 }
 """Two workers import and load for five seconds each: one such start is enough in every check."""
@@ -386,6 +380,11 @@ def test_the_experiments_can_tell_engines_apart(files) -> None:
 
 
 # Capacity and groups.
+
+
+def test_a_run_gives_the_bits_of_one_process(started, files) -> None:
+    kind, setup, engine = started
+    same(played(setup, engine, kind), expected(MAIN, files))
 
 
 def test_every_task_of_a_full_engine_and_of_its_queue_is_answered_once(started) -> None:

@@ -47,6 +47,7 @@ def killed_after(rounds: int) -> Callable[[dict[str, object]], None]:
     return listener
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deltas", ["int8", pytest.param("topk", marks=pytest.mark.slow)])
 def test_workers_and_a_resume_change_no_bit(tmp_path: Path, deltas: str) -> None:
     one = start(small(deltas), tmp_path / "one")

@@ -107,6 +107,7 @@ clientapp = "echo:client"
 """
 
 
+@pytest.mark.slow
 def test_a_registered_device_joins_and_works_and_another_is_refused(
     files: ServerFiles, link: Link, tmp_path: Path
 ) -> None:

@@ -120,6 +120,7 @@ def same(one: Episode, other: Episode) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_rewards_add_up_to_what_was_gained_and_spent(fleet: FleetSettings) -> None:
     with job_of(experiment(fleet)) as (job, warm, policy):
         for price in (Price(joule=0.0), Price(joule=0.5), Price(joule=0.5, own=True)):
@@ -223,6 +224,7 @@ def test_learning_repeats_its_bits_and_what_was_learnt_decides_alike(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_hwamei_learns_too(tmp_path: Path, fleet: FleetSettings) -> None:
     method = Hwamei(first_steps=1, first_rounds=1, most_steps=4, most_rounds=3)
     asked = experiment(fleet, method, clock=ClockSettings(horizon_seconds=90.0), rounds=3)
@@ -277,6 +279,7 @@ def test_what_cannot_be_learnt_is_refused_and_leaves_no_folder(
             LearnSettings(**values)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_command_learns_what_a_run_takes(
     tmp_path: Path, fleet: FleetSettings, capsys: pytest.CaptureFixture[str]
 ) -> None:
