@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel
+
 from tesserafl.core.errors import MessageError
 from tesserafl.core.messages import Task
 from tesserafl.core.wire import update_of
@@ -49,7 +51,7 @@ class Step:
     send: Sequence[Envelope] = ()
     greet: bool = False
     """The device does not know the run: greet it, and begin again when it has answered."""
-    result: Done | Judged | None = None
+    result: Done | BaseModel | None = None
     """The errand is over."""
 
 

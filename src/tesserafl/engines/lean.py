@@ -161,7 +161,7 @@ def _count(
 def store_of(shares: Shares, peer: int, state: State) -> Tensor:
     """A peer's part of a whole state."""
     flat = torch.cat([tensor.reshape(-1) for tensor in state.params.values()])
-    return flat[torch.from_numpy(shares.keeps[peer])].clone()
+    return flat[torch.from_numpy(shares.kept(peer))]
 
 
 def lean(

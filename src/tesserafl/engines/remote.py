@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from pydantic import BaseModel
 
 from tesserafl.core.errors import TesseraError
 from tesserafl.core.messages import Memory, Task
@@ -31,7 +32,8 @@ from tesserafl.engines.orders import (
     sealed,
 )
 from tesserafl.engines.parcels import Outgoing
-from tesserafl.engines.seam import Failed, Outcome, Reason
+from tesserafl.engines.questions import Question
+from tesserafl.engines.seam import Done, Failed, Outcome, Reason
 
 _log = logging.getLogger(__name__)
 
@@ -69,12 +71,13 @@ class Remote:
     bytes_down: int = 0
     """On the wire, with heads and letters."""
     bytes_up: int = 0
-    _errands: dict[int, Errand] = field(default_factory=dict)
+    _errands: dict[int, Errand | Question] = field(default_factory=dict)
     _until: dict[int, float] = field(default_factory=dict)
     """Client -> when its errand expires."""
     _messages: dict[str, int] = field(default_factory=dict)
     """Name of an errand's message -> its client."""
-    _judged: dict[int, Judged] = field(default_factory=dict)
+    _said: dict[int, BaseModel] = field(default_factory=dict)
+    """Client -> what it said, if it was not asked for a task."""
     _ended: deque[Outcome] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
@@ -141,12 +144,27 @@ class Remote:
         `parts` are the global state's. Who is not there or cannot do it is left out.
         """
         self._look()
-        self._judged = {}
+        self._said = {}
         for client in sorted(self.seated):
             self._begin(client, None, parts)
         self._wait(lambda: not self._errands)
         self._ended.clear()
-        return {client: self._judged[client] for client in sorted(self._judged)}
+        said = sorted(self._said.items())
+        return {client: reply for client, reply in said if isinstance(reply, Judged)}
+
+    def ask(self, questions: Mapping[int, Question]) -> dict[int, BaseModel | Failed]:
+        """Ask clients something else than their tasks, all at once; waits for what they say."""
+        self._look()
+        self._said = {}
+        for client, question in questions.items():
+            if client in self.seated:
+                self._start(client, question)
+            else:
+                self._fail(client, "offline", f"no device of client {client} is connected")
+        self._wait(lambda: not self._errands)
+        failed = {outcome.client: outcome for outcome in self._ended if isinstance(outcome, Failed)}
+        self._ended.clear()
+        return {**failed, **self._said}
 
     def close(self) -> None:
         """Nothing to release: devices wait for a server that goes on, or for `goodbye`."""
@@ -198,6 +216,9 @@ class Remote:
             outgoing=Outgoing(parts=parts, most_bytes=self.most_bytes),
             remembers=self.heard.get(client),
         )
+        self._start(client, errand)
+
+    def _start(self, client: int, errand: Errand | Question) -> None:
         self._forget(client)
         self._errands[client], self._until[client] = errand, self.clock() + self.seconds
         self._go_on(client, errand.begin())
@@ -215,13 +236,13 @@ class Remote:
         if step.greet:
             self.bytes_down += self._attendance.greet(self.post, node, self.seconds)
         if step.result is not None:
-            errand = self._errands.pop(client)
+            self._errands.pop(client)
             self._forget(client)
-            if isinstance(step.result, Judged):
-                self._judged[client] = step.result
-            elif errand.task is not None:
-                self.heard[client] = errand.task.round
+            if isinstance(step.result, Done):
+                self.heard[client] = step.result.update.round
                 self._ended.append(step.result)
+            elif isinstance(step.result, BaseModel):
+                self._said[client] = step.result
 
     def _deliver(self) -> None:
         """Look into the post."""

@@ -130,7 +130,8 @@ class Shares:
         """What a peer hands another, out of its own store and what it trained."""
         found = np.searchsorted(self.kept(origin), self._lent(after, origin, receiver))
         _, _, there = _both(after.kept(receiver), change.where)
-        return Handed(store[torch.from_numpy(found)], change.delta[torch.from_numpy(there)])
+        trained = change.delta[torch.from_numpy(there)].to(store.dtype)
+        return Handed(store[torch.from_numpy(found)], trained)
 
     def fuse(
         self,

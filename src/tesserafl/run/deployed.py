@@ -21,7 +21,8 @@ from tesserafl.engines.orders import Hello
 from tesserafl.engines.parcels import MOST_BYTES
 from tesserafl.engines.remote import Remote
 from tesserafl.engines.seam import Engine
-from tesserafl.run.begin import first_federation
+from tesserafl.run.begin import first_federation, first_peers
+from tesserafl.run.carrying import carry
 from tesserafl.run.children import die_with_parent
 from tesserafl.run.costs import CostTable
 from tesserafl.run.experiment import Experiment, from_json, to_json, with_absolute_paths
@@ -89,7 +90,10 @@ def begin(experiment: Experiment, deployment: Deployment, folder: Path) -> None:
         )
     experiment = for_devices(with_absolute_paths(experiment), deployment)
     setup = prepare(experiment)
-    first_federation(setup)
+    if topology_of(experiment) == "peers":
+        first_peers(setup)
+    else:
+        first_federation(setup)
     if not deployment.own_data and deployment.devices > len(setup.clients):
         raise ConfigError(
             f"the first round would wait for {deployment.devices} devices, but data.num_clients "
@@ -124,11 +128,13 @@ def for_devices(experiment: Experiment, deployment: Deployment) -> Experiment:
         raise ConfigError(
             "fleet.* describes simulated devices; leave it away where real ones do the work"
         )
-    if topology_of(experiment) != "star":
+    if topology_of(experiment) == "tree":
         raise ConfigError(
-            f"network.topology {topology_of(experiment)!r} is simulated: over Flower devices have "
-            f"one server, which would do their sums; set network.topology to 'star'"
+            "network.topology 'tree' is simulated: over Flower devices have one server, which "
+            "would do their sums; set network.topology to 'star'"
         )
+    if topology_of(experiment) == "peers":
+        _check_peers(experiment, deployment)
     if experiment.finetune_epochs:
         raise ConfigError(
             "finetune_epochs tests models where clients' data is, and the server has none of it; "
@@ -142,6 +148,20 @@ def for_devices(experiment: Experiment, deployment: Deployment) -> Experiment:
     # A late answer may come rounds after its task: what it began with is kept for one checkpoint.
     every = experiment.checkpoint_every if deployment.waiting.for_all else 1
     return replace(experiment, engine=engine, data=data, checkpoint_every=every)
+
+
+def _check_peers(experiment: Experiment, deployment: Deployment) -> None:
+    network = experiment.network
+    if network.loss or network.delay or network.failure:
+        raise ConfigError(
+            f"network.loss, delay and failure are simulated, and peers on devices have real links; "
+            f"set them to 0 (they are {network.loss}, {network.delay} and {network.failure})"
+        )
+    if not deployment.waiting.for_all:
+        raise ConfigError(
+            "waiting.* is for a server that sums; peers wait task_seconds for each other: leave "
+            "it away"
+        )
 
 
 def serve_over(
@@ -187,6 +207,12 @@ def serve_over(
     remote.renumber(seats.settle())
     if deployment.own_data:
         setup = _with_devices(setup, seats)
+
+    if topology_of(experiment) == "peers":
+        summary = carry(setup, remote, folder, listener)
+        write_json(folder / "wire.json", {"down": remote.bytes_down, "up": remote.bytes_up})
+        remote.goodbye()
+        return summary
 
     def player(setup: Setup, engine: Engine, federation: Federation, costs: CostTable) -> Player:
         if not deployment.waiting.for_all:

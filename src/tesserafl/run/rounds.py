@@ -126,8 +126,13 @@ def check_answered(round: int, notes: Notes) -> None:
 
 def training_of(setup: Setup, federation: Federation) -> Training:
     """How clients train in the next round."""
+    return training_at(setup, federation.round, federation.rounds)
+
+
+def training_at(setup: Setup, round: int, rounds: int) -> Training:
+    """How clients train in a round, of so many."""
     training = setup.experiment.training
-    return replace(training, lr=training.lr_at(federation.round, federation.rounds))
+    return replace(training, lr=training.lr_at(round, rounds))
 
 
 def fold(
