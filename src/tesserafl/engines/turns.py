@@ -67,13 +67,22 @@ class Addressed(Strict):
     letter: dict[str, Any]
 
 
+class Lapse(Strict):
+    """Why a peer that was asked to train has not."""
+
+    reason: Literal["offline", "error"]
+    text: Annotated[str, Field(max_length=10_000)]
+
+
 class Turned(Strict):
     """A peer's part of a round; parcels of its letters come with it, or must be fetched."""
 
     kind: Literal["turned"] = "turned"
     round: Natural
     row: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None
-    """What is noted of its training; None: it did not train."""
+    """What is noted of its training; None: it did not train, or not well."""
+    lapse: Lapse | None = None
+    """Why not, if it was asked."""
     part: dict[str, Any] | None
     """Of the model, the sub-model that it trained."""
     letters: list[Addressed]

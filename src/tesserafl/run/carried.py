@@ -32,7 +32,7 @@ from tesserafl.engines.parcels import letter_of
 from tesserafl.engines.questions import Question
 from tesserafl.engines.remote import Remote
 from tesserafl.engines.seam import Failed
-from tesserafl.engines.turns import Examine, Examined, Fold, Place, Standing, Turn, Turned
+from tesserafl.engines.turns import Examine, Examined, Fold, Lapse, Place, Standing, Turn, Turned
 from tesserafl.run.mailbag import Mailbag, Turns, parcels_of
 from tesserafl.run.rounds import Notes, check_answered, failure
 from tesserafl.run.setup import Setup
@@ -80,13 +80,15 @@ class Carrier:
 
         `keep`: they write it to their disks.
         """
-        there = sorted(c for c in self.remote.seated if self.stands.get(c) == rounds)
+        self._bring([c for c in self.remote.seated if c in self.stands], rounds)
         found: dict[int, Examined] = {}
-        for client in there:
+        for client in sorted(self.remote.seated):
             order = Examine(run=self._run, client=client, roster=self._roster, keep=keep)
             reply = self._ask({client: self._question(client, order)})[client]
-            if isinstance(reply, Examined) and reply.round == rounds:
-                found[client] = reply
+            if isinstance(reply, Examined):
+                self.stands[client] = reply.round
+                if reply.round == rounds:
+                    found[client] = reply
             if found and not all_of_them:
                 break
         return found
@@ -138,8 +140,12 @@ class Carrier:
         }:
             if self._waits:
                 left = self.remote.gather_any(left)
-            questions = {c: self._fold(c, self.stands.get(c, target - 1)) for c in sorted(left)}
+            ends = {c: self.stands.get(c, target - 1) for c in sorted(left)}
+            questions = {client: self._fold(client, round) for client, round in ends.items()}
             for client, reply in self._ask(questions).items():
+                if isinstance(reply, Standing) and reply.round == ends[client]:
+                    text = f"peer {client} does not end round {reply.round}"
+                    reply = Failed(client=client, reason="error", text=text)
                 if (lost := self._heard(client, reply, target)) is not None:
                     failed[client] = lost
         return failed
@@ -173,8 +179,6 @@ class Carrier:
             text += "is older than the run"
         elif round < most and self.bag.turns(round) is None:
             text = f"stands at round {round}, whose letters are gone: it has lost what it held"
-        elif round < most and round <= self.stands.get(client, -1):
-            text = f"does not end round {round}"
         if text:
             return Failed(client=client, reason="error", text=f"peer {client} {text}")
         return Standing(round=round)
@@ -233,8 +237,9 @@ class Carrier:
                 letter_of(addressed.letter)
             if turned.part is not None:
                 _part_of(turned.part, self.shapes)
-        except TesseraError:
-            return turned.model_copy(update={"row": None, "part": None})
+        except TesseraError as error:
+            lapse = Lapse(reason="error", text=str(error)[:10_000])
+            return turned.model_copy(update={"row": None, "part": None, "lapse": lapse})
         return turned
 
     def _noted(self, turns: Turns, coverage: Coverage) -> Notes:
@@ -246,6 +251,9 @@ class Carrier:
                 traffic[origin][0] += size
                 for receiver in {*addressed.receivers} & traffic.keys():
                     traffic[receiver][1] += size
+            if turned.lapse is not None:
+                lapse = turned.lapse
+                notes.failures.append(failure(origin, lapse.reason, lapse.text))
         for client in turns.answered:
             turned = turns.found[client]
             assert turned.row is not None, "it has answered"

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from tesserafl.core.errors import ConfigError, MessageError
+from tesserafl.core.answers import check_update
+from tesserafl.core.errors import ConfigError, MessageError, TesseraError
 from tesserafl.core.fit import Training
-from tesserafl.core.messages import Client, Memory, Update
+from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.metrics import Metrics
 from tesserafl.core.params import num_entries, sha256
 from tesserafl.core.wire import Parts, decode_update, encode_update, update_parts
@@ -28,9 +29,9 @@ from tesserafl.engines.peer import CopyPeer
 from tesserafl.engines.process import threads
 from tesserafl.engines.replicas import Replicas
 from tesserafl.engines.seam import Done
-from tesserafl.engines.turns import Addressed, Examined, Fold, Passed, Place, Turned
+from tesserafl.engines.turns import Addressed, Examined, Fold, Lapse, Passed, Place, Turned
 from tesserafl.run import checkpoint as checkpoints
-from tesserafl.run.begin import first_peers
+from tesserafl.run.begin import first_peers, shapes_of
 from tesserafl.run.checkpoint import Checkpoint
 from tesserafl.run.costs import CostTable
 from tesserafl.run.export import export_model
@@ -117,22 +118,21 @@ class PeerDevice:
 
     def _turn(self, round: int, most_bytes: int) -> None:
         cohort, training = self._asked(round)
-        me = self.setup.clients[self.client]
-        task = self.peer.task(cohort, training) if self.setup.answers(round, me) else None
-        update, memory, row = None, self.memory, None
-        if task is not None:
-            begun = time.perf_counter()
-            with threads(self.setup.experiment.engine.threads):
-                update, memory = self.holding.worker.work(task, dict(self.memory))
-            done = Done(client=self.client, update=update, seconds=time.perf_counter() - begun)
-            notes = Notes()
-            note_answer(task, done, self.costs, notes)
-            row = {name: float(value) for name, value in notes.clients[0].items()}
+        update, memory, row, lapse = None, self.memory, None, None
+        task = self.peer.task(cohort, training)
+        if task is not None and not self.setup.answers(round, task.client):
+            lapse = Lapse(reason="offline", text="did not answer")
+        elif task is not None:
+            try:
+                update, memory, row = self._train(task)
+            except TesseraError as error:
+                lapse = Lapse(reason="error", text=str(error)[:10_000])
         letters = self.peer.letters(update, cohort, training)
         outgoing = [Outgoing(parts=parts, most_bytes=most_bytes) for _, parts in letters]
         turned = Turned(
             round=round,
             row=row,
+            lapse=lapse,
             part=None if update is None else _hollow(update)[0],
             letters=[
                 Addressed(receivers=receivers, letter=out.letter.model_dump())
@@ -147,6 +147,20 @@ class PeerDevice:
         if update is not None:
             write_atomic(path, encode_update(update, memory))
         self.spool.write_letters(_digest(round), outgoing, {"turned": turned.model_dump()})
+
+    def _train(self, task: Task) -> tuple[Update, Memory, dict[str, float]]:
+        """What it trained, if others can believe it; what it remembers; what is noted of it."""
+        begun = time.perf_counter()
+        with threads(self.setup.experiment.engine.threads):
+            update, memory = self.holding.worker.work(task, dict(self.memory))
+        shapes = shapes_of(self.setup.model)
+        # Others look at it as well: what they leave out it must leave out too.
+        check_update(task, update, shapes, self.setup.model)
+        done = Done(client=self.client, update=update, seconds=time.perf_counter() - begun)
+        notes = Notes()
+        note_answer(task, done, self.costs, notes)
+        row = {name: float(value) for name, value in notes.clients[0].items()}
+        return update, memory, row
 
     def _own(self, round: int) -> tuple[Update | None, Memory]:
         path = self.spool.folder / "turn" / f"{round}.safetensors"
