@@ -44,6 +44,18 @@ class ServeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AssembleOptions:
+    """Put together a model of which every peer of a lean run kept a part."""
+
+    parts: tyro.conf.Positional[tuple[Path, ...]]
+    """the folders that the peers wrote when the run was over (model-... in what they keep)"""
+    out: Path = Path("model")
+    """where the model is written"""
+    json: bool = False
+    """print what it is as one JSON object"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class JoinOptions:
     """Be a device of a run that `tessera serve` serves."""
 

@@ -103,6 +103,27 @@ def test_four_devices_through_nginx_give_the_bits_of_tessera_run(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("exchange", ["lean", "all_gather"])
+def test_peers_whose_letters_the_server_carries(tmp_path: Path, exchange: str) -> None:
+    """MSfusion: no server sums, and of lean peers nobody holds the model."""
+    method = {"name": "msfusion", "ratio": [0.5]}
+    network = {"topology": "peers", "exchange": exchange}
+    experiment = digits(4, method=method, network=network, client_memory_mib=[])
+    wanted = start(experiment, tmp_path / "here")
+    found = served(tmp_path, experiment, parts(4), "--no-through-proxy")
+    folders = [str(p.parent) for p in (tmp_path / "keys").glob("devices/*/state/model-*/*.json")]
+    assert len(folders) == 4
+    if exchange == "all_gather":
+        assert found["state_sha256"] == wanted["state_sha256"]
+        assert found["accuracy"] == wanted["accuracy"]
+        return
+    with site(tmp_path) as here:
+        told = json.loads(here.tell("assemble", *folders, "--out", "whole", "--json"))
+    assert told["state_sha256"] == wanted["state_sha256"]
+    assert (tmp_path / "whole/model.safetensors").exists()
+
+
+@pytest.mark.slow
 def test_experts_that_stay_on_devices_are_measured_there(tmp_path: Path) -> None:
     """FedFMSL: an expert of its own stays on each device, and so do the examples of its test."""
     pytest.importorskip("peft")
