@@ -12,6 +12,8 @@ from tesserafl.engines.seam import Reason
 
 _LOOK_EVERY = 1.0
 """Seconds between two looks at who is there."""
+_MOST_PROFILE_BYTES = 1 << 17
+"""Of what a device answers to a Hello."""
 
 
 class Undelivered(Exception):
@@ -20,6 +22,10 @@ class Undelivered(Exception):
     def __init__(self, reason: Reason, text: str) -> None:
         super().__init__(text)
         self.reason: Reason = reason
+
+
+class Disowned(Exception):
+    """The post carries nothing for this process any more."""
 
 
 class Post(Protocol):
@@ -110,7 +116,7 @@ class Attendance:
 
     def _client_of(self, node: int, reply: Envelope) -> int | str:
         try:
-            profile = reply_of(reply)
+            profile = reply_of(reply, _MOST_PROFILE_BYTES)
         except MessageError as error:
             return str(error)
         if isinstance(profile, Profile):

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from tesserafl.core.errors import CheckpointError, ConfigError, TesseraError
 from tesserafl.core.messages import Client
 from tesserafl.data import ClientData
-from tesserafl.engines.attendance import Post
+from tesserafl.engines.attendance import Disowned, Post
 from tesserafl.engines.federation import Federation
 from tesserafl.engines.orders import Hello
 from tesserafl.engines.parcels import MOST_BYTES
@@ -104,6 +104,11 @@ def begin(experiment: Experiment, deployment: Deployment, folder: Path) -> None:
 def is_deployed(folder: Path) -> bool:
     """Whether a run folder is of a run on devices."""
     return (folder / "deployment.json").exists()
+
+
+def message_bytes_of(folder: Path) -> int:
+    """Bytes of tensors in one message of a run, at most."""
+    return _deployed(folder).deployment.message_bytes
 
 
 def _deployed(folder: Path) -> _Deployed:
@@ -203,14 +208,23 @@ def serve_over(
 def serve_noted(post: Post, folder: Path) -> None:
     """`serve_over` for a process whose errors nobody sees: they are written into the folder.
 
-    It ends with the process that started it: a run that nobody serves would keep the folder.
+    It ends with the process that started it: a run that nobody serves would keep the folder. Of a
+    process that Flower ends or disowns nothing is written: whoever serves may begin it again.
     """
     die_with_parent(signal.SIGKILL)
     write_json(folder / AT_WORK, {"process": os.getpid()})
     try:
         serve_over(post, folder)
-    except TesseraError as error:
-        write_json(folder / "error.json", {"text": str(error)})
+    except Disowned:
+        raise
+    except Exception as error:
+        text = str(error)
+        if not isinstance(error, TesseraError):
+            text = (
+                f"the run's process failed: {error!r:.2000}; {folder}/flower/superlink.log has "
+                f"more\nTo go on: tessera resume {folder}"
+            )
+        write_json(folder / "error.json", {"text": text})
         raise
     finally:  # also after the devices heard that the run is over
         (folder / AT_WORK).unlink(missing_ok=True)
