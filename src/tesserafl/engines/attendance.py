@@ -110,9 +110,21 @@ class Attendance:
         self.nodes[client] = node
         return client, lost
 
-    def renumber(self, numbers: Mapping[int, int]) -> None:
-        """Give the devices other clients' numbers: old -> new."""
-        self.nodes = {numbers[old]: node for old, node in self.nodes.items()}
+    def renumber(self, numbers: Mapping[int, int | str]) -> list[int]:
+        """Give the devices other clients' numbers: old -> new, or why it has none any more.
+
+        Returns the nodes that have none.
+        """
+        before, self.nodes = self.nodes, {}
+        gone = []
+        for old, node in before.items():
+            new = numbers[old]
+            if isinstance(new, str):
+                self.refused[node] = new
+                gone.append(node)
+            else:
+                self.nodes[new] = node
+        return gone
 
     def _client_of(self, node: int, reply: Envelope) -> int | str:
         try:

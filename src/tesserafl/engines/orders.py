@@ -101,6 +101,8 @@ class Bye(_Strict):
 
     kind: Literal["bye"] = "bye"
     run: _RunId
+    text: Annotated[str, Field(max_length=10_000)] = ""
+    """Why the device has no seat in it; "": it is over for all."""
 
 
 class Profile(_Strict):

@@ -13,7 +13,6 @@ from uuid import uuid4
 from pydantic import TypeAdapter, ValidationError
 
 from tesserafl.core.errors import CheckpointError, ConfigError, TesseraError
-from tesserafl.core.messages import Client
 from tesserafl.data import ClientData
 from tesserafl.engines.attendance import Disowned, Post
 from tesserafl.engines.federation import Federation
@@ -29,14 +28,13 @@ from tesserafl.run.federate import topology_of
 from tesserafl.run.files import read_json, write_json
 from tesserafl.run.live import Patient, Waiting, live
 from tesserafl.run.player import Player, player_of
+from tesserafl.run.room import Room, client_of
 from tesserafl.run.runner import Listener, play
 from tesserafl.run.seats import Seats
 from tesserafl.run.setup import Setup, prepare, with_depths
 
 AT_WORK = "server-app.json"
 """A file of the run folder that is there as long as a process plays the run over Flower."""
-
-_MIB = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +169,9 @@ def serve_over(
     number = deployment.devices if deployment.own_data else len(setup.clients)
     path = folder / "devices.json"
     seats = Seats(path=path, number=number, parts=not deployment.own_data)
+    if deployment.own_data:
+        room = Room(setup=setup)
+        seats.lacks, seats.deals = room.lacks, room.deals
     if seats.settled and deployment.own_data:
         number = len(seats.taken)
     hello = Hello(
@@ -188,7 +189,7 @@ def serve_over(
     )
     watch(remote)
     full = number if seats.settled and deployment.own_data else deployment.devices
-    remote.gather(full, deployment.wait_seconds)
+    remote.gather(full, deployment.wait_seconds, lambda: len(seats.short))
     remote.renumber(seats.settle())
     if deployment.own_data:
         setup = _with_devices(setup, seats)
@@ -232,14 +233,7 @@ def serve_noted(post: Post, folder: Path) -> None:
 
 def _with_devices(setup: Setup, seats: Seats) -> Setup:
     """The setup, whose clients are the devices that have a seat."""
-    clients = tuple(
-        Client(
-            id=client,
-            num_examples=profile.num_examples,
-            memory_bytes=None if profile.memory_mib is None else int(profile.memory_mib * _MIB),
-        )
-        for client, profile in sorted(seats.taken.items())
-    )
+    clients = tuple(client_of(client, profile) for client, profile in sorted(seats.taken.items()))
     asked = min(setup.experiment.clients_per_round, len(clients))
     # Of a client's examples the server needs the shape alone, to count costs with.
     stand_in = setup.data.clients[0]

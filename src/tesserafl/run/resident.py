@@ -172,7 +172,9 @@ class Resident:
         return sealed(Judged(accuracy=accuracy, share=share))
 
     def _bye(self, order: Bye) -> Envelope:
-        self.over = True
+        if order.text:
+            _log.warning("the server has no seat for this device: %s", order.text)
+        self.over = not order.text
         if self._run == order.run:
             self._run, self._holding = None, None
         shutil.rmtree(self.folder / order.run, ignore_errors=True)

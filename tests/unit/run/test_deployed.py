@@ -225,7 +225,7 @@ def test_a_device_has_one_seat(tmp_path):
         (ConfigError("no device has joined"), "no device has joined"),
         (
             RuntimeError("a fault"),
-            "process failed: RuntimeError('a fault').*To go on: tessera resume",
+            r"process failed: RuntimeError\('a fault'\).*To go on: tessera resume",
         ),
         (Disowned("by Flower"), None),
         (SystemExit(1), None),
