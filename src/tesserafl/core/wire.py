@@ -18,7 +18,7 @@ from tesserafl.core.answers import check_part, most_header_bytes
 from tesserafl.core.buffers import pack as pack
 from tesserafl.core.buffers import shown
 from tesserafl.core.buffers import unpack as unpack
-from tesserafl.core.coding import Coded, Coding, decoded
+from tesserafl.core.coding import Coding, coded_groups, decoded
 from tesserafl.core.errors import ConfigError, MessageError
 from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Memory, Task, Update, Wanted
@@ -60,6 +60,11 @@ class _Wanted(_Strict):
     exact: bool = False
 
 
+class _Coded(_Strict):
+    coding: Coding
+    names: list[str]
+
+
 class _Task(_Strict):
     round: _Natural
     client: _Client
@@ -68,11 +73,7 @@ class _Task(_Strict):
     trainable: list[str] | None = None
     options: dict[str, Any]
     wanted: _Wanted = _Wanted()
-
-
-class _Coded(_Strict):
-    coding: Coding
-    names: list[str]
+    coded: _Coded | None = None
 
 
 class _Update(_Strict):
@@ -96,7 +97,7 @@ def encode_task(task: Task, memory: Memory) -> bytes:
 
 def task_parts(task: Task, memory: Memory) -> Parts:
     """What `encode_task` packs."""
-    header = {
+    header: dict[str, Any] = {
         "round": task.round,
         "client": asdict(task.client),
         "submodel": _submodel_to_json(task.submodel),
@@ -111,7 +112,8 @@ def task_parts(task: Task, memory: Memory) -> Parts:
             "exact": task.wanted.exact,
         },
     }
-    return header, {"params": task.params, "extra": dict(task.extra), "memory": memory}
+    groups = {"params": task.params, "extra": dict(task.extra), "memory": memory}
+    return header, groups | coded_groups(task.params, "params", header)
 
 
 def decode_task(data: bytes) -> tuple[Task, Memory]:
@@ -126,11 +128,12 @@ def task_of(body: dict[str, Any], groups: dict[str, Params]) -> tuple[Task, Memo
         training = Training(**header.training)
     except (TypeError, ConfigError) as error:
         raise MessageError(f"a task's training settings are wrong: {error}") from error
+    submodel = _submodel_from_json(header.submodel)
     task = Task(
         round=header.round,
         client=Client(**header.client.model_dump()),
-        submodel=_submodel_from_json(header.submodel),
-        params=_group(groups, "params"),
+        submodel=submodel,
+        params=_decoded(header.coded, groups, "params", submodel),
         training=training,
         trainable=None if header.trainable is None else frozenset(header.trainable),
         extra=_group(groups, "extra"),
@@ -155,12 +158,8 @@ def update_parts(update: Update, memory: Memory) -> Parts:
         "num_steps": update.num_steps,
         "metrics": dict(update.metrics),
     }
-    delta = update.delta
-    groups = {"delta": delta, "extra": dict(update.extra), "memory": memory}
-    if isinstance(delta, Coded):
-        header["coded"] = {"coding": delta.coding, "names": sorted(delta.coded)}
-        groups |= {"delta": delta.main, "codes": delta.codes}
-    return header, groups
+    groups = {"delta": update.delta, "extra": dict(update.extra), "memory": memory}
+    return header, groups | coded_groups(update.delta, "delta", header)
 
 
 def decode_update(data: bytes, task: Task | None = None) -> tuple[Update, Memory]:
@@ -197,25 +196,32 @@ def update_of(
             f"an update holds tensors of the group {shown(min(groups.keys() - allowed))}; allowed "
             f"are {', '.join(sorted(allowed))}"
         )
-    submodel, delta = _submodel_from_json(header.submodel), _group(groups, "delta")
+    submodel = _submodel_from_json(header.submodel)
     if header.coded is not None:
         if task is None:
             raise MessageError("coded deltas can be read beside their task only")
         check_part(task, submodel)  # before anything is made that is as large as it claims to be
-        shapes = {name: view.shape for name, view in submodel.views.items()}
-        names = frozenset(header.coded.names)
-        delta = decoded(header.coded.coding, delta, _group(groups, "codes"), names, shapes)
     update = Update(
         round=header.round,
         client=header.client,
         submodel=submodel,
-        delta=delta,
+        delta=_decoded(header.coded, groups, "delta", submodel),
         num_examples=header.num_examples,
         num_steps=header.num_steps,
         metrics=header.metrics,
         extra=_group(groups, "extra"),
     )
     return update, _group(groups, "memory")
+
+
+def _decoded(
+    how: _Coded | None, groups: Mapping[str, Params], group: str, submodel: SubModel
+) -> Params:
+    main = _group(groups, group)
+    if how is None:
+        return main
+    shapes = {name: view.shape for name, view in submodel.views.items()}
+    return decoded(how.coding, main, _group(groups, "codes"), frozenset(how.names), shapes)
 
 
 _Header = TypeVar("_Header", bound=BaseModel)

@@ -12,6 +12,8 @@ from tesserafl.engines.seam import Reason
 
 _LOOK_EVERY = 1.0
 """Seconds between two looks at who is there."""
+_MOST_PROFILE_BYTES = 1 << 17
+"""Of what a device answers to a Hello."""
 
 
 class Undelivered(Exception):
@@ -20,6 +22,10 @@ class Undelivered(Exception):
     def __init__(self, reason: Reason, text: str) -> None:
         super().__init__(text)
         self.reason: Reason = reason
+
+
+class Disowned(Exception):
+    """The post carries nothing for this process any more."""
 
 
 class Post(Protocol):
@@ -104,13 +110,25 @@ class Attendance:
         self.nodes[client] = node
         return client, lost
 
-    def renumber(self, numbers: Mapping[int, int]) -> None:
-        """Give the devices other clients' numbers: old -> new."""
-        self.nodes = {numbers[old]: node for old, node in self.nodes.items()}
+    def renumber(self, numbers: Mapping[int, int | str]) -> list[int]:
+        """Give the devices other clients' numbers: old -> new, or why it has none any more.
+
+        Returns the nodes that have none.
+        """
+        before, self.nodes = self.nodes, {}
+        gone = []
+        for old, node in before.items():
+            new = numbers[old]
+            if isinstance(new, str):
+                self.refused[node] = new
+                gone.append(node)
+            else:
+                self.nodes[new] = node
+        return gone
 
     def _client_of(self, node: int, reply: Envelope) -> int | str:
         try:
-            profile = reply_of(reply)
+            profile = reply_of(reply, _MOST_PROFILE_BYTES)
         except MessageError as error:
             return str(error)
         if isinstance(profile, Profile):

@@ -100,6 +100,8 @@ class Bye(Strict):
 
     kind: Literal["bye"] = "bye"
     run: RunId
+    text: Annotated[str, Field(max_length=10_000)] = ""
+    """Why the device has no seat in it; "": it is over for all."""
 
 
 class Profile(Strict):
@@ -200,20 +202,23 @@ def sealed(head: BaseModel, parcels: Mapping[str, bytes] | None = None) -> Envel
 
 def order_of(envelope: Envelope) -> Order:
     """The order in an envelope; raises MessageError."""
-    order: Order = _opened(_ORDERS, envelope)
+    order: Order = _opened(_ORDERS, envelope, _MOST_HEAD_BYTES)
     return order
 
 
-def reply_of(envelope: Envelope) -> Reply:
-    """The reply in an envelope; raises MessageError."""
-    reply: Reply = _opened(_REPLIES, envelope)
+def reply_of(envelope: Envelope, most_bytes: int = _MOST_HEAD_BYTES) -> Reply:
+    """The reply in an envelope, whose head has so many bytes at most; raises MessageError.
+
+    Who reads what others wrote says how many: JSON takes many times its size when it is read.
+    """
+    reply: Reply = _opened(_REPLIES, envelope, min(most_bytes, _MOST_HEAD_BYTES))
     return reply
 
 
-def _opened(kind: TypeAdapter[Any], envelope: Envelope) -> Any:
-    if len(envelope.head) > _MOST_HEAD_BYTES:
+def _opened(kind: TypeAdapter[Any], envelope: Envelope, most_bytes: int) -> Any:
+    if len(envelope.head) > most_bytes:
         raise MessageError(
-            f"a message's head has {len(envelope.head)} bytes; allowed are {_MOST_HEAD_BYTES}"
+            f"a message's head has {len(envelope.head)} bytes; allowed are {most_bytes}"
         )
     try:
         return kind.validate_json(envelope.head)

@@ -78,6 +78,8 @@ class Remote:
     """Name of an errand's message -> its client."""
     _said: dict[int, BaseModel] = field(default_factory=dict)
     """Client -> what it said, if it was not asked for a task."""
+    _turned_away: set[str] = field(default_factory=set)
+    """Names of messages that say so; to what is answered nobody listens."""
     _ended: deque[Outcome] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
@@ -107,9 +109,9 @@ class Remote:
         """Node -> why it has no seat."""
         return self._attendance.refused
 
-    def gather(self, most: int, seconds: float) -> None:
-        """Wait until so many devices have a seat, at most so long."""
-        self._wait(lambda: len(self.seated) >= most, seconds)
+    def gather(self, most: int, seconds: float, without: Callable[[], int] = lambda: 0) -> None:
+        """Wait until so many devices have a seat, or came in vain; at most so long."""
+        self._wait(lambda: len(self.seated) + without() >= most, seconds)
 
     def gather_any(self, clients: Collection[int]) -> set[int]:
         """Wait until the device of one of these clients is there; returns all that are."""
@@ -117,9 +119,11 @@ class Remote:
         self._wait(lambda: bool(self.seated & wanted))
         return self.seated & wanted
 
-    def renumber(self, numbers: Mapping[int, int]) -> None:
-        """Give the devices other clients' numbers: old -> new; before the first task."""
-        self._attendance.renumber(numbers)
+    def renumber(self, numbers: Mapping[int, int | str]) -> None:
+        """Give the devices other clients' numbers: old -> new, or why it has none; before the first
+        task."""
+        for node in self._attendance.renumber(numbers):
+            self._turn_away(node)
 
     def submit(self, tasks: Sequence[Task]) -> None:
         """Send tasks to their devices."""
@@ -149,8 +153,7 @@ class Remote:
             self._begin(client, None, parts)
         self._wait(lambda: not self._errands)
         self._ended.clear()
-        said = sorted(self._said.items())
-        return {client: reply for client, reply in said if isinstance(reply, Judged)}
+        return {c: reply for c, reply in sorted(self._said.items()) if isinstance(reply, Judged)}
 
     def ask(self, questions: Mapping[int, Question]) -> dict[int, BaseModel | Failed]:
         """Ask clients something else than their tasks, all at once; waits for what they say."""
@@ -199,12 +202,21 @@ class Remote:
         self._attendance.look(self.post, self.clock(), self.seconds)
 
     def _welcome(self, name: str, reply: Envelope | Undelivered) -> None:
+        node = self._attendance.greetings[name]
         client, lost = self._attendance.answered(name, reply)
+        if node in self.refused:
+            self._turn_away(node)
         for other in lost & self._errands.keys():
             self._give_up(other, "offline", f"the device of client {other} has no seat any more")
         errand = None if client is None else self._errands.get(client)
         if client is not None and errand is not None and not errand.waiting:
             self._go_on(client, errand.begin())  # it did not know the run
+
+    def _turn_away(self, node: int) -> None:
+        """Tell a device why it has no seat."""
+        bye = sealed(Bye(run=self.hello.run, text=self.refused[node][:10_000]))
+        with contextlib.suppress(Undelivered):
+            self._turned_away.add(self.post.push(node, bye, self.seconds))
 
     # The errands.
 
@@ -246,13 +258,14 @@ class Remote:
 
     def _deliver(self) -> None:
         """Look into the post."""
-        names = [*self._attendance.greetings, *self._messages]
+        names = [*self._attendance.greetings, *self._messages, *self._turned_away]
         for name, reply in self.post.pull(names) if names else ():
             if isinstance(reply, Envelope):
                 self.bytes_up += reply.num_bytes
             if name in self._attendance.greetings:
                 self._welcome(name, reply)
                 continue
+            self._turned_away.discard(name)
             client = self._messages.pop(name, None)
             if client is not None:  # else: of an errand that was given up in this look
                 self._replied(client, reply)

@@ -13,9 +13,8 @@ from uuid import uuid4
 from pydantic import TypeAdapter, ValidationError
 
 from tesserafl.core.errors import CheckpointError, ConfigError, TesseraError
-from tesserafl.core.messages import Client
 from tesserafl.data import ClientData
-from tesserafl.engines.attendance import Post
+from tesserafl.engines.attendance import Disowned, Post
 from tesserafl.engines.federation import Federation
 from tesserafl.engines.orders import Hello
 from tesserafl.engines.parcels import MOST_BYTES
@@ -30,14 +29,13 @@ from tesserafl.run.federate import topology_of
 from tesserafl.run.files import read_json, write_json
 from tesserafl.run.live import Patient, Waiting, live
 from tesserafl.run.player import Player, player_of
+from tesserafl.run.room import Room, client_of
 from tesserafl.run.runner import Listener, play
 from tesserafl.run.seats import Seats
 from tesserafl.run.setup import Setup, prepare, with_depths
 
 AT_WORK = "server-app.json"
 """A file of the run folder that is there as long as a process plays the run over Flower."""
-
-_MIB = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +106,11 @@ def begin(experiment: Experiment, deployment: Deployment, folder: Path) -> None:
 def is_deployed(folder: Path) -> bool:
     """Whether a run folder is of a run on devices."""
     return (folder / "deployment.json").exists()
+
+
+def message_bytes_of(folder: Path) -> int:
+    """Bytes of tensors in one message of a run, at most."""
+    return _deployed(folder).deployment.message_bytes
 
 
 def _deployed(folder: Path) -> _Deployed:
@@ -186,6 +189,9 @@ def serve_over(
     number = deployment.devices if deployment.own_data else len(setup.clients)
     path = folder / "devices.json"
     seats = Seats(path=path, number=number, parts=not deployment.own_data)
+    if deployment.own_data:
+        room = Room(setup=setup)
+        seats.lacks, seats.deals = room.lacks, room.deals
     if seats.settled and deployment.own_data:
         number = len(seats.taken)
     hello = Hello(
@@ -203,7 +209,7 @@ def serve_over(
     )
     watch(remote)
     full = number if seats.settled and deployment.own_data else deployment.devices
-    remote.gather(full, deployment.wait_seconds)
+    remote.gather(full, deployment.wait_seconds, lambda: len(seats.short))
     remote.renumber(seats.settle())
     if deployment.own_data:
         setup = _with_devices(setup, seats)
@@ -229,14 +235,23 @@ def serve_over(
 def serve_noted(post: Post, folder: Path) -> None:
     """`serve_over` for a process whose errors nobody sees: they are written into the folder.
 
-    It ends with the process that started it: a run that nobody serves would keep the folder.
+    It ends with the process that started it: a run that nobody serves would keep the folder. Of a
+    process that Flower ends or disowns nothing is written: whoever serves may begin it again.
     """
     die_with_parent(signal.SIGKILL)
     write_json(folder / AT_WORK, {"process": os.getpid()})
     try:
         serve_over(post, folder)
-    except TesseraError as error:
-        write_json(folder / "error.json", {"text": str(error)})
+    except Disowned:
+        raise
+    except Exception as error:
+        text = str(error)
+        if not isinstance(error, TesseraError):
+            text = (
+                f"the run's process failed: {error!r:.2000}; {folder}/flower/superlink.log has "
+                f"more\nTo go on: tessera resume {folder}"
+            )
+        write_json(folder / "error.json", {"text": text})
         raise
     finally:  # also after the devices heard that the run is over
         (folder / AT_WORK).unlink(missing_ok=True)
@@ -244,14 +259,7 @@ def serve_noted(post: Post, folder: Path) -> None:
 
 def _with_devices(setup: Setup, seats: Seats) -> Setup:
     """The setup, whose clients are the devices that have a seat."""
-    clients = tuple(
-        Client(
-            id=client,
-            num_examples=profile.num_examples,
-            memory_bytes=None if profile.memory_mib is None else int(profile.memory_mib * _MIB),
-        )
-        for client, profile in sorted(seats.taken.items())
-    )
+    clients = tuple(client_of(client, profile) for client, profile in sorted(seats.taken.items()))
     asked = min(setup.experiment.clients_per_round, len(clients))
     # Of a client's examples the server needs the shape alone, to count costs with.
     stand_in = setup.data.clients[0]

@@ -205,7 +205,9 @@ class Resident:
         return self._peer
 
     def _bye(self, order: Bye) -> Envelope:
-        self.over = True
+        if order.text:
+            _log.warning("the server has no seat for this device: %s", order.text)
+        self.over = not order.text
         if self._run == order.run:
             self._run, self._holding, self._peer = None, None, None
         shutil.rmtree(self.folder / order.run, ignore_errors=True)

@@ -24,6 +24,7 @@ from tesserafl.core.method import State
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params, num_bytes
 from tesserafl.core.schedule import Periods, Report, Seen, Situation, Sketch
+from tesserafl.engines.compression import as_sent
 from tesserafl.engines.federation import Folded, Star
 from tesserafl.engines.fleet import CLOUD, Edge, Fleet
 from tesserafl.engines.seam import Engine
@@ -235,6 +236,7 @@ class Tree:
     ) -> Iterator[Flight]:
         method, model = self.setup.experiment.method, self.setup.model
         training = training_of(self.setup, self.federation)
+        compression = self.setup.experiment.compression
 
         def tasks() -> Iterator[Task]:
             for task in method.configure(model, state, clients, training):
@@ -243,7 +245,7 @@ class Tree:
                     own = replace(own, steps=job.steps[task.client.id])
                 # In a star, and where edges hand on, a round has its own number.
                 round = state.round if number == 1 else state.round + number * state.rounds
-                yield replace(task, round=round, training=own)
+                yield as_sent(replace(task, round=round, training=own), compression)
 
         begin = {client.id: starts[self.fleet.homes[client.id]] for client in clients}
         large = state.params
