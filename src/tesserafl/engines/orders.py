@@ -8,6 +8,7 @@
     Judge   measure what you keep        -> Judged, Stranger, Refusal
     Bye     the run is over              -> Missing (of nothing)
 
+Edges are asked for whole rounds (edge_orders.py).
 Every order can be given again: a device that has done a task answers it from what it kept.
 """
 
@@ -21,6 +22,7 @@ from typing import IO, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tesserafl.core.errors import MessageError
+from tesserafl.engines.edge_orders import EdgeProfile, Sweep
 from tesserafl.engines.frames import read_frame, write_frame
 
 _Natural = Annotated[int, Field(ge=0, lt=1 << 48)]
@@ -74,6 +76,9 @@ class Work(_Strict):
     """Of the task; see `parcels.Letter`."""
     most_bytes: _Natural
     """Of tensors in a parcel of the answer."""
+    keeps: _Natural | None = None
+    """A further round whose memory must stay: a task of several in a round of an edge's cloud is
+    asked for again with those before it."""
 
 
 class Fetch(_Strict):
@@ -158,9 +163,11 @@ class Judged(_Strict):
     """How much its own expert counts, of mixtures."""
 
 
-Order = Annotated[Hello | Offer | Store | Work | Fetch | Judge | Bye, Field(discriminator="kind")]
+Order = Annotated[
+    Hello | Offer | Store | Work | Fetch | Judge | Bye | Sweep, Field(discriminator="kind")
+]
 Reply = Annotated[
-    Profile | Missing | Stranger | Refusal | Answer | Parcels | Judged,
+    Profile | EdgeProfile | Missing | Stranger | Refusal | Answer | Parcels | Judged,
     Field(discriminator="kind"),
 ]
 _ORDERS: TypeAdapter[Order] = TypeAdapter(Order)

@@ -12,8 +12,11 @@ from tesserafl.run.rounds import check_memory
 from tesserafl.run.setup import Setup, device_of
 
 
-def first_federation(setup: Setup) -> Federation:
-    """Who holds what before the first round; raises if the settings do not fit together."""
+def first_federation(setup: Setup, elsewhere: bool = False) -> Federation:
+    """Who holds what before the first round; raises if the settings do not fit together.
+
+    `elsewhere`: devices and edges are real ones.
+    """
     experiment = setup.experiment
     device_of(experiment)
     check_personal(setup)
@@ -21,5 +24,6 @@ def first_federation(setup: Setup) -> Federation:
         state = first_state(experiment, setup.model, setup.data)
     check_memory(setup, state, setup.costs())
     federation = federate(setup, state)
-    fleet_for(setup, federation)
+    if not elsewhere:
+        fleet_for(setup, federation)
     return federation

@@ -136,11 +136,11 @@ class _Run:
             notes = player.play(coverage)
             for key, amount in notes.amounts.items():
                 self.totals[key] = self.totals.get(key, 0.0) + amount
-            self.totals["params_largest_client"] = max(
-                self.totals["params_largest_client"], costs.largest_client
-            )
-            trained = [row["trained_entries"] for row in notes.clients]
-            self.totals["params_trained"] = max([self.totals["params_trained"], *trained])
+            rows, totals = notes.clients, self.totals
+            largest = [costs.largest_client, *(row["entries"] for row in rows)]
+            totals["params_largest_client"] = max(totals["params_largest_client"], *largest)
+            trained = [row["trained_entries"] for row in rows]
+            totals["params_trained"] = max([totals["params_trained"], *trained])
             self._emit(
                 {
                     "kind": "round",
