@@ -45,6 +45,8 @@ class TreeAtHand:
     """The cloud's."""
     posts: dict[int, PostAtHand] = field(default_factory=dict)
     """Node of an edge -> the edge's own post."""
+    rounds: int = 0
+    """That are done; a test counts them."""
 
     def __post_init__(self) -> None:
         first, residents = 0, {}
@@ -70,6 +72,10 @@ class TreeAtHand:
         """Put a new process in an edge's place."""
         self.post.residents[node] = self.edge(node)  # type: ignore[assignment]
 
+    def orders(self, kind: str) -> int:
+        """Of this kind that edges sent to their devices."""
+        return sum([k for _, k, _ in post.log].count(kind) for post in self.posts.values())
+
     def begin(self, experiment: Experiment, **deployment: Any) -> Path:
         """The run's folder."""
         folder = self.folder / "served"
@@ -94,9 +100,7 @@ def simulated(experiment: Experiment, edges: int, folder: Path, served: Path | N
     if served is not None:
         schedule = recorded(served)
 
-    def player(
-        setup: Setup, engine: Engine, federation: Federation, costs: CostTable
-    ) -> Player:
+    def player(setup: Setup, engine: Engine, federation: Federation, costs: CostTable) -> Player:
         assert isinstance(federation, Star)
         return Clocked(
             timed=Tree(
