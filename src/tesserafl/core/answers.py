@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_METRIC = 2.0**53
 """Largest magnitude of a metric: what a double counts exactly."""
-_ONE = 1.0 - 1e-9
+LEAST_DIVISOR = 1.0 - 1e-9
 """Least of a divisor: what is counted in doubles may fall short of 1 by their rounding."""
 MAX_METRICS = 64
 """Most metrics of an update, and most letters of a metric's name."""
@@ -168,7 +168,7 @@ def _check_metrics(task: Task, update: Update) -> None:
             )
         least = 0.0 if name.endswith(("_examples", "_entries")) else -MAX_METRIC
         if name in task.wanted.divisors:
-            least = _ONE
+            least = LEAST_DIVISOR
         if not least <= value <= MAX_METRIC:  # never true for NaN
             raise UpdateError(
                 f"the update's metric {name!r} is {value:g}; allowed is {least:g} to "

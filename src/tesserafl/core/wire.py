@@ -38,7 +38,9 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class _SubModel(_Strict):
+class PartHeader(_Strict):
+    """A sub-model as JSON; see `part_to_json`."""
+
     sizes: dict[str, _Natural]
     lists: Annotated[list[_Entries], FailFast()]
     views: dict[str, _View]
@@ -68,7 +70,7 @@ class _Coded(_Strict):
 class _Task(_Strict):
     round: _Natural
     client: _Client
-    submodel: _SubModel
+    submodel: PartHeader
     training: dict[str, Any]
     trainable: list[str] | None = None
     options: dict[str, Any]
@@ -79,7 +81,7 @@ class _Task(_Strict):
 class _Update(_Strict):
     round: _Natural
     client: _Natural
-    submodel: _SubModel
+    submodel: PartHeader
     num_examples: _Natural
     num_steps: _Natural
     metrics: dict[str, float]
@@ -100,7 +102,7 @@ def task_parts(task: Task, memory: Memory) -> Parts:
     header: dict[str, Any] = {
         "round": task.round,
         "client": asdict(task.client),
-        "submodel": _submodel_to_json(task.submodel),
+        "submodel": part_to_json(task.submodel),
         "training": asdict(task.training),
         "trainable": None if task.trainable is None else sorted(task.trainable),
         "options": dict(task.options),
@@ -128,7 +130,7 @@ def task_of(body: dict[str, Any], groups: dict[str, Params]) -> tuple[Task, Memo
         training = Training(**header.training)
     except (TypeError, ConfigError) as error:
         raise MessageError(f"a task's training settings are wrong: {error}") from error
-    submodel = _submodel_from_json(header.submodel)
+    submodel = part_from_json(header.submodel)
     task = Task(
         round=header.round,
         client=Client(**header.client.model_dump()),
@@ -153,7 +155,7 @@ def update_parts(update: Update, memory: Memory) -> Parts:
     header: dict[str, Any] = {
         "round": update.round,
         "client": update.client,
-        "submodel": _submodel_to_json(update.submodel),
+        "submodel": part_to_json(update.submodel),
         "num_examples": update.num_examples,
         "num_steps": update.num_steps,
         "metrics": dict(update.metrics),
@@ -196,7 +198,7 @@ def update_of(
             f"an update holds tensors of the group {shown(min(groups.keys() - allowed))}; allowed "
             f"are {', '.join(sorted(allowed))}"
         )
-    submodel = _submodel_from_json(header.submodel)
+    submodel = part_from_json(header.submodel)
     if header.coded is not None:
         if task is None:
             raise MessageError("coded deltas can be read beside their task only")
@@ -256,7 +258,8 @@ def _wanted_from_json(header: _Wanted) -> Wanted:
     )
 
 
-def _submodel_to_json(submodel: SubModel) -> dict[str, Any]:
+def part_to_json(submodel: SubModel) -> dict[str, Any]:
+    """A sub-model as plain values."""
     # Many views share an index list: each is written once and referred to by its number.
     lists: list[list[int]] = []
     numbers: dict[bytes, int] = {}
@@ -277,7 +280,8 @@ def _submodel_to_json(submodel: SubModel) -> dict[str, Any]:
     return {"sizes": dict(submodel.sizes), "views": views, "lists": lists}
 
 
-def _submodel_from_json(data: _SubModel) -> SubModel:
+def part_from_json(data: PartHeader) -> SubModel:
+    """The inverse of `part_to_json`; raises MessageError. It need not fit any model."""
     lists = [torch.tensor(entries, dtype=torch.int64) for entries in data.lists]
     views = {}
     for small, (large, written) in data.views.items():

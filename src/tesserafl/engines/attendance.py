@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from tesserafl.core.errors import MessageError
+from tesserafl.engines.edge_orders import EdgeProfile
 from tesserafl.engines.orders import Envelope, Hello, Profile, Refusal, reply_of, sealed
 from tesserafl.engines.seam import Reason
 
@@ -53,9 +54,11 @@ class Attendance:
     """Greets devices that appear; a device that answers takes a seat, the number of a client."""
 
     hello: Hello
-    seat: Callable[[str, Profile], int | str]
+    seat: Callable[[str, Any], int | str]
     """Name that vouches for a node, its profile -> the client that the node is from now on, or why
     it is none."""
+    expects: type[Profile] | type[EdgeProfile] = Profile
+    """Who may come: devices or edges."""
     present: Mapping[int, str] = field(default_factory=dict)
     known: set[int] = field(default_factory=set)
     """Nodes that were greeted since they came."""
@@ -131,6 +134,10 @@ class Attendance:
             profile = reply_of(reply, _MOST_PROFILE_BYTES)
         except MessageError as error:
             return str(error)
-        if isinstance(profile, Profile):
+        if isinstance(profile, self.expects):
             return self.seat(self.present.get(node, ""), profile)
+        if isinstance(profile, EdgeProfile):
+            return f"{profile.name!r} is an edge, and this server is for devices"
+        if isinstance(profile, Profile):
+            return f"{profile.name!r} is a device; in a run with edges it joins one of them"
         return profile.text if isinstance(profile, Refusal) else f"it answered {profile.kind!r}"

@@ -14,6 +14,7 @@ Of a run among peers, whose letters the server carries (see run/carried.py):
     Fold    what others sent you in it   -> Standing, Missing
     Examine what has your model come to  -> Examined
 
+Edges are asked for whole rounds (edge_orders.py).
 Every order can be given again: a device that has done a task answers it from what it kept.
 """
 
@@ -27,6 +28,7 @@ from typing import IO, Annotated, Any, Literal
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from tesserafl.core.errors import MessageError
+from tesserafl.engines.edge_orders import EdgeProfile, Sweep
 from tesserafl.engines.frames import read_frame, write_frame
 from tesserafl.engines.heads import Digest, Natural, RunId, Strict
 from tesserafl.engines.turns import Examine, Examined, Fold, Standing, Turn, Turned
@@ -73,6 +75,9 @@ class Work(Strict):
     """Of the task; see `parcels.Letter`."""
     most_bytes: Natural
     """Of tensors in a parcel of the answer."""
+    keeps: Natural | None = None
+    """A further round whose memory must stay: a task of several in a round of an edge's cloud is
+    asked for again with those before it."""
 
 
 class Fetch(Strict):
@@ -160,11 +165,12 @@ class Judged(Strict):
 
 
 Order = Annotated[
-    Hello | Offer | Store | Work | Fetch | Judge | Bye | Turn | Fold | Examine,
+    Hello | Offer | Store | Work | Fetch | Judge | Bye | Sweep | Turn | Fold | Examine,
     Field(discriminator="kind"),
 ]
 Reply = Annotated[
     Profile
+    | EdgeProfile
     | Missing
     | Stranger
     | Refusal

@@ -12,8 +12,9 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -22,15 +23,9 @@ from tesserafl.core.errors import TesseraError
 from tesserafl.core.messages import Memory, Task
 from tesserafl.core.wire import Parts, task_parts
 from tesserafl.engines.attendance import Attendance, Post, Undelivered
-from tesserafl.engines.errands import Errand, Step
-from tesserafl.engines.orders import (
-    Bye,
-    Envelope,
-    Hello,
-    Judged,
-    Profile,
-    sealed,
-)
+from tesserafl.engines.edge_orders import EdgeProfile
+from tesserafl.engines.errands import Ask, Errand, Step, Told
+from tesserafl.engines.orders import Bye, Envelope, Hello, Judged, Profile, sealed
 from tesserafl.engines.parcels import Outgoing
 from tesserafl.engines.questions import Question
 from tesserafl.engines.seam import Done, Failed, Outcome, Reason
@@ -55,7 +50,7 @@ class Remote:
 
     post: Post
     hello: Hello
-    seat: Callable[[str, Profile], int | str]
+    seat: Callable[[str, Any], int | str]
     """Name that vouches for a node, its profile -> the client that the node is from now on, or why
     it is none."""
     seconds: float
@@ -68,6 +63,10 @@ class Remote:
     pause: Callable[[float], None] = time.sleep
     heard: dict[int, int] = field(default_factory=dict)
     """Client -> the round it answered last."""
+    keeps: Mapping[int, int] = field(default_factory=dict)
+    """Client -> a further round whose memory it must keep."""
+    expects: type[Profile] | type[EdgeProfile] = Profile
+    """Who may come: devices or edges."""
     bytes_down: int = 0
     """On the wire, with heads and letters."""
     bytes_up: int = 0
@@ -80,10 +79,10 @@ class Remote:
     """Client -> what it said, if it was not asked for a task."""
     _turned_away: set[str] = field(default_factory=set)
     """Names of messages that say so; to what is answered nobody listens."""
-    _ended: deque[Outcome] = field(default_factory=deque)
+    _ended: deque[Outcome | Told] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        self._attendance = Attendance(hello=self.hello, seat=self.seat)
+        self._attendance = Attendance(hello=self.hello, seat=self.seat, expects=self.expects)
 
     @property
     def group(self) -> int:
@@ -131,16 +130,37 @@ class Remote:
             self._look()
             client = task.client.id
             if client in self.seated:
-                self._begin(client, task, task_parts(task, {}))
+                self._begin(client, task, self._outgoing(task_parts(task, {})))
             else:
                 self._fail(client, "offline", f"no device of client {client} is connected")
 
     def poll(self, seconds: float = math.inf) -> list[Outcome]:
         """At least one outcome; blocks until there is one, at most so long."""
         self._wait(lambda: bool(self._ended), seconds)
-        outcomes = list(self._ended)
+        outcomes = [each for each in self._ended if not isinstance(each, Told)]
         self._ended.clear()
         return outcomes
+
+    def ask(self, asks: Mapping[int, Ask], parts: Parts) -> Iterator[Told | Failed]:
+        """Ask devices something that is no task; what each tells, as it comes.
+
+        `parts` are what they are sent with it, all the same.
+        """
+        self._look()
+        outgoing = self._outgoing(parts)
+        for client, ask in asks.items():
+            if client in self.seated:
+                self._begin(client, None, outgoing, ask)
+            else:
+                self._fail(client, "offline", "it is not connected")
+        left = set(asks)
+        while left:
+            self._wait(lambda: bool(self._ended))
+            for each in list(self._ended):
+                self._ended.remove(each)
+                if each.client in left and not isinstance(each, Done):
+                    left.remove(each.client)
+                    yield each
 
     def judge(self, parts: Parts) -> dict[int, Judged]:
         """What the clients' own models reach on their own test examples, where they have some.
@@ -150,12 +170,12 @@ class Remote:
         self._look()
         self._said = {}
         for client in sorted(self.seated):
-            self._begin(client, None, parts)
+            self._begin(client, None, self._outgoing(parts))
         self._wait(lambda: not self._errands)
         self._ended.clear()
         return {c: reply for c, reply in sorted(self._said.items()) if isinstance(reply, Judged)}
 
-    def ask(self, questions: Mapping[int, Question]) -> dict[int, BaseModel | Failed]:
+    def inquire(self, questions: Mapping[int, Question]) -> dict[int, BaseModel | Failed]:
         """Ask clients something else than their tasks, all at once; waits for what they say."""
         self._look()
         self._said = {}
@@ -220,13 +240,20 @@ class Remote:
 
     # The errands.
 
-    def _begin(self, client: int, task: Task | None, parts: Parts) -> None:
+    def _outgoing(self, parts: Parts) -> Outgoing:
+        return Outgoing(parts=parts, most_bytes=self.most_bytes)
+
+    def _begin(
+        self, client: int, task: Task | None, outgoing: Outgoing, ask: Ask | None = None
+    ) -> None:
         errand = Errand(
             run=self.hello.run,
             client=client,
             task=task,
-            outgoing=Outgoing(parts=parts, most_bytes=self.most_bytes),
+            outgoing=outgoing,
             remembers=self.heard.get(client),
+            keeps=self.keeps.get(client),
+            ask=ask,
         )
         self._start(client, errand)
 
@@ -252,6 +279,7 @@ class Remote:
             self._forget(client)
             if isinstance(step.result, Done):
                 self.heard[client] = step.result.update.round
+            if isinstance(step.result, Done | Told):
                 self._ended.append(step.result)
             elif isinstance(step.result, BaseModel):
                 self._said[client] = step.result

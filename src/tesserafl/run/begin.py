@@ -18,12 +18,15 @@ from tesserafl.run.rounds import check_memory
 from tesserafl.run.setup import Setup, device_of
 
 
-def first_federation(setup: Setup) -> Federation:
-    """Who holds what before the first round; raises if the settings do not fit together."""
+def first_federation(setup: Setup, elsewhere: bool = False) -> Federation:
+    """Who holds what before the first round; raises if the settings do not fit together.
+
+    `elsewhere`: devices and edges are real ones.
+    """
     experiment = setup.experiment
     with threads(experiment.engine.threads):
         state = first_state(experiment, setup.model, setup.data)
-    return check_first(setup, state)
+    return check_first(setup, state, elsewhere)
 
 
 def shapes_of(model: Model) -> Params:
@@ -46,7 +49,7 @@ def first_peers(setup: Setup) -> Federation:
     return check_first(setup, State(params=shapes, seed=experiment.seed, rounds=experiment.rounds))
 
 
-def check_first(setup: Setup, state: State) -> Federation:
+def check_first(setup: Setup, state: State, elsewhere: bool = False) -> Federation:
     """The federation that begins with this state, if its settings fit together.
 
     Of a state without values, on `meta`, it is only good to be looked at.
@@ -55,5 +58,6 @@ def check_first(setup: Setup, state: State) -> Federation:
     check_personal(setup)
     check_memory(setup, state, setup.costs())
     federation = federate(setup, state)
-    fleet_for(setup, federation)
+    if not elsewhere:
+        fleet_for(setup, federation)
     return federation

@@ -227,7 +227,7 @@ class Carrier:
         waiting, size = list(questions), self.remote.capacity
         for begin in range(0, len(waiting), size):
             batch = waiting[begin : begin + size]
-            found |= self.remote.ask({client: questions[client] for client in batch})
+            found |= self.remote.inquire({client: questions[client] for client in batch})
         return found
 
     def _judged(self, client: int, turned: Turned) -> Turned:

@@ -15,15 +15,18 @@ from pydantic import TypeAdapter, ValidationError
 from tesserafl.core.errors import CheckpointError, ConfigError, TesseraError
 from tesserafl.data import ClientData
 from tesserafl.engines.attendance import Disowned, Post
+from tesserafl.engines.edge_orders import EdgeProfile
 from tesserafl.engines.federation import Federation
-from tesserafl.engines.orders import Hello
+from tesserafl.engines.orders import Hello, Profile
 from tesserafl.engines.parcels import MOST_BYTES
 from tesserafl.engines.remote import Remote
 from tesserafl.engines.seam import Engine
 from tesserafl.run.begin import first_federation, first_peers
 from tesserafl.run.carrying import carry
 from tesserafl.run.children import die_with_parent
+from tesserafl.run.cloud import cloud
 from tesserafl.run.costs import CostTable
+from tesserafl.run.edge_seats import EdgeSeats
 from tesserafl.run.experiment import Experiment, from_json, to_json, with_absolute_paths
 from tesserafl.run.federate import topology_of
 from tesserafl.run.files import read_json, write_json
@@ -44,6 +47,9 @@ class Deployment:
 
     devices: int = 2
     """devices that the first round waits for; data.num_clients, if that is not given"""
+    edges: int = 0
+    """edges that the first round waits for (tessera edge): devices join them, and not the server.
+    0: there are none"""
     own_data: bool = False
     """devices bring data of their own (tessera join --data); else each takes a part of the
     experiment's data (tessera join --client)"""
@@ -61,8 +67,9 @@ class Deployment:
         for name in ("devices", "under_way", "message_bytes", "task_seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive; got {getattr(self, name)}")
-        if self.wait_seconds < 0:
-            raise ConfigError(f"wait_seconds must be 0 or more; got {self.wait_seconds}")
+        for name in ("wait_seconds", "edges"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be 0 or more; got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +98,7 @@ def begin(experiment: Experiment, deployment: Deployment, folder: Path) -> None:
     if topology_of(experiment) == "peers":
         first_peers(setup)
     else:
-        first_federation(setup)
+        first_federation(setup, elsewhere=True)
     if not deployment.own_data and deployment.devices > len(setup.clients):
         raise ConfigError(
             f"the first round would wait for {deployment.devices} devices, but data.num_clients "
@@ -131,13 +138,7 @@ def for_devices(experiment: Experiment, deployment: Deployment) -> Experiment:
         raise ConfigError(
             "fleet.* describes simulated devices; leave it away where real ones do the work"
         )
-    if topology_of(experiment) == "tree":
-        raise ConfigError(
-            "network.topology 'tree' is simulated: over Flower devices have one server, which "
-            "would do their sums; set network.topology to 'star'"
-        )
-    if topology_of(experiment) == "peers":
-        _check_peers(experiment, deployment)
+    experiment = _placed(experiment, deployment)
     if experiment.finetune_epochs:
         raise ConfigError(
             "finetune_epochs tests models where clients' data is, and the server has none of it; "
@@ -149,7 +150,9 @@ def for_devices(experiment: Experiment, deployment: Deployment) -> Experiment:
     if deployment.own_data:  # what the server has is for its tests, not for the devices
         data = replace(data, num_clients=deployment.devices, partition="iid")
     # A late answer may come rounds after its task: what it began with is kept for one checkpoint.
-    every = experiment.checkpoint_every if deployment.waiting.for_all else 1
+    # What devices of edges began with is kept for one round of the cloud.
+    soon = deployment.edges or not deployment.waiting.for_all
+    every = 1 if soon else experiment.checkpoint_every
     return replace(experiment, engine=engine, data=data, checkpoint_every=every)
 
 
@@ -165,6 +168,33 @@ def _check_peers(experiment: Experiment, deployment: Deployment) -> None:
             "waiting.* is for a server that sums; peers wait task_seconds for each other: leave "
             "it away"
         )
+
+
+def _placed(experiment: Experiment, deployment: Deployment) -> Experiment:
+    """The experiment, on a star or a tree; raises ConfigError if these devices cannot be that."""
+    asked, method = experiment.network.topology, experiment.method
+    if deployment.edges:
+        refused = {
+            f"network.topology {asked!r}": asked not in ("auto", "tree"),
+            "own_data": deployment.own_data,
+            "waiting.*": not deployment.waiting.for_all,
+            "a method whose clients have models of their own": hasattr(method, "personal"),
+        }
+        if any(refused.values()):
+            what = ", ".join(name for name, there in refused.items() if there)
+            raise ConfigError(
+                f"a run with edges goes without {what}; see docs/howto/edge-tier.md for what is "
+                f"not there yet"
+            )
+        return replace(experiment, network=replace(experiment.network, topology="tree"))
+    if asked == "tree" or (asked == "auto" and method.topology == "tree"):
+        raise ConfigError(
+            "a tree needs edges: say with --edges how many join (docs/howto/edge-tier.md), or set "
+            "network.topology to 'star'"
+        )
+    if topology_of(experiment) == "peers":
+        _check_peers(experiment, deployment)
+    return experiment
 
 
 def serve_over(
@@ -186,14 +216,16 @@ def serve_over(
     deployed, experiment = _deployed(folder), from_json(read_json(folder / "config.json"))
     deployment = deployed.deployment
     setup = prepare(experiment)
-    number = deployment.devices if deployment.own_data else len(setup.clients)
     path = folder / "devices.json"
-    seats = Seats(path=path, number=number, parts=not deployment.own_data)
-    if deployment.own_data:
-        room = Room(setup=setup)
-        seats.lacks, seats.deals = room.lacks, room.deals
-    if seats.settled and deployment.own_data:
-        number = len(seats.taken)
+    seats: Seats | EdgeSeats
+    if deployment.edges:
+        seats = EdgeSeats(path=path, clients=setup.clients)
+    else:
+        number = deployment.devices if deployment.own_data else len(setup.clients)
+        seats = Seats(path=path, number=number, parts=not deployment.own_data)
+        if deployment.own_data:
+            room = Room(setup=setup)
+            seats.lacks, seats.deals = room.lacks, room.deals
     hello = Hello(
         run=deployed.run,
         experiment=to_json(experiment),
@@ -206,12 +238,15 @@ def serve_over(
         seconds=deployment.task_seconds,
         most_bytes=deployment.message_bytes,
         capacity=deployment.under_way,
+        expects=EdgeProfile if deployment.edges else Profile,
     )
     watch(remote)
-    full = number if seats.settled and deployment.own_data else deployment.devices
-    remote.gather(full, deployment.wait_seconds, lambda: len(seats.short))
+    full = deployment.edges or deployment.devices
+    if deployment.own_data and seats.settled:
+        full = len(seats.taken)
+    remote.gather(full, deployment.wait_seconds, lambda: len(getattr(seats, "short", ())))
     remote.renumber(seats.settle())
-    if deployment.own_data:
+    if isinstance(seats, Seats) and deployment.own_data:
         setup = _with_devices(setup, seats)
 
     if topology_of(experiment) == "peers":
@@ -221,12 +256,15 @@ def serve_over(
         return summary
 
     def player(setup: Setup, engine: Engine, federation: Federation, costs: CostTable) -> Player:
+        if isinstance(seats, EdgeSeats):
+            return cloud(setup, remote, federation, seats)
         if not deployment.waiting.for_all:
             return live(setup, remote, federation, costs, deployment.waiting)
         synchronous = player_of(setup, engine, federation, costs)
         return Patient(player=synchronous, setup=setup, engine=remote, federation=federation)
 
-    summary = play(setup, first_federation(setup), folder, remote, listener, player)
+    federation = first_federation(setup, elsewhere=True)
+    summary = play(setup, federation, folder, remote, listener, player)
     write_json(folder / "wire.json", {"down": remote.bytes_down, "up": remote.bytes_up})
     remote.goodbye()
     return summary

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tesserafl.core.errors import MessageError, TesseraError
 from tesserafl.core.messages import Memory
@@ -84,8 +86,10 @@ class Resident:
             if isinstance(order, Judge):
                 return self._judge(order, spool)
             if isinstance(order, Fetch):
-                return _fetched(order, spool)
-            return self._among_peers(order, spool)
+                return fetched(order, spool)
+            if isinstance(order, Turn | Fold | Examine):
+                return self._among_peers(order, spool)
+            raise TesseraError(f"this is a device; it knows no order {order.kind!r}")
         except TesseraError as error:
             _log.warning("refused: %s", error)
             return sealed(Refusal(text=str(error)[:10_000]))
@@ -136,16 +140,12 @@ class Resident:
             self._train(order, asked, spool)
             kept = spool.answer(asked)
             assert kept is not None
-        answered = letter_of(kept["letter"])
-        inline = {}
-        if answered.num_bytes <= order.most_bytes:
-            inline = {note.sha256: spool.answered(note.sha256) or b"" for note in answered.parcels}
-        return sealed(Answer(letter=kept["letter"], seconds=kept["seconds"]), inline)
+        return answer_kept(kept, spool, order.most_bytes)
 
     def _train(self, order: Work, asked: str, spool: Spool) -> None:
         holding = self._known(order.run)
         assert holding is not None, "asked before"
-        task, _ = task_of(*_read(letter_of(order.letter), spool))
+        task, _ = task_of(*read_kept(letter_of(order.letter), spool))
         if task.client.id != order.client:
             raise TesseraError(f"the task is client {task.client.id}'s, the order {order.client}'s")
         if self.local.client not in (None, order.client):
@@ -158,7 +158,7 @@ class Resident:
         outgoing = Outgoing(parts=update_parts(update, {}), most_bytes=order.most_bytes)
         # The memory first: an answer says that it is there.
         every = holding.experiment.checkpoint_every
-        spool.remember(order.remembers, task.round, memory, every)
+        spool.remember(order.remembers, task.round, memory, every, order.keeps)
         spool.write_answer(asked, outgoing, seconds)
         _log.info("round %d: %d steps in %.2f s", task.round, update.num_steps, seconds)
 
@@ -170,7 +170,7 @@ class Resident:
             return sealed(Missing(parcels=missing))
         if not len(holding.data.test):
             raise TesseraError("this device keeps no test examples of its own")
-        parts = _read(letter, spool)
+        parts = read_kept(letter, spool)
         with threads(holding.experiment.engine.threads):
             accuracy, share = personal_accuracy(
                 holding.setup, parts, _recalled(order, spool), holding.data.test
@@ -214,7 +214,8 @@ class Resident:
         return sealed(Missing(parcels=[]))
 
 
-def _read(letter: Letter, spool: Spool) -> Parts:
+def read_kept(letter: Letter, spool: Spool) -> Parts:
+    """The message of a letter, all of whose parcels are on the disk."""
     try:
         return read_letter(letter, spool.fetch)
     except MessageError:
@@ -230,7 +231,17 @@ def _recalled(order: Work | Judge, spool: Spool) -> Memory:
     return memory
 
 
-def _fetched(order: Fetch, spool: Spool) -> Envelope:
+def answer_kept(kept: Mapping[str, Any], spool: Spool, most_bytes: int) -> Envelope:
+    """An answer that lies on the disk; with its parcels, if they are not larger than that."""
+    answered = letter_of(kept["letter"])
+    inline = {}
+    if answered.num_bytes <= most_bytes:
+        inline = {note.sha256: spool.answered(note.sha256) or b"" for note in answered.parcels}
+    return sealed(Answer(letter=kept["letter"], seconds=kept["seconds"]), inline)
+
+
+def fetched(order: Fetch, spool: Spool) -> Envelope:
+    """Parcels of the answer that is kept."""
     found = {name: spool.answered(name) for name in order.parcels}
     if missing := [name for name, data in found.items() if data is None]:
         return sealed(Missing(parcels=missing))

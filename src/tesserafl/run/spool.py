@@ -95,15 +95,23 @@ class Spool:
 
     # What the client remembers, after each round that it answered.
 
-    def remember(self, begun: int | None, round: int, memory: Memory, every: int = 1) -> None:
+    def remember(
+        self,
+        begun: int | None,
+        round: int,
+        memory: Memory,
+        every: int = 1,
+        keeps: int | None = None,
+    ) -> None:
         """Keep a round's memory, and those that the server may ask for yet.
 
         That is the one that this round began with, since the server may not have heard of it; and
         what the server knew at its last checkpoint, of which there is one `every` so many rounds.
+        `keeps` is one that an edge may ask for.
         """
         write_atomic(self._memory(round), pack({"round": round}, {"memory": memory}))
         saved = round // every * every  # the first round after the last checkpoint
-        kept = {begun, round}
+        kept = {begun, round, keeps}
         if begun is not None and begun >= saved:
             # Only one is left of before: the round that was begun with it removed the others.
             kept.add(max((each for each in self._rounds() if each < saved), default=None))
