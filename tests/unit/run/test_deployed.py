@@ -13,7 +13,6 @@ from tesserafl.core.errors import CheckpointError, ConfigError, UpdateError
 from tesserafl.data import DataSettings
 from tesserafl.engines.attendance import Disowned, Undelivered
 from tesserafl.engines.fleet import FleetSettings
-from tesserafl.engines.network import NetworkSettings
 from tesserafl.engines.remote import Remote
 from tesserafl.methods import FedAvg, FedBRB, FedRolex
 from tesserafl.run import deployed
@@ -252,7 +251,6 @@ def test_who_serves_hears_why_a_run_ended(tmp_path, monkeypatch, error, text):
 def test_what_devices_cannot_run_is_refused_before_a_folder_is_made(tmp_path):
     for changes, text in (
         ({"fleet": FleetSettings(profiles=("phone",))}, "leave it away"),
-        ({"network": NetworkSettings(topology="peers")}, "set network.topology to 'star'"),
         ({"finetune_epochs": 1, "data": DataSettings(num_clients=4, test=0.2)}, "set it to 0"),
     ):
         with pytest.raises(ConfigError, match=text):
