@@ -20,6 +20,7 @@ COMMANDS = {
     "resume": "RUN     continue a run or a study that was interrupted",
     "serve": "NAME|FILE  run an experiment on devices that join",
     "join": "FOLDER|ADDRESS  be a device of a run that is served",
+    "edge": "FOLDER|ADDRESS  be an edge of a run that is served, with devices of its own",
     "plan": "NAME|FILE  what a run would cost each client, and how coverage grows; trains nothing",
     "bench": "NAME|FILE  how fast its rounds are here, for every way to train the clients",
     "learn": "NAME|FILE  learn when the nodes of a tree synchronise (tomtit, hwamei)",
@@ -129,6 +130,12 @@ def _join(args: list[str]) -> None:
     from tesserafl.serving import joined
 
     joined(args)
+
+
+def _edge(args: list[str]) -> None:
+    from tesserafl.serving import hosted
+
+    hosted(args)
 
 
 def _plan(args: list[str]) -> None:
@@ -254,6 +261,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "resume": _resume,
     "serve": _serve,
     "join": _join,
+    "edge": _edge,
     "plan": _plan,
     "bench": _bench,
     "learn": _learn,

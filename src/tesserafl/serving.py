@@ -10,8 +10,10 @@ from typing import Any
 
 import tyro
 
-from tesserafl.arguments import JoinOptions, ServeOptions, configured
+from tesserafl.arguments import EdgeOptions, JoinOptions, ServeOptions, configured
 from tesserafl.run.deployed import begin
+from tesserafl.run.edge_host import host
+from tesserafl.run.holding import Local
 from tesserafl.run.join import join, line_to
 from tesserafl.run.runner import Listener
 from tesserafl.run.serve import serve
@@ -41,3 +43,14 @@ def joined(args: list[str]) -> None:
     name = line.name_of(options.name)
     folder = options.folder or line.folder_of(name)
     join(line, name, folder, options.local, memory_mib=options.memory_mib, once=options.once)
+
+
+def hosted(args: list[str]) -> None:
+    """`tessera edge`: an edge, until it is stopped."""
+    options = tyro.cli(EdgeOptions, args=args, prog="tessera edge")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    line = line_to(options.place, options.name)
+    name = line.name_of(options.name)
+    folder = options.folder or line.folder_of(name)
+    local = Local(model=options.model)
+    host(line, name, folder, options.link, options.hosting, local, once=options.once)

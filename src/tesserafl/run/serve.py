@@ -77,15 +77,9 @@ def serve(folder: Path, link: Link, listener: Listener | None = None) -> dict[st
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     for left in ("error.json", AT_WORK):
         (folder / left).unlink(missing_ok=True)
-    with contextlib.ExitStack() as stack:
-        superlink, address = stack.enter_context(_superlink(home, link))
-        flower = _Flower(home=home)
-        if link.keys is not None:
-            for name, key in certs.device_keys(link.keys).items():
-                flower.register(name, key)
-            stack.enter_context(_doors(link, address, flower))
+    with opened(home, link) as (superlink, flower):
         if listener is not None:
-            listener({"kind": "open", "text": _invitation(link)})
+            listener({"kind": "open", "text": invitation(link)})
         seen = len(_lines(folder / "events.jsonl"))
         if seen and listener is not None:
             listener({"kind": "resume", "experiment": read_json(folder / "config.json")})
@@ -106,6 +100,23 @@ def resume_serving(folder: Path, listener: Listener | None = None) -> dict[str, 
     except ValidationError as error:
         raise CheckpointError(f"{folder / 'link.json'} is damaged: {error}") from error
     return serve(folder, link, listener)
+
+
+@contextlib.contextmanager
+def opened(home: Path, link: Link) -> Iterator[tuple[subprocess.Popen[bytes], Flower]]:
+    """Flower's server with all that devices reach, for the block.
+
+    Raises:
+        TesseraError: Flower is not installed, or a port is taken.
+    """
+    with contextlib.ExitStack() as stack:
+        superlink, address = stack.enter_context(_superlink(home, link))
+        flower = Flower(home=home)
+        if link.keys is not None:
+            for name, key in certs.device_keys(link.keys).items():
+                flower.register(name, key)
+            stack.enter_context(_doors(link, address, flower))
+        yield superlink, flower
 
 
 @contextlib.contextmanager
@@ -138,7 +149,8 @@ def _superlink(home: Path, link: Link) -> Iterator[tuple[subprocess.Popen[bytes]
         yield process, address
 
 
-def _invitation(link: Link) -> str:
+def invitation(link: Link) -> str:
+    """Where devices may join."""
     if link.keys is None:
         return f"Devices of this machine may join: tessera join 127.0.0.1:{link.port}"
     address = certs.server_files(link.keys).address
@@ -146,7 +158,7 @@ def _invitation(link: Link) -> str:
 
 
 @contextlib.contextmanager
-def _doors(link: Link, address: str, flower: _Flower) -> Iterator[None]:
+def _doors(link: Link, address: str, flower: Flower) -> Iterator[None]:
     """What devices reach: the proxy, and the desk for those with a token."""
     from tesserafl.run.enrolment import Enrolment
 
@@ -167,7 +179,7 @@ def _doors(link: Link, address: str, flower: _Flower) -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Flower:
+class Flower:
     """Flower's command line, for our SuperLink."""
 
     home: Path
@@ -212,7 +224,7 @@ class _Flower:
 def _follow(
     folder: Path,
     superlink: subprocess.Popen[bytes],
-    flower: _Flower,
+    flower: Flower,
     run: str,
     seen: int,
     listener: Listener | None,
