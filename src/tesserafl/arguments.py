@@ -13,6 +13,7 @@ from tesserafl.data import DataSettings
 from tesserafl.experiments import EXPERIMENTS, Named
 from tesserafl.models import HuggingFace, LoRA
 from tesserafl.run.deployed import Deployment
+from tesserafl.run.edge import Hosting
 from tesserafl.run.experiment import REGISTRIES, Experiment, choose, from_file
 from tesserafl.run.holding import Local
 from tesserafl.run.learn import LearnSettings
@@ -72,6 +73,26 @@ class JoinOptions:
     """memory that training may take here; told to the server"""
     once: bool = False
     """end when the server says that the run is over; else wait for the next"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeOptions:
+    """Be an edge of a run that `tessera serve --edges` serves, and serve devices of your own."""
+
+    place: tyro.conf.Positional[str]
+    """this edge's folder of keys (tessera certs of the cloud), a token (tessera token; with
+    --name), or HOST:PORT of a cloud on this machine"""
+    link: Annotated[Link, tyro.conf.arg(name="")] = field(default_factory=Link)
+    hosting: Annotated[Hosting, tyro.conf.arg(name="")] = field(default_factory=Hosting)
+    name: str = ""
+    """name of the edge; its folder of keys has one"""
+    folder: Path | None = None
+    """what the edge keeps between restarts; default: `state` in its folder of keys, or
+    ./NAME-state"""
+    model: Path | None = None
+    """folder with the pre-trained model that the experiment names; None: the experiment's path"""
+    once: bool = False
+    """end when the cloud says that the run is over; else wait for the next"""
 
 
 @dataclass(frozen=True, kw_only=True)

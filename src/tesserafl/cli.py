@@ -20,6 +20,7 @@ COMMANDS = {
     "resume": "RUN     continue a run or a study that was interrupted",
     "serve": "NAME|FILE  run an experiment on devices that join",
     "join": "FOLDER|ADDRESS  be a device of a run that is served",
+    "edge": "FOLDER|ADDRESS  be an edge of a run that is served, with devices of its own",
     "plan": "NAME|FILE  what a run would cost each client, and how coverage grows; trains nothing",
     "bench": "NAME|FILE  how fast its rounds are here, for every way to train the clients",
     "learn": "NAME|FILE  learn when the nodes of a tree synchronise (tomtit, hwamei)",
@@ -136,6 +137,12 @@ def _assemble(args: list[str]) -> None:
     from tesserafl.serving import assembled
 
     assembled(args)
+
+
+def _edge(args: list[str]) -> None:
+    from tesserafl.serving import hosted
+
+    hosted(args)
 
 
 def _plan(args: list[str]) -> None:
@@ -262,6 +269,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "serve": _serve,
     "join": _join,
     "assemble": _assemble,
+    "edge": _edge,
     "plan": _plan,
     "bench": _bench,
     "learn": _learn,

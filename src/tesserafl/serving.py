@@ -11,8 +11,16 @@ from typing import Any
 
 import tyro
 
-from tesserafl.arguments import AssembleOptions, JoinOptions, ServeOptions, configured
+from tesserafl.arguments import (
+    AssembleOptions,
+    EdgeOptions,
+    JoinOptions,
+    ServeOptions,
+    configured,
+)
 from tesserafl.run.deployed import begin
+from tesserafl.run.edge_host import host
+from tesserafl.run.holding import Local
 from tesserafl.run.join import join, line_to
 from tesserafl.run.parts import assemble
 from tesserafl.run.runner import Listener
@@ -53,3 +61,14 @@ def assembled(args: list[str]) -> None:
         print(json.dumps(found))
         return
     print(f"{options.out}: {found['entries']:,} parameters after {found['rounds']} rounds")
+
+
+def hosted(args: list[str]) -> None:
+    """`tessera edge`: an edge, until it is stopped."""
+    options = tyro.cli(EdgeOptions, args=args, prog="tessera edge")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    line = line_to(options.place, options.name)
+    name = line.name_of(options.name)
+    folder = options.folder or line.folder_of(name)
+    local = Local(model=options.model)
+    host(line, name, folder, options.link, options.hosting, local, once=options.once)

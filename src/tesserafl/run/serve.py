@@ -77,15 +77,9 @@ def serve(folder: Path, link: Link, listener: Listener | None = None) -> dict[st
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     for left in ("error.json", AT_WORK):
         (folder / left).unlink(missing_ok=True)
-    with contextlib.ExitStack() as stack:
-        superlink, address = stack.enter_context(_superlink(home, link))
-        flower = _Flower(home=home)
-        if link.keys is not None:
-            for name, key in certs.device_keys(link.keys).items():
-                flower.register(name, key)
-            stack.enter_context(_doors(link, address, flower, message_bytes_of(folder)))
+    with opened(home, link, message_bytes_of(folder)) as (superlink, flower):
         if listener is not None:
-            listener({"kind": "open", "text": _invitation(link)})
+            listener({"kind": "open", "text": invitation(link)})
         seen = num_events(folder)
         if seen and listener is not None:
             listener({"kind": "resume", "experiment": read_json(folder / "config.json")})
@@ -112,6 +106,27 @@ def resume_serving(folder: Path, listener: Listener | None = None) -> dict[str, 
     except ValidationError as error:
         raise CheckpointError(f"{folder / 'link.json'} is damaged: {error}") from error
     return serve(folder, link, listener)
+
+
+@contextlib.contextmanager
+def opened(
+    home: Path, link: Link, message_bytes: int
+) -> Iterator[tuple[subprocess.Popen[bytes], Flower]]:
+    """Flower's server with all that devices reach, for the block.
+
+    `message_bytes`: of tensors in one message, at most.
+
+    Raises:
+        TesseraError: Flower is not installed, or a port is taken.
+    """
+    with contextlib.ExitStack() as stack:
+        superlink, address = stack.enter_context(_superlink(home, link))
+        flower = Flower(home=home)
+        if link.keys is not None:
+            for name, key in certs.device_keys(link.keys).items():
+                flower.register(name, key)
+            stack.enter_context(_doors(link, address, flower, message_bytes))
+        yield superlink, flower
 
 
 @contextlib.contextmanager
@@ -144,7 +159,8 @@ def _superlink(home: Path, link: Link) -> Iterator[tuple[subprocess.Popen[bytes]
         yield process, address
 
 
-def _invitation(link: Link) -> str:
+def invitation(link: Link) -> str:
+    """Where devices may join."""
     if link.keys is None:
         return f"Devices of this machine may join: tessera join 127.0.0.1:{link.port}"
     address = certs.server_files(link.keys).address
@@ -152,7 +168,7 @@ def _invitation(link: Link) -> str:
 
 
 @contextlib.contextmanager
-def _doors(link: Link, address: str, flower: _Flower, message_bytes: int) -> Iterator[None]:
+def _doors(link: Link, address: str, flower: Flower, message_bytes: int) -> Iterator[None]:
     """What devices reach: the proxy, and the desk for those with a token."""
     from tesserafl.run.enrolment import Enrolment
 
@@ -175,7 +191,7 @@ def _doors(link: Link, address: str, flower: _Flower, message_bytes: int) -> Ite
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Flower:
+class Flower:
     """Flower's command line, for our SuperLink."""
 
     home: Path

@@ -237,7 +237,7 @@ class Spoken:
 def test_a_device_may_be_registered_twice(programs, tmp_path, monkeypatch):
     spoken = Spoken()
     monkeypatch.setattr(serve.subprocess, "run", spoken)
-    serve._Flower(home=tmp_path).register("alice", tmp_path / "alice.pub")
+    serve.Flower(home=tmp_path).register("alice", tmp_path / "alice.pub")
     assert "--name" in spoken.commands[0] and "alice" in spoken.commands[0]
 
 
