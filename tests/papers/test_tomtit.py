@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from trees import EDGES, always, basis_for, experiment, params_of, played, with_policy
+from trees import (
+    EDGES,
+    always,
+    basis_for,
+    experiment,
+    params_of,
+    played,
+    rising,
+    with_policy,
+)
 from worked import clients, mlp, state_of
 
 from tesserafl.core.errors import CheckpointError, ConfigError
@@ -17,6 +26,7 @@ from tesserafl.core.policy import Basis, Policy
 from tesserafl.core.schedule import Periods, Report, Seen, Situation
 from tesserafl.core.submodel import SubModel
 from tesserafl.methods import EqualFinish, FedAvg, HierFAVG, Tomtit
+from tesserafl.methods._actor import ordered
 
 
 def device(client: int, step: float, steps: int = 4, **more: object) -> Seen:
@@ -122,8 +132,8 @@ def fast_devices_more(method: Tomtit) -> Params:
     actor["device.0.matrix"][0, 1] = -1.0  # -log t
     actor["device.1.matrix"][0, 0] = 1.0
     actor["steps.0.matrix"][0, 0] = 1.0
-    actor["steps.1.matrix"][:, 0] = torch.arange(method.most_steps) * 20.0
-    actor["steps.1.shift"] = -((torch.arange(method.most_steps) - 1.0) ** 2)
+    actor["steps.1.matrix"][:, 0] = rising(torch.arange(method.most_steps) * 20.0)
+    actor["steps.1.shift"] = rising(-((torch.arange(method.most_steps) - 1.0) ** 2))
     return actor
 
 
@@ -139,6 +149,14 @@ def test_the_policy_decides_by_its_most_probable_options(tmp_path: Path) -> None
     # 0.5 s a step: with 5.9 s left two units fit behind 1 s each for both links.
     late = method.periods(MODEL, state, situation(horizon=27.9, a=A, b=B))
     assert dict(late["a"].steps) == {0: 10, 1: 5}
+
+
+def test_options_are_numbers_and_what_is_learnt_of_one_holds_for_those_above() -> None:
+    assert ordered(torch.tensor([0.0, 0.0, 0.0])).tolist() == [0.0, 0.0, 0.0]
+    before, after = ordered(torch.tensor([[1.0, 0.5, -0.5, 0.0], [1.0, 0.5, 1.5, 0.0]]))
+    # Two more for the third option: the options above rise as well, those below do not.
+    assert (after - before).tolist() == [0.0, 0.0, 2.0, 2.0]
+    assert ordered(rising(torch.tensor([3.0, -1.0, 2.0]))).tolist() == [3.0, -1.0, 2.0]
 
 
 def test_a_policy_is_for_any_number_of_edges_and_devices(tmp_path: Path) -> None:

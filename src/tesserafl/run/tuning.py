@@ -229,6 +229,7 @@ class TuningJob:
                     observations=tuple(observations),
                     decisions=tuple(decisions),
                     rewards=rewards,
+                    length=20 * (tree.now - start) / self.horizon,
                 )
             )
         return Episode(moments=moments, total=total, accuracy=accuracy, joules=joules)

@@ -120,7 +120,6 @@ def same(one: Episode, other: Episode) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_rewards_add_up_to_what_was_gained_and_spent(fleet: FleetSettings) -> None:
     with job_of(experiment(fleet)) as (job, warm, policy):
         for price in (Price(joule=0.0), Price(joule=0.5), Price(joule=0.5, own=True)):
@@ -223,7 +222,6 @@ def test_learning_repeats_its_bits_and_what_was_learnt_decides_alike(
     )
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_hwamei_learns_too(tmp_path: Path, fleet: FleetSettings) -> None:
     method = Hwamei(first_steps=1, first_rounds=1, most_steps=4, most_rounds=3)
