@@ -67,7 +67,7 @@ def test_the_worth_of_what_follows_goes_by_time_and_not_by_rounds() -> None:
 
 def seen(kinds: list[int], left: float = math.inf) -> Observation:
     """An edge whose devices have these speeds, and say so."""
-    rows = torch.zeros(len(kinds), 8)
+    rows = torch.zeros(len(kinds), 9)
     speeds = torch.tensor([SPEEDS[kind] for kind in kinds], dtype=torch.float64)
     rows[:, 1] = speeds.log().float()
     times = Times(
