@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tesserafl.core.errors import MessageError
 from tesserafl.engines.edge_orders import EdgeProfile
-from tesserafl.engines.orders import Envelope, Hello, Profile, Refusal, reply_of, sealed
+from tesserafl.engines.orders import Bye, Envelope, Hello, Profile, Refusal, reply_of, sealed
 from tesserafl.engines.seam import Reason
 
 _LOOK_EVERY = 1.0
@@ -68,6 +69,8 @@ class Attendance:
     """Name of a Hello's message -> its node."""
     nodes: dict[int, int] = field(default_factory=dict)
     """Client -> its node, there or not."""
+    turned_away: set[str] = field(default_factory=set)
+    """Names of messages that say so; to what is answered nobody listens."""
     _looked: float = float("-inf")
 
     @property
@@ -95,6 +98,20 @@ class Attendance:
             return 0
         self.known.add(node)
         return envelope.num_bytes
+
+    def turn_away(self, post: Post, node: int, seconds: float) -> None:
+        """Tell a device why it has no seat."""
+        bye = sealed(Bye(run=self.hello.run, text=self.refused[node][:10_000]))
+        with contextlib.suppress(Undelivered):
+            self.turned_away.add(post.push(node, bye, seconds))
+
+    def dismiss(self, post: Post, seconds: float) -> set[str]:
+        """Tell the devices that the run is over, if the post works; the messages' names."""
+        bye, names = sealed(Bye(run=self.hello.run)), set[str]()
+        nodes, self.known = self.known & self.present.keys(), set()
+        with contextlib.suppress(Exception):  # a post's own: the devices find out by themselves
+            names |= {post.push(node, bye, seconds) for node in sorted(nodes)}
+        return names
 
     def answered(self, name: str, reply: Envelope | Undelivered) -> tuple[int | None, set[int]]:
         """The client that took its seat by the answer to a Hello, and those that lost theirs."""

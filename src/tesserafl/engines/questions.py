@@ -38,6 +38,14 @@ def nowhere(note: ParcelNote, data: bytes) -> None:
     """Keep nothing: for questions whose answers have no parcels."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What a client replied to something that was no task."""
+
+    client: int
+    reply: BaseModel
+
+
 @dataclass(kw_only=True)
 class Question:
     """One order to one device."""

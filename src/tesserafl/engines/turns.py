@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from tesserafl.core.places import PartHeader
 from tesserafl.engines.heads import Digest, Natural, RunId, Strict
 
 
@@ -83,7 +84,7 @@ class Turned(Strict):
     """What is noted of its training; None: it did not train, or not well."""
     lapse: Lapse | None = None
     """Why not, if it was asked."""
-    part: dict[str, Any] | None
+    part: PartHeader | None
     """Of the model, the sub-model that it trained."""
     letters: list[Addressed]
 

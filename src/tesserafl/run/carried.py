@@ -24,12 +24,12 @@ from pydantic import BaseModel
 from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import TesseraError, UpdateError
 from tesserafl.core.params import Params
+from tesserafl.core.places import PartHeader, part_from_json
 from tesserafl.core.submodel import SubModel
-from tesserafl.core.wire import update_of
 from tesserafl.engines.federation import Folded, Traffic
 from tesserafl.engines.network import Exchange
 from tesserafl.engines.parcels import letter_of
-from tesserafl.engines.questions import Question
+from tesserafl.engines.questions import Question, Said
 from tesserafl.engines.remote import Remote
 from tesserafl.engines.seam import Failed
 from tesserafl.engines.turns import Examine, Examined, Fold, Lapse, Place, Standing, Turn, Turned
@@ -227,7 +227,8 @@ class Carrier:
         waiting, size = list(questions), self.remote.capacity
         for begin in range(0, len(waiting), size):
             batch = waiting[begin : begin + size]
-            found |= self.remote.inquire({client: questions[client] for client in batch})
+            said = self.remote.inquire([questions[client] for client in batch])
+            found |= {c: each.reply if isinstance(each, Said) else each for c, each in said.items()}
         return found
 
     def _judged(self, client: int, turned: Turned) -> Turned:
@@ -268,11 +269,10 @@ class Carrier:
         return notes
 
 
-def _part_of(header: Mapping[str, Any], shapes: Params) -> SubModel:
+def _part_of(header: PartHeader, shapes: Params) -> SubModel:
     """The sub-model that a peer says it has trained; raises MessageError or UpdateError."""
-    empty: dict[str, Params] = {"delta": {}, "extra": {}, "memory": {}}
-    update, _ = update_of(dict(header), empty)
-    for view in update.submodel.views.values():
+    part = part_from_json(header)
+    for view in part.views.values():
         if view.name not in shapes or not view.fits(tuple(shapes[view.name].shape)):
             raise UpdateError(f"a peer says it trained {view.name[:80]!r}, as no model here has it")
-    return update.submodel
+    return part

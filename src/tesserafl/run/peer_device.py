@@ -21,7 +21,9 @@ from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.metrics import Metrics
 from tesserafl.core.params import num_entries, sha256
-from tesserafl.core.wire import Parts, decode_update, encode_update, update_parts
+from tesserafl.core.places import PartHeader, part_to_json
+from tesserafl.core.submodel import SubModel
+from tesserafl.core.wire import Parts, decode_update, encode_update
 from tesserafl.engines.lean import Lean, store_of
 from tesserafl.engines.lean_peer import LeanPeer
 from tesserafl.engines.parcels import Outgoing, letter_of, read_letter
@@ -39,7 +41,7 @@ from tesserafl.run.files import write_atomic
 from tesserafl.run.first import first_state
 from tesserafl.run.holding import Holding
 from tesserafl.run.parts import write_part
-from tesserafl.run.rounds import Notes, note_answer, training_at
+from tesserafl.run.rounds import Notes, note_answer
 from tesserafl.run.setup import Setup, evaluator_of, with_depths
 from tesserafl.run.spool import Spool
 
@@ -133,7 +135,7 @@ class PeerDevice:
             round=round,
             row=row,
             lapse=lapse,
-            part=None if update is None else _hollow(update)[0],
+            part=None if update is None else _part(update.submodel),
             letters=[
                 Addressed(receivers=receivers, letter=out.letter.model_dump())
                 for (receivers, _), out in zip(letters, outgoing, strict=True)
@@ -169,7 +171,7 @@ class PeerDevice:
     def _asked(self, round: int) -> tuple[list[Client], Training]:
         """Who takes part in the round, and how they train."""
         rounds = self.setup.experiment.rounds
-        return self.setup.cohort(round), training_at(self.setup, round, rounds)
+        return self.setup.cohort(round), self.setup.training_at(round, rounds)
 
     def _read(self, passed: Passed) -> Parts:
         return read_letter(letter_of(passed.letter), self.spool.fetch)
@@ -248,8 +250,8 @@ def with_roster(setup: Setup, roster: Sequence[Place]) -> Setup:
     return with_depths(replace(setup, experiment=experiment, data=data, clients=clients))
 
 
-def _hollow(update: Update) -> Parts:
-    return update_parts(replace(update, delta={}, extra={}), {})
+def _part(submodel: SubModel) -> PartHeader:
+    return PartHeader.model_validate(part_to_json(submodel))
 
 
 def _digest(round: int) -> str:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.method import State
 from tesserafl.core.params import norm
+from tesserafl.core.places import part_to_json
 from tesserafl.core.schedule import Sketch
 from tesserafl.core.submodel import SubModel
-from tesserafl.core.wire import Parts, part_to_json
+from tesserafl.core.wire import Parts
 from tesserafl.engines.edge_orders import Sweep
 from tesserafl.engines.federation import Star
 from tesserafl.engines.handed import handed_change, handed_sums

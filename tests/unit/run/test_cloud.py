@@ -196,7 +196,7 @@ def test_who_is_away_is_named(tmp_path):
     assert told == [
         [],
         [(2, "edge-1", "offline", away), (3, "edge-1", "offline", away)],
-        [(2, "edge-1", "offline", "no device of client 2 is connected")],
+        [(2, "edge-1", "offline", "it is not connected")],
         [(0, "edge-0", "crashed", "as a test wants it")],
     ]
 
