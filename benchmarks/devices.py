@@ -69,8 +69,9 @@ def ours(folder: Path, mib: int, devices: int, rounds: int) -> dict[str, Any]:
     serve += ["--devices", str(devices), "--data.num-clients", str(devices)]
     serve += ["--data.partition", "iid", "--clients-per-round", str(devices)]
     serve += ["--rounds", str(rounds), "--checkpoint-every", str(rounds)]
-    serve += ["--evaluate-every", str(rounds), "--method", "fedavg", "--model", "mlp"]
-    serve += ["--model.hidden", str(width), str(width), "--training.steps", "1"]
+    serve += ["--evaluate-every", str(rounds), "--method", "fedavg", "--method.ratio", "1.0"]
+    serve += ["--model.hidden", str(width), str(width), "--model.norm", "none"]
+    serve += ["--training.steps", "1"]
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(running(serve, os.environ, folder / "serve.log"))
         joined = [
@@ -95,6 +96,7 @@ def ours(folder: Path, mib: int, devices: int, rounds: int) -> dict[str, Any]:
     summary = json.loads((folder / "run/summary.json").read_text())
     wire = json.loads((folder / "run/wire.json").read_text())
     payload = summary["params_full"] * 4
+    assert abs(payload / (mib * MIB) - 1) < 0.25, "another model than was meant"
     return {
         "round": _later([b - a for a, b in zip([0.0, *seconds], seconds, strict=False)]),
         "wire": (wire["down"] + wire["up"]) / (summary["bytes_down"] + summary["bytes_up"]),
