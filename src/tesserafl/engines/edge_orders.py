@@ -26,7 +26,8 @@ class EdgeDevice(_Strict):
     """A device below an edge."""
 
     name: Annotated[str, Field(max_length=200)]
-    client: _Natural
+    client: _Natural | None
+    """The client that it is; None: the cloud gives it a number."""
     num_examples: Annotated[int, Field(ge=1, lt=1 << 40)]
     memory_mib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
 
@@ -67,6 +68,8 @@ class Sweep(_Strict):
     """Those of them whom the method deals parts to at once."""
     own: list[_Natural]
     """Those below the edge."""
+    numbers: dict[str, _Natural]
+    """Device -> the client that it is, of all below the edge."""
     rounds: Annotated[int, Field(ge=1)]
     """Averages of the edge."""
     steps: list[Annotated[list[_Natural], Field(min_length=2, max_length=2)]]

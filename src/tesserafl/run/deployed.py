@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tesserafl.core.errors import CheckpointError, ConfigError, TesseraError
 from tesserafl.core.messages import Client
 from tesserafl.data import ClientData
 from tesserafl.engines.attendance import Post
-from tesserafl.engines.edge_orders import EdgeProfile
+from tesserafl.engines.edge_orders import EdgeDevice, EdgeProfile
 from tesserafl.engines.federation import Federation
 from tesserafl.engines.orders import Hello, Profile
 from tesserafl.engines.parcels import MOST_BYTES
@@ -155,7 +155,6 @@ def _placed(experiment: Experiment, deployment: Deployment) -> Experiment:
     if deployment.edges:
         refused = {
             f"network.topology {asked!r}": asked not in ("auto", "tree"),
-            "own_data": deployment.own_data,
             "waiting.*": not deployment.waiting.for_all,
             "a method whose clients have models of their own": hasattr(method, "personal"),
         }
@@ -201,7 +200,8 @@ def serve_over(
     path = folder / "devices.json"
     seats: Seats | EdgeSeats
     if deployment.edges:
-        seats = EdgeSeats(path=path, clients=setup.clients)
+        clients = None if deployment.own_data else setup.clients
+        seats = EdgeSeats(path=path, clients=clients)
     else:
         number = deployment.devices if deployment.own_data else len(setup.clients)
         seats = Seats(path=path, number=number, parts=not deployment.own_data)
@@ -209,6 +209,7 @@ def serve_over(
         run=deployed.run,
         experiment=to_json(experiment),
         spec=asdict(setup.data.spec),
+        parts=not deployment.own_data,
     )
     remote = Remote(
         post=post,
@@ -225,8 +226,8 @@ def serve_over(
         full = len(seats.taken)
     remote.gather(full, deployment.wait_seconds)
     remote.renumber(seats.settle())
-    if isinstance(seats, Seats) and deployment.own_data:
-        setup = _with_devices(setup, seats)
+    if deployment.own_data:
+        setup = _with_devices(setup, seats.taken if isinstance(seats, Seats) else seats.devices)
 
     def player(setup: Setup, engine: Engine, federation: Federation, costs: CostTable) -> Player:
         if isinstance(seats, EdgeSeats):
@@ -259,15 +260,15 @@ def serve_noted(post: Post, folder: Path) -> None:
         (folder / AT_WORK).unlink(missing_ok=True)
 
 
-def _with_devices(setup: Setup, seats: Seats) -> Setup:
-    """The setup, whose clients are the devices that have a seat."""
+def _with_devices(setup: Setup, devices: Mapping[int, Profile | EdgeDevice]) -> Setup:
+    """The setup, whose clients are these devices."""
     clients = tuple(
         Client(
             id=client,
             num_examples=profile.num_examples,
             memory_bytes=None if profile.memory_mib is None else int(profile.memory_mib * _MIB),
         )
-        for client, profile in sorted(seats.taken.items())
+        for client, profile in sorted(devices.items())
     )
     asked = min(setup.experiment.clients_per_round, len(clients))
     # Of a client's examples the server needs the shape alone, to count costs with.
