@@ -89,3 +89,40 @@ def compare(here: Site, experiment: Experiment, folder: Path) -> None:
     wanted = simulated(experiment, 2, folder, here.run)
     for key in ("state_sha256", "accuracy", "loss", "bytes_up", "bytes_down", "coverage"):
         assert found[key] == wanted[key], key
+
+
+def test_an_edge_and_the_cloud_are_killed_and_the_run_completes(tmp_path: Path) -> None:
+    """By -9, each once; the edge's devices are named as failed until it is there again."""
+    experiment = digits({"name": "hierfavg", "local_steps": 2}, rounds=8)
+    with site(tmp_path) as here:
+        here.serve(experiment, "--port", str(here.port), "--devices", "4", "--edges", "2")
+        ports = {edge: str(free_port()) for edge in EDGES}
+
+        def begin(edge: str) -> None:
+            place = f"127.0.0.1:{here.port}"
+            here.begin(edge, "edge", place, "--name", edge, "--port", ports[edge])
+
+        for edge, clients in EDGES.items():
+            begin(edge)
+            for client in clients:
+                name = f"device-{client}"
+                taken = ("--client", str(client), "--device", "cpu")
+                here.begin(name, "join", f"127.0.0.1:{ports[edge]}", "--name", name, *taken)
+        cuts = {"edge-1": 2, "server": 4}
+        while not (here.run / "summary.json").exists():
+            for _ in here.while_it_runs():
+                done = len(here.events("round"))
+                for name in [name for name, round in cuts.items() if done >= round]:
+                    del cuts[name]
+                    here.kill(name)
+                    if name == "server":
+                        here.begin("server", "resume", str(here.run))
+                    else:
+                        begin(name)
+            assert here.running["server"].poll() == 0, here.said()
+        assert here.finish()["rounds"] == 8 and not cuts
+        failures = [f for event in here.events("round") for f in event["failures"]]
+        last = here.events("round")[-1]
+    assert failures and {f["edge"] for f in failures} == {"edge-1"}, failures
+    assert {f["reason"] for f in failures} <= {"offline", "crashed", "expired"}, failures
+    assert {row["client"] for row in last["clients"]} >= {0, 1}

@@ -21,7 +21,8 @@ class EdgeDevice(Strict):
     """A device below an edge."""
 
     name: Annotated[str, Field(max_length=200)]
-    client: Natural
+    client: Natural | None
+    """The client that it is; None: the cloud gives it a number."""
     num_examples: Annotated[int, Field(ge=1, lt=1 << 40)]
     memory_mib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
 
@@ -62,6 +63,8 @@ class Sweep(Strict):
     """Those of them whom the method deals parts to at once."""
     own: list[Natural]
     """Those below the edge."""
+    numbers: dict[str, Natural]
+    """Device -> the client that it is, of all below the edge."""
     rounds: Annotated[int, Field(ge=1)]
     """Averages of the edge."""
     steps: list[Annotated[list[Natural], Field(min_length=2, max_length=2)]]

@@ -45,6 +45,8 @@ class Hello(Strict):
     experiment: dict[str, Any]
     spec: dict[str, Any]
     """What a model must know of the data; see `data.examples.Spec`."""
+    parts: bool = True
+    """Whether devices take parts of the experiment's data; else they have their own."""
 
 
 class Offer(Strict):

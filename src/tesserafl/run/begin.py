@@ -10,6 +10,7 @@ from tesserafl.core.model import Model
 from tesserafl.core.params import Params
 from tesserafl.engines.federation import Federation
 from tesserafl.engines.process import threads
+from tesserafl.run.experiment import Experiment
 from tesserafl.run.federate import exchange_of, federate, topology_of
 from tesserafl.run.first import first_state
 from tesserafl.run.personal import check_personal
@@ -40,13 +41,23 @@ def first_peers(setup: Setup) -> Federation:
     Raises:
         ConfigError: the run has a server.
     """
-    experiment = setup.experiment
-    if topology_of(experiment) != "peers":
+    if topology_of(setup.experiment) != "peers":
         raise ConfigError("this run has a server; its devices are no peers")
-    if exchange_of(experiment) != "lean":
+    if not is_lean(setup.experiment):
         return first_federation(setup)
-    shapes = shapes_of(setup.model)
-    return check_first(setup, State(params=shapes, seed=experiment.seed, rounds=experiment.rounds))
+    return check_first(setup, without_values(setup))
+
+
+def is_lean(experiment: Experiment) -> bool:
+    """Whether nobody may hold the whole model."""
+    return topology_of(experiment) == "peers" and exchange_of(experiment) == "lean"
+
+
+def without_values(setup: Setup) -> State:
+    """The first state of a method that keeps nothing beside the model, on `meta`."""
+    experiment = setup.experiment
+    params = shapes_of(setup.model)
+    return State(params=params, seed=experiment.seed, rounds=experiment.rounds)
 
 
 def check_first(setup: Setup, state: State, elsewhere: bool = False) -> Federation:

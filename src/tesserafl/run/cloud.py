@@ -81,6 +81,7 @@ class Cloud:
             cohort=cohort,
             below=below,
             names=self.seats.names,
+            numbers={seat: self.seats.numbers(seat) for seat in below},
             periods=periods,
             heard=self.heard,
             seconds=self.engine.seconds,

@@ -55,6 +55,8 @@ class CloudRound:
     cohort: Mapping[int, Client]
     below: Mapping[int, Sequence[Client]]
     names: Mapping[int, str]
+    numbers: Mapping[int, Mapping[str, int]]
+    """Seat -> device -> the client that it is."""
     periods: Mapping[str, Periods]
     heard: Mapping[int, int]
     seconds: float
@@ -85,6 +87,7 @@ class CloudRound:
                 cohort=[member_of(client) for client in self.cohort.values()],
                 together=together,
                 own=own,
+                numbers=dict(self.numbers[seat]),
                 rounds=periods.rounds,
                 steps=[[c, steps] for c, steps in sorted(periods.steps.items()) if c in own],
                 heard=[[client, self.heard[client]] for client in own if client in self.heard],

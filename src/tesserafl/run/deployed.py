@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from tesserafl.core.errors import CheckpointError, ConfigError, TesseraError
 from tesserafl.data import ClientData
 from tesserafl.engines.attendance import Disowned, Post
-from tesserafl.engines.edge_orders import EdgeProfile
+from tesserafl.engines.edge_orders import EdgeDevice, EdgeProfile
 from tesserafl.engines.federation import Federation
 from tesserafl.engines.orders import Hello, Profile
 from tesserafl.engines.remote import Remote
@@ -119,7 +119,8 @@ def serve_over(
     path = folder / "devices.json"
     seats: Seats | EdgeSeats
     if deployment.edges:
-        seats = EdgeSeats(path=path, clients=setup.clients)
+        clients = None if deployment.own_data else setup.clients
+        seats = EdgeSeats(path=path, clients=clients)
     else:
         number = deployment.devices if deployment.own_data else len(setup.clients)
         seats = Seats(path=path, number=number, parts=not deployment.own_data)
@@ -130,6 +131,7 @@ def serve_over(
         run=deployed.run,
         experiment=to_json(experiment),
         spec=asdict(setup.data.spec),
+        parts=not deployment.own_data,
     )
     remote = Remote(
         post=post,
@@ -146,8 +148,8 @@ def serve_over(
         full = len(seats.taken)
     remote.gather(full, deployment.wait_seconds, lambda: len(getattr(seats, "short", ())))
     remote.renumber(seats.settle())
-    if isinstance(seats, Seats) and deployment.own_data:
-        setup = _with_devices(setup, seats)
+    if deployment.own_data:
+        setup = _with_devices(setup, seats.taken if isinstance(seats, Seats) else seats.devices)
 
     if topology_of(experiment) == "peers":
         summary = carry(setup, remote, folder, listener)
@@ -195,9 +197,9 @@ def serve_noted(post: Post, folder: Path) -> None:
         (folder / AT_WORK).unlink(missing_ok=True)
 
 
-def _with_devices(setup: Setup, seats: Seats) -> Setup:
-    """The setup, whose clients are the devices that have a seat."""
-    clients = tuple(client_of(client, profile) for client, profile in sorted(seats.taken.items()))
+def _with_devices(setup: Setup, devices: Mapping[int, Profile | EdgeDevice]) -> Setup:
+    """The setup, whose clients are these devices."""
+    clients = tuple(client_of(client, profile) for client, profile in sorted(devices.items()))
     asked = min(setup.experiment.clients_per_round, len(clients))
     # Of a client's examples the server needs the shape alone, to count costs with.
     stand_in = setup.data.clients[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,17 @@ class _Below:
     seats: Seats
     costs: CostTable
     sketch: Sketch | None
+    numbers: dict[str, int]
+    """Device -> the client that the cloud calls it."""
+
+    def renumber(self, numbers: Mapping[str, int]) -> None:
+        """Take the cloud's numbers."""
+        if numbers.keys() != {profile.name for profile in self.seats.taken.values()}:
+            raise TesseraError("the cloud asks other devices than it was told of")
+        old = {profile.name: client for client, profile in self.seats.taken.items()}
+        old |= self.numbers
+        self.remote.renumber({old[name]: client for name, client in numbers.items()})
+        self.numbers.update(numbers)
 
 
 @dataclass(kw_only=True)
@@ -143,15 +154,15 @@ class EdgeResident:
         if not below.seats.settled:
             below.remote.gather(self.hosting.devices, self.hosting.wait_seconds)
             below.remote.gather_any(range(below.seats.number))
-            below.seats.settle()
+            below.remote.renumber(below.seats.settle())
         devices = [
             EdgeDevice(
                 name=profile.name,
-                client=client,
+                client=profile.client,
                 num_examples=profile.num_examples,
                 memory_mib=profile.memory_mib,
             )
-            for client, profile in sorted(below.seats.taken.items())
+            for _, profile in sorted(below.seats.taken.items())
         ]
         _log.info("run %s: %d devices", order.run, len(devices))
         return sealed(EdgeProfile(name=self.name, devices=devices))
@@ -171,8 +182,9 @@ class EdgeResident:
         folder = self.folder / hello.run
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         setup = setup_without_data(self.local, hello)
-        number = setup.experiment.data.num_clients
-        seats = Seats(path=folder / "devices.json", number=number, parts=True)
+        number = setup.experiment.data.num_clients if hello.parts else self.hosting.devices
+        seats = Seats(path=folder / "devices.json", number=number, parts=hello.parts)
+        numbers: dict[str, int] = {}
 
         def seat(voucher: str, profile: Profile) -> int | str:
             known = {sitting.name for sitting in seats.taken.values()}
@@ -181,7 +193,8 @@ class EdgeResident:
                     f"edge {self.name!r} has told the cloud who is below it; {profile.name!r} may "
                     f"join its next run"
                 )
-            return seats.seat(voucher, profile)
+            client = seats.seat(voucher, profile)
+            return client if isinstance(client, str) else numbers.get(profile.name, client)
 
         remote = Remote(
             post=self.post,
@@ -199,6 +212,7 @@ class EdgeResident:
             seats=seats,
             costs=setup.costs(),
             sketch=sketch and sketch(setup.model),
+            numbers=numbers,
         )
 
     def _sweep(self, order: Sweep, spool: Spool) -> Envelope:
@@ -217,7 +231,8 @@ class EdgeResident:
     def _play(self, order: Sweep, asked: str, spool: Spool) -> None:
         below = self._known(order.run)
         assert below is not None, "asked before"
-        if not set(order.own) <= below.seats.taken.keys():
+        below.renumber(order.numbers)
+        if not set(order.own) <= set(order.numbers.values()):
             raise TesseraError(f"clients {order.own} are not all below edge {self.name!r}")
         header, groups = read_kept(letter_of(order.letter), spool)
         try:

@@ -90,7 +90,6 @@ def _placed(experiment: Experiment, deployment: Deployment) -> Experiment:
     if deployment.edges:
         refused = {
             f"network.topology {asked!r}": asked not in ("auto", "tree"),
-            "own_data": deployment.own_data,
             "waiting.*": not deployment.waiting.for_all,
             "a method whose clients have models of their own": hasattr(method, "personal"),
         }

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from tesserafl.core.errors import CapacityError
 from tesserafl.core.messages import Client
 from tesserafl.core.method import State
+from tesserafl.engines.edge_orders import EdgeDevice
 from tesserafl.engines.orders import Profile
+from tesserafl.run.begin import is_lean, without_values
 from tesserafl.run.costs import CostTable
 from tesserafl.run.first import first_state
 from tesserafl.run.rounds import check_memory
@@ -17,7 +19,7 @@ from tesserafl.run.setup import Setup, with_depths
 _MIB = 1 << 20
 
 
-def client_of(number: int, profile: Profile) -> Client:
+def client_of(number: int, profile: Profile | EdgeDevice) -> Client:
     """The client that a device with data of its own is under a number."""
     return Client(
         id=number,
@@ -59,6 +61,8 @@ class Room:
     @property
     def _first(self) -> State:
         """The state before the first round, without values: a cut of it costs nothing."""
+        if self._state is None and is_lean(self.setup.experiment):  # nobody makes the whole
+            self._state = without_values(self.setup)
         if self._state is None:
             state = first_state(self.setup.experiment, self.setup.model, self.setup.data)
             params = {name: tensor.to("meta") for name, tensor in state.params.items()}

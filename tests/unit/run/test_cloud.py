@@ -6,9 +6,11 @@ import json
 import time
 
 import edges_at_hand
+import pyarrow as pa
 import pytest
-from devices_at_hand import parts, prepare_once
+from devices_at_hand import PostAtHand, parts, prepare_once
 from edges_at_hand import TreeAtHand, at_once, events_of, simulated
+from pyarrow import parquet
 
 from tesserafl.core.errors import ConfigError
 from tesserafl.data import DataSettings
@@ -22,6 +24,7 @@ from tesserafl.models import MLP
 from tesserafl.run import deployed, edge, runner
 from tesserafl.run.deployed import Deployment, begin, serve_over
 from tesserafl.run.experiment import EngineSettings, Experiment
+from tesserafl.run.holding import Local
 from tesserafl.run.live import Waiting
 from tesserafl.run.resident import Resident
 from tesserafl.run.spool import Spool
@@ -251,6 +254,56 @@ def test_an_edge_that_sends_rubbish_costs_its_devices_the_round(tmp_path):
         assert all("larger than what its devices" in f["text"] for f in event["failures"])
 
 
+def _table(folder, classes, number):
+    folder.mkdir(parents=True)
+    images = [
+        [[(7 * row + 3 * n) % 50 for _ in range(4)] for row in range(4)] for n in range(number)
+    ]
+    labels = [classes[n % len(classes)] for n in range(number)]
+    parquet.write_table(pa.table({"image": images, "label": labels}), folder / "train.parquet")
+    return folder
+
+
+def test_devices_of_edges_may_have_data_of_their_own(tmp_path):
+    """Edges that average once hand on: the bits of a star of the same devices."""
+    experiment = _experiment(
+        data=DataSettings(path=_table(tmp_path / "server", ["ant", "bee"], 24), partition="iid"),
+        method=FedBRB(ratio=(0.25, 0.5)),
+    )
+
+    def devices(folder, names):
+        return {
+            100 + number: Resident(
+                name=name,
+                folder=folder / name,
+                local=Local(data=tmp_path / "data" / name, device="cpu"),
+            )
+            for number, name in enumerate(names)
+        }
+
+    for number, name in enumerate("abcd"):
+        _table(tmp_path / "data" / name, ["ant", "bee"][: 1 + number % 2], 8 + 2 * number)
+    deployment = Deployment(devices=4, own_data=True)
+    begin(experiment, deployment, tmp_path / "star")
+    post = PostAtHand(residents=devices(tmp_path / "below the star", "abcd"))
+    wanted = serve_over(post, tmp_path / "star", watch=at_once)
+    tree = TreeAtHand(folder=tmp_path / "tree")
+    for node, names in zip((200, 201), ("ba", "dc"), strict=True):
+        tree.posts[node].residents = devices(tmp_path / "tree", names)
+
+    def listen(event):
+        if event["kind"] == "round" and event["round"] == 1:
+            tree.restart(201)
+
+    folder = tree.begin(experiment, own_data=True)
+    found = serve_over(tree.post, folder, listen, at_once)
+    assert {key: found[key] for key in ALIKE} == {key: wanted[key] for key in ALIKE}
+    assert not any(event["failures"] for event in events_of(folder))
+    seats = json.loads((folder / "devices.json").read_text())
+    told = [(d["name"], d["client"]) for seat in seats.values() for d in seat["devices"]]
+    assert told == [("a", 0), ("b", 1), ("c", 2), ("d", 3)]
+
+
 def test_who_is_no_edge_has_no_seat(tmp_path):
     experiment, tree = _experiment(rounds=1), TreeAtHand(folder=tmp_path, sizes=(2, 1))
     device = parts(tmp_path / "device", (3,))[103]
@@ -263,7 +316,7 @@ def test_who_is_no_edge_has_no_seat(tmp_path):
     told = dict(
         json.loads(line).values() for line in (folder / "guests.jsonl").read_text().splitlines()
     )
-    assert told["edge-1"] == "has joined as an edge, with clients 2"
+    assert told["edge-1"] == "has joined as an edge, with device-2"
     assert "client 0 is below edge 'edge-0' and below 'double'" in told["double"]
     assert [(f["client"], f["text"]) for f in events_of(folder)[0]["failures"]] == [
         (3, "no edge serves it")
@@ -285,7 +338,6 @@ def test_who_is_no_edge_has_no_seat(tmp_path):
 
 def test_what_a_tree_elsewhere_cannot_do_is_refused(tmp_path):
     for changes, deployment, text in (
-        ({}, {"own_data": True}, "goes without own_data"),
         ({}, {"waiting": Waiting(quorum=0.5)}, r"without waiting\.\*"),
         ({"network": NetworkSettings(topology="star")}, {}, "without network.topology 'star'"),
         ({"method": FedSALoRA()}, {}, "models of their own"),
