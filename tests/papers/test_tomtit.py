@@ -250,8 +250,10 @@ def test_other_periods_are_other_bits(tmp_path: Path) -> None:
     assert sha256(one) != sha256(other)
 
 
-def test_periods_of_one_are_fedavg_to_the_bit(tmp_path: Path) -> None:
-    agents = played(experiment(always(Tomtit(first_steps=1, first_rounds=1), 1, 1, tmp_path)))
+@pytest.mark.parametrize("edges", [1, 2])
+def test_periods_of_one_are_fedavg_to_the_bit(edges: int, tmp_path: Path) -> None:
+    method = always(Tomtit(first_steps=1, first_rounds=1), 1, 1, tmp_path)
+    agents = played(experiment(method, edges=edges))
     star = played(experiment(FedAvg(), edges=0))
     assert sha256(params_of(agents)) == sha256(params_of(star))
 
