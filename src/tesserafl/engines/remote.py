@@ -149,8 +149,9 @@ class Remote:
         left = set(asks)
         while left:
             self._wait(lambda: bool(self._ended))
-            for each in list(self._ended):
-                self._ended.remove(each)
+            ended = list(self._ended)
+            self._ended.clear()
+            for each in ended:
                 if each.client in left and not isinstance(each, Done):
                     left.remove(each.client)
                     yield each
