@@ -12,11 +12,11 @@ from tesserafl.core.errors import ConfigError, did_you_mean
 from tesserafl.data import DataSettings
 from tesserafl.experiments import EXPERIMENTS, Named
 from tesserafl.models import HuggingFace, LoRA
-from tesserafl.run.deployed import Deployment
 from tesserafl.run.edge import Hosting
 from tesserafl.run.experiment import REGISTRIES, Experiment, choose, from_file
 from tesserafl.run.holding import Local
 from tesserafl.run.learn import LearnSettings
+from tesserafl.run.on_devices import Deployment
 from tesserafl.run.serve import Link
 
 
@@ -42,6 +42,18 @@ class ServeOptions:
     """print the summary as one JSON object on the last line"""
     link: Annotated[Link, tyro.conf.arg(name="")] = field(default_factory=Link)
     deployment: Annotated[Deployment, tyro.conf.arg(name="")] = field(default_factory=Deployment)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssembleOptions:
+    """Put together a model of which every peer of a lean run kept a part."""
+
+    parts: tyro.conf.Positional[tuple[Path, ...]]
+    """the folders that the peers wrote when the run was over (model-... in what they keep)"""
+    out: Path = Path("model")
+    """where the model is written"""
+    json: bool = False
+    """print what it is as one JSON object"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ COMMANDS = {
     "list": "WHAT       methods, models, data or experiments",
     "compare": "RUN... tables and plots of several runs at equal rounds, bytes and FLOPs",
     "report": "RUN     write the report of a run folder anew",
+    "assemble": "PART... the model of peers that each kept a part",
     "certs": "FOLDER  keys and certificates of a server and its devices",
     "token": "FOLDER  a line of text with which a device joins a server",
     "proxy": "FOLDER  the proxy in front of a server: devices reach what they need, no more",
@@ -130,6 +131,12 @@ def _join(args: list[str]) -> None:
     from tesserafl.serving import joined
 
     joined(args)
+
+
+def _assemble(args: list[str]) -> None:
+    from tesserafl.serving import assembled
+
+    assembled(args)
 
 
 def _edge(args: list[str]) -> None:
@@ -261,6 +268,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "resume": _resume,
     "serve": _serve,
     "join": _join,
+    "assemble": _assemble,
     "edge": _edge,
     "plan": _plan,
     "bench": _bench,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,11 +11,18 @@ from typing import Any
 
 import tyro
 
-from tesserafl.arguments import EdgeOptions, JoinOptions, ServeOptions, configured
+from tesserafl.arguments import (
+    AssembleOptions,
+    EdgeOptions,
+    JoinOptions,
+    ServeOptions,
+    configured,
+)
 from tesserafl.run.deployed import begin
 from tesserafl.run.edge_host import host
 from tesserafl.run.holding import Local
 from tesserafl.run.join import join, line_to
+from tesserafl.run.parts import assemble
 from tesserafl.run.runner import Listener
 from tesserafl.run.serve import serve
 
@@ -43,6 +51,16 @@ def joined(args: list[str]) -> None:
     name = line.name_of(options.name)
     folder = options.folder or line.folder_of(name)
     join(line, name, folder, options.local, memory_mib=options.memory_mib, once=options.once)
+
+
+def assembled(args: list[str]) -> None:
+    """`tessera assemble`: the model of peers that each kept a part."""
+    options = tyro.cli(AssembleOptions, args=args, prog="tessera assemble")
+    found = assemble(options.parts, options.out)
+    if options.json:
+        print(json.dumps(found))
+        return
+    print(f"{options.out}: {found['entries']:,} parameters after {found['rounds']} rounds")
 
 
 def hosted(args: list[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trees import EDGES, always, experiment, params_of, played, with_policy
+from trees import EDGES, always, experiment, params_of, played, rising, with_policy
 from worked import clients, mlp, state_of
 
 from tesserafl.core.errors import ConfigError
@@ -98,8 +98,9 @@ def chooses(method: Hwamei, *choices: tuple[int, int]) -> Params:
     for name, tensor in actor.items():
         actor[name] = torch.zeros_like(tensor)
     for edge, (rounds, steps) in enumerate(choices):
-        actor["rounds.0.shift"].view(len(choices), -1)[edge, rounds - 1] = 1.0
-        actor["steps.0.shift"].view(len(choices), -1)[edge, steps - 1] = 1.0
+        for name, choice in (("rounds", rounds), ("steps", steps)):
+            own = actor[f"{name}.0.shift"].view(len(choices), -1)[edge]
+            own[:] = rising(torch.eye(len(own))[choice - 1])
     return actor
 
 

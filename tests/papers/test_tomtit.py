@@ -8,15 +8,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from trees import EDGES, always, basis_for, experiment, params_of, played, with_policy
-from worked import clients, mlp, state_of
+from trees import (
+    EDGES,
+    always,
+    basis_for,
+    experiment,
+    params_of,
+    played,
+    rising,
+    with_policy,
+)
+from worked import TRAINING, adapted, clients, mlp, state_of
 
+from tesserafl.core.axis import Depth
 from tesserafl.core.errors import CheckpointError, ConfigError
+from tesserafl.core.messages import Update
 from tesserafl.core.params import Params, sha256
 from tesserafl.core.policy import Basis, Policy
 from tesserafl.core.schedule import Periods, Report, Seen, Situation
 from tesserafl.core.submodel import SubModel
 from tesserafl.methods import EqualFinish, FedAvg, HierFAVG, Tomtit
+from tesserafl.methods._actor import ordered
+from tesserafl.methods._levels import size_of
 
 
 def device(client: int, step: float, steps: int = 4, **more: object) -> Seen:
@@ -78,17 +91,55 @@ def test_an_edge_sees_what_the_cloud_tells_all_and_its_own_devices() -> None:
     assert b.context.tolist() == pytest.approx(
         [*everybody, math.log(12 / mean), math.log1p(8 / mean), math.log(2 / joule)]
     )
-    # A row: seen, t, link, E, steps of the most, |change|, examples, width, the change's place.
+    # Seen, t, link, E, steps of the most, |change|, examples, width, depth, the change's place.
     link, change = math.log1p(1.0), 2**0.5
     first = [1, math.log(0.5), link, math.log(1 / joule), 0.5, math.log(2 / change)]
     second = [1, math.log(2.0), link, math.log(2 / joule), 0.5, math.log(1 / change)]
-    assert a.rows[0].tolist() == pytest.approx([*first, math.log(0.5), 1.0, math.asinh(3.0)])
-    assert a.rows[1].tolist() == pytest.approx([*second, math.log(1.5), 0.5, 0.0])
-    assert (a.agent, b.agent, b.rows.shape) == (0, 1, (1, 9))
+    assert a.rows[0].tolist() == pytest.approx([*first, math.log(0.5), 1.0, 1.0, math.asinh(3.0)])
+    assert a.rows[1].tolist() == pytest.approx([*second, math.log(1.5), 0.5, 1.0, 0.0])
+    assert (a.agent, b.agent, b.rows.shape) == (0, 1, (1, 10))
     # What is left, and what work takes.
     (times,) = b.times
     assert (times.left_seconds, times.backhaul_seconds) == (80.0, 8.0)
     assert (times.step_seconds.tolist(), times.link_seconds.tolist()) == ([1.0], [1.0])
+
+
+def test_devices_of_unequal_depth_and_width_by_hand() -> None:
+    """Two blocks with an adapter each; device 0 trains the upper one alone, device 1 both."""
+    plain = adapted(2, 1, 1, 1)
+    model = replace(plain, depths={"layers": Depth(2, ("layers.",), last=1)})
+    method = Tomtit(depth=(1, 2), ratio=(1.0, 0.5))
+    state, people = state_of(model), clients(10, 30)
+    tasks = list(method.configure(model, state, people, TRAINING))
+    assert [task.trainable for task in tasks] == [
+        {"layers.1.a", "layers.1.b"},
+        {"layers.0.a", "layers.0.b", "layers.1.a", "layers.1.b"},
+    ]
+    assert [method.local(model, task, {}).trainable for task in tasks] == [  # type: ignore[arg-type]
+        task.trainable for task in tasks
+    ]
+    updates = []
+    for task, change in zip(tasks, (4.0, 8.0), strict=True):
+        delta = {n: torch.full_like(task.params[n], change) for n in task.trainable or ()}
+        updates.append(
+            Update(
+                round=0,
+                client=task.client.id,
+                submodel=task.submodel,
+                delta=delta,
+                num_examples=task.client.num_examples,
+                num_steps=1,
+                metrics={},
+            )
+        )
+    after = method.aggregate(model, state, people, iter(updates)).params
+    # Device 1 has half of the ranks: one of two. Below it is alone, above (10 x 4 + 30 x 8) / 40.
+    assert after["layers.0.a"].flatten().tolist() == [8.0, 0.0]
+    assert after["layers.1.a"].flatten().tolist() == [7.0, 4.0]
+    assert after["layers.1.b"].flatten().tolist() == [7.0, 4.0]
+    # b_j and a_j are what the edge sees of them.
+    assert [size_of(method, model, client) for client in people] == [(1.0, 0.5), (0.5, 1.0)]
+    assert size_of(Tomtit(), MODEL, people[0]) == (1.0, 1.0)
 
 
 def test_no_edge_sees_another_ones_devices() -> None:
@@ -122,8 +173,8 @@ def fast_devices_more(method: Tomtit) -> Params:
     actor["device.0.matrix"][0, 1] = -1.0  # -log t
     actor["device.1.matrix"][0, 0] = 1.0
     actor["steps.0.matrix"][0, 0] = 1.0
-    actor["steps.1.matrix"][:, 0] = torch.arange(method.most_steps) * 20.0
-    actor["steps.1.shift"] = -((torch.arange(method.most_steps) - 1.0) ** 2)
+    actor["steps.1.matrix"][:, 0] = rising(torch.arange(method.most_steps) * 20.0)
+    actor["steps.1.shift"] = rising(-((torch.arange(method.most_steps) - 1.0) ** 2))
     return actor
 
 
@@ -139,6 +190,14 @@ def test_the_policy_decides_by_its_most_probable_options(tmp_path: Path) -> None
     # 0.5 s a step: with 5.9 s left two units fit behind 1 s each for both links.
     late = method.periods(MODEL, state, situation(horizon=27.9, a=A, b=B))
     assert dict(late["a"].steps) == {0: 10, 1: 5}
+
+
+def test_options_are_numbers_and_what_is_learnt_of_one_holds_for_those_above() -> None:
+    assert ordered(torch.tensor([0.0, 0.0, 0.0])).tolist() == [0.0, 0.0, 0.0]
+    before, after = ordered(torch.tensor([[1.0, 0.5, -0.5, 0.0], [1.0, 0.5, 1.5, 0.0]]))
+    # Two more for the third option: the options above rise as well, those below do not.
+    assert (after - before).tolist() == [0.0, 0.0, 2.0, 2.0]
+    assert ordered(rising(torch.tensor([3.0, -1.0, 2.0]))).tolist() == [3.0, -1.0, 2.0]
 
 
 def test_a_policy_is_for_any_number_of_edges_and_devices(tmp_path: Path) -> None:
@@ -191,8 +250,10 @@ def test_other_periods_are_other_bits(tmp_path: Path) -> None:
     assert sha256(one) != sha256(other)
 
 
-def test_periods_of_one_are_fedavg_to_the_bit(tmp_path: Path) -> None:
-    agents = played(experiment(always(Tomtit(first_steps=1, first_rounds=1), 1, 1, tmp_path)))
+@pytest.mark.parametrize("edges", [1, 2])
+def test_periods_of_one_are_fedavg_to_the_bit(edges: int, tmp_path: Path) -> None:
+    method = always(Tomtit(first_steps=1, first_rounds=1), 1, 1, tmp_path)
+    agents = played(experiment(method, edges=edges))
     star = played(experiment(FedAvg(), edges=0))
     assert sha256(params_of(agents)) == sha256(params_of(star))
 

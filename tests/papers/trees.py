@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tesserafl.core import seeds
 from tesserafl.core.coverage import Coverage
@@ -95,10 +96,15 @@ def decided_by_shifts(method: Deciding, basis: Basis, rounds: int, steps: int) -
     ):
         last = max(n for n in actor if n.startswith(name) and n.endswith("shift"))
         actor[last] = torch.zeros_like(actor[last])
-        actor[last].view(-1, most)[:, choice - 1] = 1.0
+        actor[last].view(-1, most)[:] = rising(torch.eye(most)[choice - 1])
         matrix = last.replace("shift", "matrix")
         actor[matrix] = torch.zeros_like(actor[matrix])
     return actor
+
+
+def rising(logits: Tensor) -> Tensor:
+    """What an actor's last layer answers for these logits: how much more than the one below."""
+    return torch.diff(logits, prepend=logits.new_zeros(1))
 
 
 def with_policy(

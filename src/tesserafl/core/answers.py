@@ -71,6 +71,17 @@ def check_update(
         summable: whether the delta's places and entries were found good by
             `core.checks.check_deltas`, which looks at those of many at once.
     """
+    check_claims(task, update)
+    _check_names(task, update)
+    _check_types(update, large)
+    if not summable:
+        check_delta(update.submodel, update.delta, large)
+    _check_rows(task, update.submodel, model)
+    _check_extra(task, update)
+
+
+def check_claims(task: Task, update: Update) -> None:
+    """Raise UpdateError unless what an update says beside its tensors can be of the task."""
     if (update.round, update.client) != (task.round, task.client.id):
         raise UpdateError(
             f"the update is of client {update.client} in round {update.round}; asked was client "
@@ -79,12 +90,6 @@ def check_update(
     _check_counts(task, update)
     _check_metrics(task, update)
     check_part(task, update.submodel)
-    _check_names(task, update)
-    _check_types(update, large)
-    if not summable:
-        check_delta(update.submodel, update.delta, large)
-    _check_rows(task, update.submodel, model)
-    _check_extra(task, update)
 
 
 def check_part(task: Task, part: SubModel) -> None:

@@ -144,8 +144,8 @@ def init_whole(self: object, model: Model, seed: int, rounds: int) -> State:
 
 
 def train_everything(self: object, model: Model, task: Task, memory: Memory) -> Fit:
-    """Plain local training of all parameters on cross-entropy."""
-    return Fit(params=task.params, training=task.training)
+    """Plain local training on cross-entropy, of all parameters or of those that the task names."""
+    return Fit(params=task.params, training=task.training, trainable=task.trainable)
 
 
 def train_scaled(self: _Scaled, model: Model, task: Task, memory: Memory) -> Fit:

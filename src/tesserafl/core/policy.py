@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,7 +35,7 @@ _Count = Annotated[int, Field(ge=1)]
 class _Header(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    format: Literal[1]
+    format: Literal[2]
     method: str
     options: dict[str, bool | _Count]
     edges: list[str]
@@ -61,7 +62,7 @@ class Basis:
     def model(self, params: Params) -> tuple[float, ...]:
         """Of a global model's parameters, in units of the scale."""
         total = torch.zeros(self.num_components, dtype=torch.float64)
-        for name, axes in self.components.items():
+        for name, axes in self._rows.items():
             total += _along(axes, params[name] - self.mean[name])
         return tuple((total / self.scale).tolist())
 
@@ -71,14 +72,21 @@ class Basis:
         for name, change in delta.items():
             view = submodel.views[name]
             axes = self.components[view.name]
-            if not view.is_all(tuple(axes.shape[1:])):
-                axes = torch.stack([view.read(axis) for axis in axes])
-            total += _along(axes, change)
+            if view.is_all(tuple(axes.shape[1:])):
+                rows = self._rows[view.name]
+            else:
+                rows = torch.stack([view.read(axis) for axis in axes]).flatten(1).double()
+            total += _along(rows, change)
         return tuple((total / self.scale).tolist())
 
+    @cached_property
+    def _rows(self) -> Params:
+        """Of each parameter, [components, entries], as sums take them: used for every device."""
+        return {name: axes.flatten(1).double() for name, axes in self.components.items()}
 
-def _along(axes: Tensor, value: Tensor) -> Tensor:
-    return axes.flatten(1).double() @ value.detach().cpu().flatten().double()
+
+def _along(rows: Tensor, value: Tensor) -> Tensor:
+    return rows @ value.detach().cpu().flatten().double()
 
 
 def fit_basis(models: Sequence[Params], most: int) -> Basis:
@@ -177,7 +185,7 @@ def policy_files(policy: Policy) -> tuple[bytes, bytes]:
         tensors |= {f"{group}/{n}": t.detach().clone().contiguous() for n, t in params.items()}
     data = save(tensors)
     header = {
-        "format": 1,
+        "format": 2,
         "method": policy.method,
         "options": dict(policy.options),
         "edges": list(policy.edges),

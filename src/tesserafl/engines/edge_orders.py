@@ -11,28 +11,23 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from tesserafl.core.messages import Client
-
-_Natural = Annotated[int, Field(ge=0, lt=1 << 48)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+from tesserafl.engines.heads import Natural, RunId, Strict
 
 
-class EdgeDevice(_Strict):
+class EdgeDevice(Strict):
     """A device below an edge."""
 
     name: Annotated[str, Field(max_length=200)]
-    client: _Natural | None
+    client: Natural | None
     """The client that it is; None: the cloud gives it a number."""
     num_examples: Annotated[int, Field(ge=1, lt=1 << 40)]
     memory_mib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
 
 
-class EdgeProfile(_Strict):
+class EdgeProfile(Strict):
     """Who an edge is, and who is below it."""
 
     kind: Literal["edge"] = "edge"
@@ -40,14 +35,14 @@ class EdgeProfile(_Strict):
     devices: list[EdgeDevice]
 
 
-class Member(_Strict):
+class Member(Strict):
     """A client that takes part in the round, here or elsewhere; see `core.messages.Client`."""
 
-    id: _Natural
-    num_examples: _Natural
-    memory_bytes: _Natural | None
-    depth: _Natural | None
-    mixing: _Natural
+    id: Natural
+    num_examples: Natural
+    memory_bytes: Natural | None
+    depth: Natural | None
+    mixing: Natural
 
     @property
     def client(self) -> Client:
@@ -55,31 +50,31 @@ class Member(_Strict):
         return Client(**self.model_dump())
 
 
-class Sweep(_Strict):
+class Sweep(Strict):
     """A round of the cloud, for one edge."""
 
     kind: Literal["sweep"] = "sweep"
-    run: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    run: RunId
     letter: dict[str, Any]
     """Of the cloud's state."""
     cohort: list[Member]
     """All that take part, in the round's order: the grid of exact sums goes by them."""
-    together: list[_Natural]
+    together: list[Natural]
     """Those of them whom the method deals parts to at once."""
-    own: list[_Natural]
+    own: list[Natural]
     """Those below the edge."""
-    numbers: dict[str, _Natural]
+    numbers: dict[str, Natural]
     """Device -> the client that it is, of all below the edge."""
     rounds: Annotated[int, Field(ge=1)]
     """Averages of the edge."""
-    steps: list[Annotated[list[_Natural], Field(min_length=2, max_length=2)]]
+    steps: list[Annotated[list[Natural], Field(min_length=2, max_length=2)]]
     """Clients and their steps, those that do not train as the experiment says."""
-    heard: list[Annotated[list[_Natural], Field(min_length=2, max_length=2)]]
+    heard: list[Annotated[list[Natural], Field(min_length=2, max_length=2)]]
     """Own clients, and the rounds of the tasks that they answered last: with what they kept then
     they begin."""
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """Until the cloud gives the edge up."""
-    most_bytes: _Natural
+    most_bytes: Natural
     """Of tensors in a parcel of the answer."""
 
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from pydantic import BaseModel
 
+from tesserafl.core.answers import most_header_bytes
 from tesserafl.core.errors import MessageError
 from tesserafl.core.messages import Task
 from tesserafl.core.wire import Parts, update_of
@@ -42,6 +44,10 @@ _MOST_REPEATS = 5
 _MOST_ANSWER_BYTES, _MOST_TENSOR_BYTES, _MOST_ENTRY_BYTES = 1 << 16, 1 << 10, 16
 """Of an answer: in all, for every tensor and for every entry; an entry has 8 bytes, or 4 with its
 place, and the rest is for the heads of parcels."""
+_MOST_WORDS_BYTES, _MOST_NOTE_BYTES = 1 << 17, 128
+"""Of a reply's head: without a letter, and for every parcel that it names."""
+_MOST_TOLD_BYTES = 16 << 20
+"""Of the head of an answer to what is no task: it tells of many devices."""
 
 
 class Ask(Protocol):
@@ -73,7 +79,7 @@ class Step:
     send: Sequence[Envelope] = ()
     greet: bool = False
     """The device does not know the run: greet it, and begin again when it has answered."""
-    result: Done | Judged | Told | None = None
+    result: Done | Told | BaseModel | None = None
     """The errand is over."""
 
 
@@ -115,7 +121,9 @@ class Errand:
             MessageError: it is damaged, answers nothing that was asked, or the device refuses.
         """
         self.waiting -= 1
-        reply = reply_of(envelope)
+        reply = reply_of(envelope, self._most_head_bytes)
+        if envelope.parcels and not isinstance(reply, Answer | Parcels):
+            raise MessageError(f"a device sent parcels with its {reply.kind!r}")
         if isinstance(reply, Refusal):
             raise MessageError(reply.text)
         if isinstance(reply, Stranger):
@@ -131,19 +139,32 @@ class Errand:
             raise MessageError(f"a device answered {reply.kind!r} where that answers nothing")
         return self._collected(self._letter, envelope.parcels)
 
+    @cached_property
+    def _most_head_bytes(self) -> int:
+        """Of any reply: names of parcels that it lacks, or the letter of an answer."""
+        most = _MOST_WORDS_BYTES + _MOST_NOTE_BYTES * len(self.outgoing.letter.parcels)
+        if self.ask is not None:
+            return _MOST_TOLD_BYTES
+        if self.task is not None:  # a letter has its header, and names every tensor once more
+            pieces = self._most_answer_bytes // max(1, self.outgoing.most_bytes)
+            most += 2 * most_header_bytes(self.task) + _MOST_NOTE_BYTES * pieces
+        return most
+
+    @cached_property
+    def _most_answer_bytes(self) -> int:
+        if self.ask is not None:
+            return self.ask.most_bytes
+        assert self.task is not None
+        task, most = self.task, _MOST_ANSWER_BYTES
+        shapes = [*(v.shape for v in task.submodel.views.values()), *task.wanted.extra.values()]
+        return most + sum(_MOST_TENSOR_BYTES + _MOST_ENTRY_BYTES * math.prod(s) for s in shapes)
+
     def _bounded(self, letter: Letter) -> Letter:
         """The letter, if an answer to the task can be as large: its parcels are kept in memory."""
-        if self.ask is not None:
-            most = self.ask.most_bytes
-        else:
-            assert self.task is not None
-            task, most = self.task, _MOST_ANSWER_BYTES
-            shapes = [*(v.shape for v in task.submodel.views.values()), *task.wanted.extra.values()]
-            most += sum(_MOST_TENSOR_BYTES + _MOST_ENTRY_BYTES * math.prod(s) for s in shapes)
-        if letter.num_bytes > most:
+        if letter.num_bytes > self._most_answer_bytes:
             raise MessageError(
                 f"the device of client {self.client} wants to send {letter.num_bytes} bytes; an "
-                f"answer to its task has {most} at most"
+                f"answer to its task has {self._most_answer_bytes} at most"
             )
         return letter
 
@@ -164,10 +185,11 @@ class Errand:
         """Take what came of an answer, and ask for the rest of it."""
         assert letter is not None
         notes = {note.sha256: note for note in letter.parcels}
+        if not parcels.keys() <= notes.keys():
+            raise MessageError(f"the device of client {self.client} sent parcels of no answer")
         for name, data in parcels.items():
-            if name in notes:
-                check_parcel(data, notes[name])
-                self._parcels[name] = data
+            check_parcel(data, notes[name])
+            self._parcels[name] = data
         missing = [name for name in notes if name not in self._parcels]
         if not missing:
             return Step(result=self._done(letter))

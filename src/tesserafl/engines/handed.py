@@ -22,8 +22,9 @@ from tesserafl.core.messages import Client, Task
 from tesserafl.core.method import Method, State
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params, num_bytes, subtract
+from tesserafl.core.places import PartHeader, part_from_json, part_to_json
 from tesserafl.core.submodel import SubModel, View
-from tesserafl.core.wire import PartHeader, Parts, part_from_json, part_to_json, update_of
+from tesserafl.core.wire import Parts, update_of
 from tesserafl.core.wire import update_parts as parts_of_update
 from tesserafl.engines.sums import Added, Covered, Passed, Sums
 

@@ -24,8 +24,9 @@ from tesserafl.core.wire import Parts, task_parts
 from tesserafl.engines.attendance import Attendance, Post, Undelivered
 from tesserafl.engines.edge_orders import EdgeProfile
 from tesserafl.engines.errands import Ask, Errand, Step, Told
-from tesserafl.engines.orders import Bye, Envelope, Hello, Judged, Profile, sealed
+from tesserafl.engines.orders import Envelope, Hello, Judged, Profile
 from tesserafl.engines.parcels import Outgoing
+from tesserafl.engines.questions import Question, Said
 from tesserafl.engines.seam import Done, Failed, Outcome, Reason
 
 _log = logging.getLogger(__name__)
@@ -68,13 +69,12 @@ class Remote:
     bytes_down: int = 0
     """On the wire, with heads and letters."""
     bytes_up: int = 0
-    _errands: dict[int, Errand] = field(default_factory=dict)
+    _errands: dict[int, Errand | Question] = field(default_factory=dict)
     _until: dict[int, float] = field(default_factory=dict)
     """Client -> when its errand expires."""
     _messages: dict[str, int] = field(default_factory=dict)
     """Name of an errand's message -> its client."""
-    _judged: dict[int, Judged] = field(default_factory=dict)
-    _ended: deque[Outcome | Told] = field(default_factory=deque)
+    _ended: deque[Outcome | Told | Said] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         self._attendance = Attendance(hello=self.hello, seat=self.seat, expects=self.expects)
@@ -103,9 +103,9 @@ class Remote:
         """Node -> why it has no seat."""
         return self._attendance.refused
 
-    def gather(self, most: int, seconds: float) -> None:
-        """Wait until so many devices have a seat, at most so long."""
-        self._wait(lambda: len(self.seated) >= most, seconds)
+    def gather(self, most: int, seconds: float, without: Callable[[], int] = lambda: 0) -> None:
+        """Wait until so many devices have a seat, or came in vain; at most so long."""
+        self._wait(lambda: len(self.seated) + without() >= most, seconds)
 
     def gather_any(self, clients: Collection[int]) -> set[int]:
         """Wait until the device of one of these clients is there; returns all that are."""
@@ -113,24 +113,23 @@ class Remote:
         self._wait(lambda: bool(self.seated & wanted))
         return self.seated & wanted
 
-    def renumber(self, numbers: Mapping[int, int]) -> None:
-        """Give the devices other clients' numbers: old -> new; before the first task."""
-        self._attendance.renumber(numbers)
+    def renumber(self, numbers: Mapping[int, int | str]) -> None:
+        """Give the devices other clients' numbers: old -> new, or why it has none; before the first
+        task."""
+        for node in self._attendance.renumber(numbers):
+            self._attendance.turn_away(self.post, node, self.seconds)
 
     def submit(self, tasks: Sequence[Task]) -> None:
         """Send tasks to their devices."""
         for task in tasks:
             self._look()
-            client = task.client.id
-            if client in self.seated:
-                self._begin(client, task, self._outgoing(task_parts(task, {})))
-            else:
-                self._fail(client, "offline", f"no device of client {client} is connected")
+            outgoing = Outgoing(parts=task_parts(task, {}), most_bytes=self.most_bytes)
+            self._start(self._errand(task.client.id, task, outgoing))
 
     def poll(self, seconds: float = math.inf) -> list[Outcome]:
         """At least one outcome; blocks until there is one, at most so long."""
         self._wait(lambda: bool(self._ended), seconds)
-        outcomes = [each for each in self._ended if not isinstance(each, Told)]
+        outcomes = [each for each in self._ended if isinstance(each, Done | Failed)]
         self._ended.clear()
         return outcomes
 
@@ -139,22 +138,9 @@ class Remote:
 
         `parts` are what they are sent with it, all the same.
         """
-        self._look()
-        outgoing = self._outgoing(parts)
-        for client, ask in asks.items():
-            if client in self.seated:
-                self._begin(client, None, outgoing, ask)
-            else:
-                self._fail(client, "offline", "it is not connected")
-        left = set(asks)
-        while left:
-            self._wait(lambda: bool(self._ended))
-            ended = list(self._ended)
-            self._ended.clear()
-            for each in ended:
-                if each.client in left and not isinstance(each, Done):
-                    left.remove(each.client)
-                    yield each
+        outgoing = Outgoing(parts=parts, most_bytes=self.most_bytes)
+        errands = [self._errand(client, None, outgoing, ask) for client, ask in asks.items()]
+        return (each for each in self._heard(errands) if not isinstance(each, Said))
 
     def judge(self, parts: Parts) -> dict[int, Judged]:
         """What the clients' own models reach on their own test examples, where they have some.
@@ -162,24 +148,24 @@ class Remote:
         `parts` are the global state's. Who is not there or cannot do it is left out.
         """
         self._look()
-        self._judged = {}
-        for client in sorted(self.seated):
-            self._begin(client, None, self._outgoing(parts))
-        self._wait(lambda: not self._errands)
-        self._ended.clear()
-        return {client: self._judged[client] for client in sorted(self._judged)}
+        outgoing = Outgoing(parts=parts, most_bytes=self.most_bytes)
+        errands = [self._errand(client, None, outgoing) for client in sorted(self.seated)]
+        found = sorted(self._heard(errands), key=lambda each: each.client)
+        said = [each for each in found if isinstance(each, Said)]
+        return {each.client: each.reply for each in said if isinstance(each.reply, Judged)}
+
+    def inquire(self, questions: Sequence[Question]) -> dict[int, Said | Failed]:
+        """Put questions to clients, all at once; what each says, when all have."""
+        found = self._heard(questions)
+        return {each.client: each for each in found if not isinstance(each, Told)}
 
     def close(self) -> None:
         """Nothing to release: devices wait for a server that goes on, or for `goodbye`."""
 
     def goodbye(self) -> None:
         """Tell the devices that the run is over, if the post works."""
-        bye = sealed(Bye(run=self.hello.run))
-        there = self._attendance
-        nodes, there.known = there.known & there.present.keys(), set()
-        until = self.clock() + _GOODBYE
+        names, until = self._attendance.dismiss(self.post, _GOODBYE), self.clock() + _GOODBYE
         with contextlib.suppress(Exception):  # a post's own: the devices find out by themselves
-            names = {self.post.push(node, bye, _GOODBYE) for node in nodes}
             while names and self.clock() < until:
                 names -= {name for name, _ in self.post.pull(names)}
                 self.pause(_PAUSE)
@@ -198,11 +184,13 @@ class Remote:
             self.pause(_PAUSE)
 
     def _look(self) -> None:
-        """Greet who has come."""
         self._attendance.look(self.post, self.clock(), self.seconds)
 
     def _welcome(self, name: str, reply: Envelope | Undelivered) -> None:
+        node = self._attendance.greetings[name]
         client, lost = self._attendance.answered(name, reply)
+        if node in self.refused:
+            self._attendance.turn_away(self.post, node, self.seconds)
         for other in lost & self._errands.keys():
             self._give_up(other, "offline", f"the device of client {other} has no seat any more")
         errand = None if client is None else self._errands.get(client)
@@ -211,13 +199,10 @@ class Remote:
 
     # The errands.
 
-    def _outgoing(self, parts: Parts) -> Outgoing:
-        return Outgoing(parts=parts, most_bytes=self.most_bytes)
-
-    def _begin(
+    def _errand(
         self, client: int, task: Task | None, outgoing: Outgoing, ask: Ask | None = None
-    ) -> None:
-        errand = Errand(
+    ) -> Errand:
+        return Errand(
             run=self.hello.run,
             client=client,
             task=task,
@@ -226,9 +211,29 @@ class Remote:
             keeps=self.keeps.get(client),
             ask=ask,
         )
+
+    def _start(self, errand: Errand | Question) -> None:
+        client = errand.client
+        if client not in self.seated:
+            self._fail(client, "offline", "it is not connected")
+            return
         self._forget(client)
         self._errands[client], self._until[client] = errand, self.clock() + self.seconds
         self._go_on(client, errand.begin())
+
+    def _heard(self, errands: Sequence[Errand | Question]) -> Iterator[Told | Said | Failed]:
+        """What comes of errands that are no tasks, as it comes."""
+        self._look()
+        for errand in errands:
+            self._start(errand)
+        left = {errand.client for errand in errands}
+        while left:
+            self._wait(lambda: bool(self._ended))
+            while self._ended:
+                each = self._ended.popleft()
+                if each.client in left and not isinstance(each, Done):
+                    left.remove(each.client)
+                    yield each
 
     def _go_on(self, client: int, step: Step) -> None:
         node = self._attendance.nodes[client]
@@ -243,24 +248,25 @@ class Remote:
         if step.greet:
             self.bytes_down += self._attendance.greet(self.post, node, self.seconds)
         if step.result is not None:
-            errand = self._errands.pop(client)
+            self._errands.pop(client)
             self._forget(client)
-            if isinstance(step.result, Judged):
-                self._judged[client] = step.result
-            else:
-                if errand.task is not None:
-                    self.heard[client] = errand.task.round
+            if isinstance(step.result, Done):
+                self.heard[client] = step.result.update.round
+            if isinstance(step.result, Done | Told):
                 self._ended.append(step.result)
+            else:
+                self._ended.append(Said(client=client, reply=step.result))
 
     def _deliver(self) -> None:
         """Look into the post."""
-        names = [*self._attendance.greetings, *self._messages]
+        names = [*self._attendance.greetings, *self._messages, *self._attendance.turned_away]
         for name, reply in self.post.pull(names) if names else ():
             if isinstance(reply, Envelope):
                 self.bytes_up += reply.num_bytes
             if name in self._attendance.greetings:
                 self._welcome(name, reply)
                 continue
+            self._attendance.turned_away.discard(name)
             client = self._messages.pop(name, None)
             if client is not None:  # else: of an errand that was given up in this look
                 self._replied(client, reply)
@@ -278,8 +284,7 @@ class Remote:
             self._give_up(client, "error", f"its answer could not be read: {error!r:.500}")
 
     def _expire(self) -> None:
-        now = self.clock()
-        for client in [c for c in self._errands if self._until[c] <= now]:
+        for client in [c for c in self._errands if self._until[c] <= self.clock()]:
             self._give_up(client, "expired", f"no answer within {self.seconds:g} s")
 
     def _give_up(self, client: int, reason: Reason, text: str) -> None:

@@ -12,8 +12,8 @@ from tesserafl.core.buffers import shown
 from tesserafl.core.errors import MessageError
 from tesserafl.core.messages import Client
 from tesserafl.core.params import Params
+from tesserafl.core.places import PartHeader, part_from_json
 from tesserafl.core.submodel import SubModel
-from tesserafl.core.wire import PartHeader, part_from_json
 from tesserafl.engines.seam import Reason
 
 _Natural = Annotated[int, Field(ge=0, lt=1 << 62)]

@@ -133,7 +133,8 @@ def edge_logits(
     rounds = through(actor, "rounds", torch.cat([pooled, context], dim=1))
     all_devices = pooled[:, None].expand(-1, rows.shape[1], -1)
     steps = through(actor, "steps", torch.cat([encoded, all_devices, around], dim=2))
-    return torch.cat([_padded(rounds[:, None], options), _padded(steps, options)], dim=1)
+    rounds, steps = ordered(rounds[:, None]), ordered(steps)
+    return torch.cat([_padded(rounds, options), _padded(steps, options)], dim=1)
 
 
 def first_cloud_actor(
@@ -153,10 +154,20 @@ def cloud_logits(actor: Params, context: Tensor, most_rounds: int, options: int)
     encoded = torch.tanh(through(actor, "state", context))
     edges = len(actor["rounds.0.shift"]) // most_rounds
     rounds, steps = (
-        _padded(through(actor, name, encoded).view(len(context), edges, -1), options)
+        _padded(ordered(through(actor, name, encoded).view(len(context), edges, -1)), options)
         for name in ("rounds", "steps")
     )
     return torch.stack([rounds, steps], dim=2).flatten(1, 2)
+
+
+def ordered(outputs: Tensor) -> Tensor:
+    """Logits of options that are numbers, [..., options], from as many outputs.
+
+    An output is what an option has more than the one below: what is learnt of seven steps is learnt
+    of eight too (Tang and Agrawal, "Discretizing Continuous Action Space for On-Policy
+    Optimization", AAAI 2020, Section 4.3; their logits are these, but for a constant).
+    """
+    return outputs.cumsum(dim=-1)
 
 
 def _padded(logits: Tensor, options: int) -> Tensor:

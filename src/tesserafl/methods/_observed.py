@@ -22,7 +22,7 @@ from tesserafl.core.schedule import Report, Seen, Situation
 
 _MOST = 4.0
 """Logarithms of ratios are not larger: e^4 is 55."""
-_NUM_GLOBAL, _NUM_ROW, _NUM_EDGE = 3, 8, 3
+_NUM_GLOBAL, _NUM_ROW, _NUM_EDGE = 3, 9, 3
 
 
 def context_size(components: int) -> int:
@@ -99,7 +99,7 @@ def rows_of(
     report: Report | None,
     components: int,
     most: int,
-    width: Callable[[Client], float],
+    share: Callable[[Client], tuple[float, float]],
 ) -> Tensor:
     """An edge's devices, [devices, features].
 
@@ -109,17 +109,17 @@ def rows_of(
         report: the edge's; None: nothing was measured.
         components: coordinates of a change.
         most: steps of a device, at most.
-        width: the share of every axis that a client trains.
+        share: of the width and of the adapted blocks, that a client trains.
     """
     known = {} if report is None else {device.client: device for device in report.devices}
     examples = sum(client.num_examples for client in clients) / len(clients)
     changes = _mean(device.change for device in known.values())
     rows = []
     for client in clients:
-        size = (_ratio(client.num_examples, examples), width(client))
+        size = (_ratio(client.num_examples, examples), *share(client))
         device = known.get(client.id)
         if device is None:
-            rows.append([0.0] * (_NUM_ROW - 2) + [*size] + [0.0] * components)
+            rows.append([0.0] * (_NUM_ROW - 3) + [*size] + [0.0] * components)
             continue
         row = [
             1.0,

@@ -30,7 +30,7 @@ from tesserafl.core.method import (
 from tesserafl.core.model import Model
 from tesserafl.core.schedule import Periods, Situation
 from tesserafl.methods._balance import equal_finish
-from tesserafl.methods._levels import counted_units, mean_of_level
+from tesserafl.methods._levels import counted_blocks, mean_of_level
 from tesserafl.methods._normalised import relayed_normed, report_normed
 
 
@@ -40,6 +40,9 @@ class EqualFinish:
 
     ratio: tuple[float, ...] = (1.0,)
     """share of every axis that each client class trains, dealt to the clients in turn"""
+    depth: tuple[int, ...] = ()
+    """blocks next to the output whose adapters each client class trains, dealt to the clients in
+    turn; empty: all"""
     weighting: Weighting = "examples"
     """weight of a device in the means: its number of examples, or one each"""
     local_steps: int = 5
@@ -80,7 +83,7 @@ class EqualFinish:
             most_rounds=self.most_rounds,
         )
 
-    configure = counted_units
+    configure = counted_blocks
     local = train_everything
     report = report_normed
     aggregate = mean_of_level

@@ -42,7 +42,7 @@ from tesserafl.methods._actor import (
     scheduled,
     sketched,
 )
-from tesserafl.methods._levels import counted_units, mean_of_level
+from tesserafl.methods._levels import counted_blocks, mean_of_level
 from tesserafl.methods._normalised import relayed_normed, report_normed
 from tesserafl.methods._observed import matrix_of, no_rows, overview, scene_of, times_of
 
@@ -53,6 +53,9 @@ class Hwamei:
 
     ratio: tuple[float, ...] = (1.0,)
     """share of every axis that each client class trains, dealt to the clients in turn"""
+    depth: tuple[int, ...] = ()
+    """blocks next to the output whose adapters each client class trains, dealt to the clients in
+    turn; empty: all"""
     weighting: Weighting = "examples"
     """weight of a device in the means: its number of examples, or one each"""
     policy: Path | None = None
@@ -133,7 +136,7 @@ class Hwamei:
     overview = overview
     sketch = sketched
     periods = scheduled
-    configure = counted_units
+    configure = counted_blocks
     local = train_everything
     report = report_normed
     aggregate = mean_of_level

@@ -41,10 +41,9 @@ from tesserafl.methods._actor import (
     scheduled,
     sketched,
 )
-from tesserafl.methods._levels import counted_units, mean_of_level
+from tesserafl.methods._levels import counted_blocks, mean_of_level, size_of
 from tesserafl.methods._normalised import relayed_normed, report_normed
 from tesserafl.methods._observed import context_of, overview, rows_of, scene_of, times_of
-from tesserafl.methods._width import ratio_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +52,9 @@ class Tomtit:
 
     ratio: tuple[float, ...] = (1.0,)
     """share of every axis that each client class trains, dealt to the clients in turn"""
+    depth: tuple[int, ...] = ()
+    """blocks next to the output whose adapters each client class trains, dealt to the clients in
+    turn; empty: all"""
     weighting: Weighting = "examples"
     """weight of a device in the means: its number of examples, or one each"""
     policy: Path | None = None
@@ -118,7 +120,7 @@ class Tomtit:
                 report,
                 components,
                 self.unit * self.most_steps,
-                lambda client: ratio_of(self.ratio, client),
+                lambda client: size_of(self, model, client),
             )
             observations.append(
                 Observation(
@@ -137,7 +139,7 @@ class Tomtit:
     overview = overview
     sketch = sketched
     periods = scheduled
-    configure = counted_units
+    configure = counted_blocks
     local = train_everything
     report = report_normed
     aggregate = mean_of_level

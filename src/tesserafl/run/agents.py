@@ -27,6 +27,8 @@ from tesserafl.core.params import Params
 Logits = Callable[[Params, Tensor, Tensor, Tensor], Tensor]
 """`Deciding.logits`."""
 _SMALL = 1e-8
+_LEAST = 1e-2
+"""An input that hardly differs is not blown up."""
 _IMITATION_LR, _IMITATION_PASSES, _FIRST_PASSES = 5e-3, 60, 60
 _CURIOUS = 0.2
 """Worth of entropy in imitation: enough is left to chance to find better."""
@@ -43,6 +45,8 @@ class Moment:
     decisions: tuple[Decision, ...]
     rewards: Tensor
     """Of all agents, [agents]."""
+    length: float = 1.0
+    """Of the round, in twentieths of the job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +54,14 @@ class Learning:
     """How agents learn; Tomtit's own settings are not known, these are usual ones."""
 
     discount: float = 0.95
-    """gamma_d: worth of a reward one round later"""
+    """gamma_d: worth of a reward that comes a twentieth of the job later"""
     trace: float = 0.95
     """lambda of the advantages"""
     clip: float = 0.2
     """by how much a probability may change and still be rewarded"""
     entropy: float = 0.01
     """worth of a factor's mean entropy, in units of a standardised advantage"""
-    actor_lr: float = 3e-4
+    actor_lr: float = 1e-3
     """Adam's rate for the actor"""
     critic_lr: float = 1e-3
     """Adam's rate for the critic"""
@@ -69,20 +73,23 @@ class Learning:
     """largest norm of a gradient"""
 
 
-def advantages(rewards: Tensor, values: Tensor, discount: float, trace: float) -> Tensor:
+def advantages(rewards: Tensor, values: Tensor, kept: Sequence[float], trace: float) -> Tensor:
     """Generalised advantages of an episode, [rounds, agents] (Schulman et al., 2016, Eq. 16).
+
+    Agents decide how long a round takes. Discounted by rounds, short ones would make all that
+    follows worth less.
 
     Args:
         rewards: [rounds, agents].
         values: what the critic expected before each round, alike; after the last it is 0.
-        discount: gamma_d.
+        kept: of each round, worth of what comes after it: gamma_d to the power of its length.
         trace: lambda.
     """
     following = torch.cat([values[1:], torch.zeros_like(values[:1])])
-    surprises = rewards + discount * following - values
+    surprises = rewards + torch.tensor(kept)[:, None] * following - values
     result, later = torch.zeros_like(values), torch.zeros_like(values[0])
     for step in range(len(rewards) - 1, -1, -1):
-        later = surprises[step] + discount * trace * later
+        later = surprises[step] + kept[step] * trace * later
         result[step] = later
     return result
 
@@ -119,6 +126,9 @@ class Agents:
     _mean: Tensor = field(default_factory=lambda: torch.zeros(()))
     _scale: Tensor = field(default_factory=lambda: torch.ones(()))
     """The critic's outputs are returns in these units, which the first update settles."""
+    _centre: Tensor = field(default_factory=lambda: torch.zeros(()))
+    _spread: Tensor = field(default_factory=lambda: torch.ones(()))
+    """Likewise its inputs: a point of accuracy is as much to see as a round."""
     _optimisers: tuple[torch.optim.Adam, torch.optim.Adam] | None = None
 
     def one(self, observation: Observation) -> Tensor:
@@ -137,9 +147,8 @@ class Agents:
             values = self._values(seen)
         worth, start = [], 0
         for episode in episodes:
-            rewards = torch.stack([moment.rewards for moment in episode])
             own = values[start : start + len(episode)]
-            worth.append(advantages(rewards, own, self.learning.discount, self.learning.trace))
+            worth.append(self._advantages(episode, own, self.learning.trace))
             start += len(episode)
         gained = torch.cat(worth)
         returns = gained + values
@@ -182,19 +191,26 @@ class Agents:
             torch.optim.Adam(list(self.actor.values()), lr=self.learning.actor_lr, eps=1e-5),
             torch.optim.Adam(list(self._critic.values()), lr=self.learning.critic_lr, eps=1e-5),
         )
-        returns = []
-        for episode in episodes:
-            rewards = torch.stack([moment.rewards for moment in episode])
-            returns.append(
-                advantages(rewards, torch.zeros_like(rewards), self.learning.discount, 1.0)
-            )
-        worth = torch.cat(returns)
+        self._centre, self._spread = seen.mean(dim=0), seen.std(dim=0, correction=0) + _LEAST
+        nothing = torch.zeros(self.agents)
+        worth = torch.cat(
+            [self._advantages(own, nothing.expand(len(own), -1), 1.0) for own in episodes]
+        )
         self._mean, self._scale = worth.mean(), worth.std(correction=0) + _SMALL
         for number in range(_FIRST_PASSES):
             self._teach_critic(seen, worth, seeds.generator(self.seed, number, "first"))
 
+    def _advantages(self, episode: Sequence[Moment], values: Tensor, trace: float) -> Tensor:
+        rewards = torch.stack([moment.rewards for moment in episode])
+        kept = [self.learning.discount**moment.length for moment in episode]
+        return advantages(rewards, values, kept, trace)
+
+    def _expected(self, seen: Tensor) -> Tensor:
+        """What the critic answers, in its units."""
+        return through(self._critic, "value", (seen - self._centre) / self._spread)
+
     def _values(self, seen: Tensor) -> Tensor:
-        return through(self._critic, "value", seen) * self._scale + self._mean
+        return self._expected(seen) * self._scale + self._mean
 
     def _batch(self, moments: Sequence[Moment], gained: Tensor) -> _Batch:
         observations, decisions, worth = [], [], []
@@ -245,7 +261,7 @@ class Agents:
         assert self._optimisers is not None
         targets = (returns - self._mean) / self._scale
         for places in torch.randperm(len(seen), generator=draw).chunk(self.learning.parts):
-            error = through(self._critic, "value", seen[places]) - targets[places]
+            error = self._expected(seen[places]) - targets[places]
             self._step(self._optimisers[1], 0.5 * error.square().mean(), self._critic)
 
     def _step(self, optimiser: torch.optim.Adam, loss: Tensor, params: Params) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,16 +13,15 @@ from uuid import uuid4
 from pydantic import TypeAdapter, ValidationError
 
 from tesserafl.core.errors import CheckpointError, ConfigError, TesseraError
-from tesserafl.core.messages import Client
 from tesserafl.data import ClientData
-from tesserafl.engines.attendance import Post
+from tesserafl.engines.attendance import Disowned, Post
 from tesserafl.engines.edge_orders import EdgeDevice, EdgeProfile
 from tesserafl.engines.federation import Federation
 from tesserafl.engines.orders import Hello, Profile
-from tesserafl.engines.parcels import MOST_BYTES
 from tesserafl.engines.remote import Remote
 from tesserafl.engines.seam import Engine
-from tesserafl.run.begin import first_federation
+from tesserafl.run.begin import first_federation, first_peers
+from tesserafl.run.carrying import carry
 from tesserafl.run.children import die_with_parent
 from tesserafl.run.cloud import cloud
 from tesserafl.run.costs import CostTable
@@ -30,47 +29,16 @@ from tesserafl.run.edge_seats import EdgeSeats
 from tesserafl.run.experiment import Experiment, from_json, to_json, with_absolute_paths
 from tesserafl.run.federate import topology_of
 from tesserafl.run.files import read_json, write_json
-from tesserafl.run.live import Patient, Waiting, live
+from tesserafl.run.live import Patient, live
+from tesserafl.run.on_devices import Deployment, for_devices
 from tesserafl.run.player import Player, player_of
+from tesserafl.run.room import Room, client_of
 from tesserafl.run.runner import Listener, play
 from tesserafl.run.seats import Seats
 from tesserafl.run.setup import Setup, prepare, with_depths
 
 AT_WORK = "server-app.json"
 """A file of the run folder that is there as long as a process plays the run over Flower."""
-
-_MIB = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Deployment:
-    """How a run reaches its devices; the run folder holds it as deployment.json."""
-
-    devices: int = 2
-    """devices that the first round waits for; data.num_clients, if that is not given"""
-    edges: int = 0
-    """edges that the first round waits for (tessera edge): devices join them, and not the server.
-    0: there are none"""
-    own_data: bool = False
-    """devices bring data of their own (tessera join --data); else each takes a part of the
-    experiment's data (tessera join --client)"""
-    wait_seconds: float = 3600.0
-    """seconds that the first round waits for devices; then it begins with those that are there"""
-    task_seconds: float = 3600.0
-    """seconds that a device has for a task, with its transfers; then it counts as expired"""
-    under_way: int = 8
-    """tasks that are under way at once: their sub-models are in the server's memory"""
-    message_bytes: int = MOST_BYTES
-    """of tensors in one message; devices need about six times as much for the transport"""
-    waiting: Waiting = field(default_factory=Waiting)
-
-    def __post_init__(self) -> None:
-        for name in ("devices", "under_way", "message_bytes", "task_seconds"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive; got {getattr(self, name)}")
-        for name in ("wait_seconds", "edges"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be 0 or more; got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +64,10 @@ def begin(experiment: Experiment, deployment: Deployment, folder: Path) -> None:
         )
     experiment = for_devices(with_absolute_paths(experiment), deployment)
     setup = prepare(experiment)
-    first_federation(setup, elsewhere=True)
+    if topology_of(experiment) == "peers":
+        first_peers(setup)
+    else:
+        first_federation(setup, elsewhere=True)
     if not deployment.own_data and deployment.devices > len(setup.clients):
         raise ConfigError(
             f"the first round would wait for {deployment.devices} devices, but data.num_clients "
@@ -113,69 +84,17 @@ def is_deployed(folder: Path) -> bool:
     return (folder / "deployment.json").exists()
 
 
+def message_bytes_of(folder: Path) -> int:
+    """Bytes of tensors in one message of a run, at most."""
+    return _deployed(folder).deployment.message_bytes
+
+
 def _deployed(folder: Path) -> _Deployed:
     try:
         found = TypeAdapter(_Deployed).validate_python(read_json(folder / "deployment.json"))
     except ValidationError as error:
         raise CheckpointError(f"{folder / 'deployment.json'} is damaged: {error}") from error
     return found
-
-
-def for_devices(experiment: Experiment, deployment: Deployment) -> Experiment:
-    """The experiment as these devices can run it.
-
-    Raises:
-        ConfigError: it asks for what only a simulation has.
-    """
-    if experiment.fleet.is_there:
-        raise ConfigError(
-            "fleet.* describes simulated devices; leave it away where real ones do the work"
-        )
-    experiment = _placed(experiment, deployment)
-    if experiment.finetune_epochs:
-        raise ConfigError(
-            "finetune_epochs tests models where clients' data is, and the server has none of it; "
-            "set it to 0"
-        )
-    # Devices train alone, so the server must not plan for groups of them.
-    engine = replace(experiment.engine, workers=1, batching="sequential")
-    data = experiment.data
-    if deployment.own_data:  # what the server has is for its tests, not for the devices
-        data = replace(data, num_clients=deployment.devices, partition="iid")
-    # A late answer may come rounds after its task: what it began with is kept for one checkpoint.
-    # What devices of edges began with is kept for one round of the cloud.
-    soon = deployment.edges or not deployment.waiting.for_all
-    every = 1 if soon else experiment.checkpoint_every
-    return replace(experiment, engine=engine, data=data, checkpoint_every=every)
-
-
-def _placed(experiment: Experiment, deployment: Deployment) -> Experiment:
-    """The experiment, on a star or a tree; raises ConfigError if these devices cannot be that."""
-    asked, method = experiment.network.topology, experiment.method
-    if deployment.edges:
-        refused = {
-            f"network.topology {asked!r}": asked not in ("auto", "tree"),
-            "waiting.*": not deployment.waiting.for_all,
-            "a method whose clients have models of their own": hasattr(method, "personal"),
-        }
-        if any(refused.values()):
-            what = ", ".join(name for name, there in refused.items() if there)
-            raise ConfigError(
-                f"a run with edges goes without {what}; see docs/howto/edge-tier.md for what is "
-                f"not there yet"
-            )
-        return replace(experiment, network=replace(experiment.network, topology="tree"))
-    if asked == "tree" or (asked == "auto" and method.topology == "tree"):
-        raise ConfigError(
-            "a tree needs edges: say with --edges how many join (docs/howto/edge-tier.md), or set "
-            "network.topology to 'star'"
-        )
-    if topology_of(experiment) != "star":
-        raise ConfigError(
-            f"network.topology {topology_of(experiment)!r} is simulated: over Flower devices have "
-            f"one server, which would do their sums; set network.topology to 'star'"
-        )
-    return experiment
 
 
 def serve_over(
@@ -205,6 +124,9 @@ def serve_over(
     else:
         number = deployment.devices if deployment.own_data else len(setup.clients)
         seats = Seats(path=path, number=number, parts=not deployment.own_data)
+        if deployment.own_data:
+            room = Room(setup=setup)
+            seats.lacks, seats.deals = room.lacks, room.deals
     hello = Hello(
         run=deployed.run,
         experiment=to_json(experiment),
@@ -224,10 +146,16 @@ def serve_over(
     full = deployment.edges or deployment.devices
     if deployment.own_data and seats.settled:
         full = len(seats.taken)
-    remote.gather(full, deployment.wait_seconds)
+    remote.gather(full, deployment.wait_seconds, lambda: len(getattr(seats, "short", ())))
     remote.renumber(seats.settle())
     if deployment.own_data:
         setup = _with_devices(setup, seats.taken if isinstance(seats, Seats) else seats.devices)
+
+    if topology_of(experiment) == "peers":
+        summary = carry(setup, remote, folder, listener)
+        write_json(folder / "wire.json", {"down": remote.bytes_down, "up": remote.bytes_up})
+        remote.goodbye()
+        return summary
 
     def player(setup: Setup, engine: Engine, federation: Federation, costs: CostTable) -> Player:
         if isinstance(seats, EdgeSeats):
@@ -247,14 +175,23 @@ def serve_over(
 def serve_noted(post: Post, folder: Path) -> None:
     """`serve_over` for a process whose errors nobody sees: they are written into the folder.
 
-    It ends with the process that started it: a run that nobody serves would keep the folder.
+    It ends with the process that started it: a run that nobody serves would keep the folder. Of a
+    process that Flower ends or disowns nothing is written: whoever serves may begin it again.
     """
     die_with_parent(signal.SIGKILL)
     write_json(folder / AT_WORK, {"process": os.getpid()})
     try:
         serve_over(post, folder)
-    except TesseraError as error:
-        write_json(folder / "error.json", {"text": str(error)})
+    except Disowned:
+        raise
+    except Exception as error:
+        text = str(error)
+        if not isinstance(error, TesseraError):
+            text = (
+                f"the run's process failed: {error!r:.2000}; {folder}/flower/superlink.log has "
+                f"more\nTo go on: tessera resume {folder}"
+            )
+        write_json(folder / "error.json", {"text": text})
         raise
     finally:  # also after the devices heard that the run is over
         (folder / AT_WORK).unlink(missing_ok=True)
@@ -262,14 +199,7 @@ def serve_noted(post: Post, folder: Path) -> None:
 
 def _with_devices(setup: Setup, devices: Mapping[int, Profile | EdgeDevice]) -> Setup:
     """The setup, whose clients are these devices."""
-    clients = tuple(
-        Client(
-            id=client,
-            num_examples=profile.num_examples,
-            memory_bytes=None if profile.memory_mib is None else int(profile.memory_mib * _MIB),
-        )
-        for client, profile in sorted(devices.items())
-    )
+    clients = tuple(client_of(client, profile) for client, profile in sorted(devices.items()))
     asked = min(setup.experiment.clients_per_round, len(clients))
     # Of a client's examples the server needs the shape alone, to count costs with.
     stand_in = setup.data.clients[0]

@@ -101,7 +101,7 @@ def host(
         write_json(folder / _EDGE, TypeAdapter(_Edge).dump_python(edge, mode="json"))
         home = folder / "below"
         home.mkdir(exist_ok=True, mode=0o700)
-        superlink, flower = stack.enter_context(opened(home, link))
+        superlink, flower = stack.enter_context(opened(home, link, hosting.message_bytes))
         _log.info("%s", invitation(link))
         flower.start(folder)
         watched = _Watched(folder=folder, superlink=superlink)

@@ -78,7 +78,9 @@ def federate(setup: Setup, state: State) -> Federation:
                 "network.* describes the links between peers, and this run has a server; add "
                 "--network.topology peers, or leave the others away"
             )
-        return Star(model=setup.model, method=method, state=state)
+        return Star(
+            model=setup.model, method=method, state=state, compression=experiment.compression
+        )
     network, exchange = network_of(setup), exchange_of(experiment)
     if exchange != "gossip" and not network.connected:
         raise ConfigError(

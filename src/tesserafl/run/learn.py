@@ -26,7 +26,7 @@ from tesserafl.run.events import Event, EventLog
 from tesserafl.run.experiment import Experiment, name_of, to_json, with_absolute_paths
 from tesserafl.run.files import alone_in, write_atomic, write_json
 from tesserafl.run.setup import make_engine, prepare
-from tesserafl.run.tuning import Episode, Price, TuningJob, Warm, tuning_job
+from tesserafl.run.tuning import Episode, Gain, Price, TuningJob, Warm, tuning_job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,11 @@ class LearnSettings:
     imitate: int = 3
     """jobs whose nodes all finish together (equal_finish), from which agents begin; 0: they begin
     at random, as in the papers"""
+    gain: Gain = "likelihood"
+    """what agents are rewarded for, in points: of the likelihood of the test's labels (e^-loss), or
+    of accuracy, which jumps from round to round by more than a decision is worth"""
     joule_price: float | None = None
-    """epsilon: points of accuracy that a joule costs; None: a seventh of what the first round
+    """epsilon: points that a joule costs; None: a seventh of what the first round
     gains, divided by its joules"""
     own_energy: bool = False
     """whether an agent pays for the energy of its own edge alone (tomtit)"""
@@ -83,7 +86,7 @@ def learn(
         threads(experiment.engine.threads),
         contextlib.closing(make_engine(setup)) as engine,
     ):
-        job = tuning_job(setup, engine)
+        job = tuning_job(setup, engine, settings.gain)
         warm = job.warm_up(settings.components)
         folder.mkdir(parents=True, exist_ok=True)
         with alone_in(folder), contextlib.closing(EventLog(folder / "learning.jsonl")) as log:
@@ -194,7 +197,7 @@ class _Lesson:
 def line_of(event: Event) -> str:
     """An event for people to read."""
     if event["kind"] == "start":
-        return f"a joule costs {event['joule_price']:.4g} points of accuracy"
+        return f"a joule costs {event['joule_price']:.4g} points"
     outcome = (
         f"return {event['return']:.2f}  accuracy {event['accuracy']:.4f}  "
         f"joules {event['joules']:.4g}  rounds {event['rounds']:.1f}"
@@ -210,7 +213,7 @@ def _means(episodes: Sequence[Episode]) -> dict[str, float]:
     count = len(episodes)
     return {
         "return": sum(episode.total for episode in episodes) / count,
-        "accuracy": sum(episode.accuracy for episode in episodes) / count,
+        "accuracy": sum(episode.metrics.accuracy for episode in episodes) / count,
         "joules": sum(episode.joules for episode in episodes) / count,
         "rounds": sum(len(episode.moments) for episode in episodes) / count,
     }

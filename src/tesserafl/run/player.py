@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from tesserafl.core.coverage import Coverage
 from tesserafl.core.errors import ConfigError
 from tesserafl.core.method import State
+from tesserafl.core.metrics import Metrics
 from tesserafl.engines.federation import Federation, Held, Star
 from tesserafl.engines.fleet import Fleet
 from tesserafl.engines.fleet_file import fleet_of
@@ -152,12 +153,18 @@ def player_of(setup: Setup, engine: Engine, federation: Federation, costs: CostT
     return Clocked(timed=tree)
 
 
-def accuracy_of(setup: Setup) -> Callable[[State], float]:
-    """Measures a state's accuracy on the cloud's test examples."""
+def metrics_of(setup: Setup) -> Callable[[State], Metrics]:
+    """Measures a state on the cloud's test examples."""
     evaluator = evaluator_of(setup)
 
-    def measured(state: State) -> float:
+    def measured(state: State) -> Metrics:
         predictor = setup.experiment.method.predictor(setup.model, state)
-        return evaluator.evaluate(predictor, setup.data.test).accuracy
+        return evaluator.evaluate(predictor, setup.data.test)
 
     return measured
+
+
+def accuracy_of(setup: Setup) -> Callable[[State], float]:
+    """Measures a state's accuracy on the cloud's test examples."""
+    measured = metrics_of(setup)
+    return lambda state: measured(state).accuracy

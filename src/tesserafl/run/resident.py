@@ -38,8 +38,10 @@ from tesserafl.engines.orders import (
 )
 from tesserafl.engines.parcels import Letter, Outgoing, letter_of, read_letter
 from tesserafl.engines.process import threads
+from tesserafl.engines.turns import Examine, Fold, Standing, Turn
 from tesserafl.run.files import read_json, write_json
 from tesserafl.run.holding import Holding, Local, hold
+from tesserafl.run.peer_device import PeerDevice, inlined, peer_device
 from tesserafl.run.personal import personal_accuracy
 from tesserafl.run.spool import Spool, digest_of
 
@@ -60,6 +62,8 @@ class Resident:
     """Whether the server has said goodbye."""
     _run: str | None = None
     _holding: Holding | None = field(default=None)
+    _peer: PeerDevice | None = field(default=None)
+    """Of a run among peers."""
 
     def answer(self, envelope: Envelope) -> Envelope:
         """Do what an envelope orders; an order that cannot be done is answered by a Refusal."""
@@ -83,6 +87,8 @@ class Resident:
                 return self._judge(order, spool)
             if isinstance(order, Fetch):
                 return fetched(order, spool)
+            if isinstance(order, Turn | Fold | Examine):
+                return self._among_peers(order, spool)
             raise TesseraError(f"this is a device; it knows no order {order.kind!r}")
         except TesseraError as error:
             _log.warning("refused: %s", error)
@@ -171,10 +177,39 @@ class Resident:
             )
         return sealed(Judged(accuracy=accuracy, share=share))
 
+    def _among_peers(self, order: Turn | Fold | Examine, spool: Spool) -> Envelope:
+        peer = self._peer_of(order, spool)
+        if isinstance(order, Examine):
+            kept = self.folder / f"model-{order.run[:8]}" if order.keep else None
+            return sealed(peer.examine(kept))
+        if order.round == peer.round:
+            if isinstance(order, Turn):
+                turned = peer.turn(order.round, order.most_bytes)
+                return sealed(turned, inlined(turned, spool, order.most_bytes))
+            letters = (letter_of(passed.letter) for passed in order.letters)
+            names = [note.sha256 for letter in letters for note in letter.parcels]
+            if missing := spool.missing(names):
+                return sealed(Missing(parcels=missing))
+            peer.fold(order)
+        return sealed(Standing(round=peer.round))
+
+    def _peer_of(self, order: Turn | Fold | Examine, spool: Spool) -> PeerDevice:
+        holding, parts = self._known(order.run), self.local.client is not None
+        assert holding is not None, "asked before"
+        if self.local.client not in (None, order.client):
+            raise TesseraError(f"this device is client {self.local.client}, not {order.client}")
+        known = self._peer
+        if known is None or known.holding is not holding or known.client != order.client:
+            self._peer = peer_device(holding, order.client, order.roster, spool, parts)
+        assert self._peer is not None, "made above"
+        return self._peer
+
     def _bye(self, order: Bye) -> Envelope:
-        self.over = True
+        if order.text:
+            _log.warning("the server has no seat for this device: %s", order.text)
+        self.over = not order.text
         if self._run == order.run:
-            self._run, self._holding = None, None
+            self._run, self._holding, self._peer = None, None, None
         shutil.rmtree(self.folder / order.run, ignore_errors=True)
         return sealed(Missing(parcels=[]))
 

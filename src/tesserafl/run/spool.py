@@ -12,7 +12,7 @@ from typing import Any
 from tesserafl.core.errors import CheckpointError, MessageError
 from tesserafl.core.messages import Memory
 from tesserafl.core.wire import pack, unpack
-from tesserafl.engines.parcels import Outgoing, letter_of
+from tesserafl.engines.parcels import Outgoing
 from tesserafl.run.files import read_json, write_atomic, write_json
 
 
@@ -54,27 +54,34 @@ class Spool:
 
     def write_answer(self, task: str, outgoing: Outgoing, seconds: float) -> None:
         """Keep the answer to the task of this digest, in the place of the one before."""
-        folder = self.folder / "answer"
+        letter = outgoing.letter.model_dump()
+        self.write_letters(task, [outgoing], {"seconds": seconds, "letter": letter})
+
+    def write_letters(
+        self, task: str, outgoing: Iterable[Outgoing], values: Mapping[str, Any]
+    ) -> None:
+        """The same, of an answer in several letters: their parcels, and plain values."""
+        folder, parcels = self.folder / "answer", {}
         for path in folder.iterdir():
             path.unlink()
-        for number, note in enumerate(outgoing.letter.parcels):
-            _put(folder / note.sha256, outgoing.parcel(number))
+        for each in outgoing:
+            for number, note in enumerate(each.letter.parcels):
+                _put(folder / note.sha256, each.parcel(number))
+                parcels[note.sha256] = note.bytes
         # Last: without it there is no answer.
-        value = {"task": task, "seconds": seconds, "letter": outgoing.letter.model_dump()}
-        write_json(folder / "letter.json", value)
+        write_json(folder / "letter.json", {**values, "task": task, "parcels": parcels})
 
     def answer(self, task: str | None = None) -> dict[str, Any] | None:
-        """Letter and seconds of the answer that is kept; None: it is of another task, or none that
-        is whole."""
+        """The values of the answer that is kept; None: it is of another task, or none that is
+        whole."""
         path = self.folder / "answer" / "letter.json"
         if not path.exists():
             return None
         try:
             value: dict[str, Any] = read_json(path)
-            notes = letter_of(value["letter"]).parcels
-        except (CheckpointError, MessageError, KeyError, TypeError):
+            whole = all(self._answered(*note) for note in value["parcels"].items())
+        except (CheckpointError, KeyError, TypeError, AttributeError):
             return None  # damaged: it can be trained for again
-        whole = all(self._answered(note.sha256, note.bytes) for note in notes)
         return value if whole and task in (None, value["task"]) else None
 
     def answered(self, name: str) -> bytes | None:

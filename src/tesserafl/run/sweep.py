@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.method import State
 from tesserafl.core.params import norm
+from tesserafl.core.places import part_to_json
 from tesserafl.core.schedule import Sketch
 from tesserafl.core.submodel import SubModel
-from tesserafl.core.wire import Parts, part_to_json
+from tesserafl.core.wire import Parts
 from tesserafl.engines.edge_orders import Sweep
 from tesserafl.engines.federation import Star
 from tesserafl.engines.handed import handed_change, handed_sums
@@ -74,7 +75,13 @@ class Sweeping:
         return {**swept.model_dump(), "parts": parts}, groups
 
     def _average(self, state: State, together: Sequence[Client], number: int, total: Sums) -> None:
-        star = Star(model=self.setup.model, method=self.setup.experiment.method, state=state)
+        experiment = self.setup.experiment
+        star = Star(
+            model=self.setup.model,
+            method=experiment.method,
+            state=state,
+            compression=experiment.compression,
+        )
         own, steps = set(self.order.own), {client: each for client, each in self.order.steps}
         down: dict[int, int] = {}
 

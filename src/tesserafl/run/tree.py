@@ -22,6 +22,7 @@ from tesserafl.core.messages import Client
 from tesserafl.core.method import State
 from tesserafl.core.params import Params, num_bytes
 from tesserafl.core.schedule import Periods, Report, Situation, Sketch
+from tesserafl.engines.compression import as_sent
 from tesserafl.engines.federation import Folded, Star
 from tesserafl.engines.fleet import CLOUD, Edge, Fleet
 from tesserafl.engines.seam import Engine
@@ -223,7 +224,9 @@ class Tree:
     ) -> Iterator[Flight]:
         method, training = self.setup.experiment.method, training_of(self.setup, self.federation)
         tasks = method.configure(self.setup.model, state, clients, training)
+        compression = self.setup.experiment.compression
         tasks = numbered(tasks, state, job.steps, number)
+        tasks = (as_sent(task, compression) for task in tasks)
         begin = {client.id: starts[self.fleet.homes[client.id]] for client in clients}
         large = state.params
         return fly(self.setup, self.engine, self.fleet, tasks, begin, large, self.costs)

@@ -3,16 +3,18 @@
     warm-up   one round of the cloud with the first periods; a basis for what agents see of models
     episode   from the state after the warm-up until the threshold time T; the devices' load is
               another in every episode
-    reward    r_k = (A(k) - A(k - 1)) - epsilon x sum of E_i(k), A in points, E in joules
+    reward    r_k = (A(k) - A(k - 1)) - epsilon x sum of E_i(k), A in points, E in joules; A is the
+              accuracy, or e^-loss: how likely the test's labels are, which does not jump
 
 After Hwamei (Qi et al., ICDCS 2023), Algorithm 1.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +23,7 @@ from tesserafl.core.coverage import Coverage
 from tesserafl.core.decisions import Deciding, Decision, Observation, periods_of
 from tesserafl.core.errors import ConfigError
 from tesserafl.core.method import State
+from tesserafl.core.metrics import Metrics
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params
 from tesserafl.core.policy import Basis, Policy, fit_basis
@@ -31,7 +34,7 @@ from tesserafl.engines.fleet import Fleet
 from tesserafl.engines.seam import Engine
 from tesserafl.run.agents import Moment
 from tesserafl.run.begin import first_federation
-from tesserafl.run.player import Clocked, accuracy_of, player_of
+from tesserafl.run.player import Clocked, metrics_of, player_of
 from tesserafl.run.setup import Setup
 from tesserafl.run.tree import Tree
 
@@ -40,6 +43,10 @@ Choose = Callable[[Observation, Situation], Decision]
 SHARE = 1 / 7
 """What energy takes of the gain of the warm-up, where its price is not given: Tomtit's is unknown;
 the gain of the first rounds should be five to ten times as much."""
+
+
+Gain = Literal["likelihood", "accuracy"]
+"""What A is in rewards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +68,7 @@ class Episode:
     moments: list[Moment]
     total: float
     """Sum of the rewards, agents' mean."""
-    accuracy: float
+    metrics: Metrics
     """Of the model at T."""
     joules: float
     """Up to T."""
@@ -74,9 +81,9 @@ class Warm:
     state: State
     seconds: float
     reports: dict[str, Report]
-    accuracy: float
+    metrics: Metrics
     gained: float
-    """Points of accuracy in the warm-up."""
+    """Points in the warm-up."""
     joules: float
     """Of the warm-up."""
     basis: Basis
@@ -105,10 +112,10 @@ class _Recorder:
 class _Measured:
     """Measures a state once, however often it is asked."""
 
-    measure: Callable[[State], float]
-    last: tuple[State, float] | None = None
+    measure: Callable[[State], Metrics]
+    last: tuple[State, Metrics] | None = None
 
-    def __call__(self, state: State) -> float:
+    def __call__(self, state: State) -> Metrics:
         if self.last is None or self.last[0] is not state:
             self.last = (state, self.measure(state))
         return self.last[1]
@@ -125,8 +132,9 @@ class TuningJob:
     engine: Engine
     horizon: float
     """T, virtual seconds."""
-    measure: Callable[[State], float]
+    measure: Callable[[State], Metrics]
     coverage: Coverage
+    gain: Gain = "likelihood"
 
     @property
     def edges(self) -> tuple[str, ...]:
@@ -142,7 +150,7 @@ class TuningJob:
         Raises:
             ConfigError: no time is left afterwards.
         """
-        before = self.measure(self.tree.federation.state)
+        before = self._reached(self.measure(self.tree.federation.state))
         if basis is None:
             recorder = _Recorder()
             tree = self._fresh(sketch=recorder)
@@ -158,16 +166,20 @@ class TuningJob:
                 f"is {self.horizon:.4g}, rounds {self.setup.experiment.rounds}: nothing is left to "
                 f"decide on; raise them"
             )
-        accuracy = self.measure(tree.federation.state)
+        metrics = self.measure(tree.federation.state)
         return Warm(
             state=tree.federation.state,
             seconds=tree.now,
             reports=tree.reports,
-            accuracy=accuracy,
-            gained=100 * (accuracy - before),
+            metrics=metrics,
+            gained=self._reached(metrics) - before,
             joules=notes.joules,
             basis=basis,
         )
+
+    def _reached(self, metrics: Metrics) -> float:
+        """A, in points."""
+        return 100 * (metrics.accuracy if self.gain == "accuracy" else math.exp(-metrics.loss))
 
     def _fresh(self, **changes: Any) -> Tree:
         """A tree at the experiment's beginning, but for the changes; nobody remembers anything."""
@@ -192,7 +204,10 @@ class TuningJob:
         def schedule(model: Model, state: State, seen: Situation) -> Mapping[str, Periods]:
             observations = self.method.observe(policy, model, state, seen)
             decisions = [choose(observation, seen) for observation in observations]
-            decided.append((self.method.overview(policy, state, seen), observations, decisions))
+            # The critic is told what the next reward counts from.
+            known = torch.tensor([self._reached(self.measure(state)) / 100])
+            overview = torch.cat([self.method.overview(policy, state, seen), known])
+            decided.append((overview, observations, decisions))
             periods: dict[str, Periods] = {}
             for observation, decision in zip(observations, decisions, strict=True):
                 periods |= periods_of(observation, decision, self.method.options)
@@ -207,20 +222,20 @@ class TuningJob:
             reports=warm.reports,
         )
         moments: list[Moment] = []
-        accuracy, joules, total = warm.accuracy, 0.0, 0.0
+        metrics, joules, total = warm.metrics, 0.0, 0.0
         while not tree.over:
             start, known = tree.now, dict(tree.reports)
             notes = tree.play(self.coverage)
             took = {e: r.joules for e, r in tree.reports.items() if r is not known.get(e)}
             late = price.overrun and tree.now > self.horizon
             counted = (self.horizon - start) / (tree.now - start) if late else 1.0
-            after = accuracy if late else self.measure(tree.federation.state)
+            after = metrics if late else self.measure(tree.federation.state)
             spent = torch.full((agents,), counted * notes.joules)
             if price.own and agents == len(self.edges):
                 each = [took.get(edge, 0.0) for edge in self.edges]
                 spent = counted * agents * torch.tensor(each)
-            rewards = 100 * (after - accuracy) - price.joule * spent
-            accuracy, joules = after, joules + counted * notes.joules
+            rewards = self._reached(after) - self._reached(metrics) - price.joule * spent
+            metrics, joules = after, joules + counted * notes.joules
             total += float(rewards.mean())
             seen, observations, decisions = decided[-1]
             moments.append(
@@ -229,9 +244,10 @@ class TuningJob:
                     observations=tuple(observations),
                     decisions=tuple(decisions),
                     rewards=rewards,
+                    length=20 * (tree.now - start) / self.horizon,
                 )
             )
-        return Episode(moments=moments, total=total, accuracy=accuracy, joules=joules)
+        return Episode(moments=moments, total=total, metrics=metrics, joules=joules)
 
 
 def _in_world(fleet: Fleet, world: int | None) -> Fleet:
@@ -244,7 +260,7 @@ def _in_world(fleet: Fleet, world: int | None) -> Fleet:
     return replace(fleet, devices=tuple(devices))
 
 
-def tuning_job(setup: Setup, engine: Engine) -> TuningJob:
+def tuning_job(setup: Setup, engine: Engine, gain: Gain = "likelihood") -> TuningJob:
     """The job of an experiment whose method a policy may decide for.
 
     Raises:
@@ -268,8 +284,8 @@ def tuning_job(setup: Setup, engine: Engine) -> TuningJob:
             "a policy decides on the periods of a tree; add fleet.profiles and fleet.edges, or "
             "fleet.file"
         )
-    measure = _Measured(accuracy_of(setup))
-    tree = replace(player.timed, measure=measure)
+    measure = _Measured(metrics_of(setup))
+    tree = replace(player.timed, measure=lambda state: measure(state).accuracy)
     assert isinstance(federation, Star)
     shapes = {name: tuple(tensor.shape) for name, tensor in federation.shapes.items()}
     return TuningJob(
@@ -280,4 +296,5 @@ def tuning_job(setup: Setup, engine: Engine) -> TuningJob:
         horizon=horizon,
         measure=measure,
         coverage=Coverage(shapes),
+        gain=gain,
     )

@@ -160,7 +160,7 @@ def of_another(folder: Path) -> None:
         (of_another, "does not match the digest"),
         (lambda folder: (folder / HEADER).unlink(), "holds no policy"),
         (lambda folder: (folder / TENSORS).unlink(), "holds no policy"),
-        (changed("format", 2), "policy.json is damaged: format"),
+        (changed("format", 1), "policy.json is damaged: format"),
         (changed("unknown", 2), "policy.json is damaged: unknown"),
         (changed("components", -1), "policy.json is damaged: components"),
         (changed("components", 2), "components' shapes"),

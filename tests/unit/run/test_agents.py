@@ -35,18 +35,39 @@ def test_advantages_by_hand() -> None:
     # A_2 = 2, A_1 = 2 + 2/4, A_0 = -3/2 + 2.5/4
     rewards = torch.tensor([[1.0], [2.0], [4.0]])
     values = torch.tensor([[3.0], [1.0], [2.0]])
-    assert advantages(rewards, values, 0.5, 0.5)[:, 0].tolist() == [-0.875, 2.5, 2.0]
+    halves = [0.5, 0.5, 0.5]
+    assert advantages(rewards, values, halves, 0.5)[:, 0].tolist() == [-0.875, 2.5, 2.0]
     # lambda = 1: what was gained, discounted, less what was expected; of each agent by itself
     both = torch.cat([rewards, 2 * rewards], dim=1)
     none = torch.zeros(3, 2)
-    assert advantages(both, none, 0.5, 1.0).tolist() == [[3.0, 6.0], [4.0, 8.0], [4.0, 8.0]]
+    assert advantages(both, none, halves, 1.0).tolist() == [[3.0, 6.0], [4.0, 8.0], [4.0, 8.0]]
     # lambda = 0: the surprise of one round
-    assert advantages(rewards, values, 0.5, 0.0)[:, 0].tolist() == [-1.5, 2.0, 2.0]
+    assert advantages(rewards, values, halves, 0.0)[:, 0].tolist() == [-1.5, 2.0, 2.0]
+
+
+def test_the_worth_of_what_follows_goes_by_time_and_not_by_rounds() -> None:
+    """Ten points after half of the job are worth the same in one long round and in ten short."""
+
+    def moment(gain: float, length: float) -> Moment:
+        gained = torch.tensor([gain])
+        return Moment(
+            seen=torch.zeros(1), observations=(), decisions=(), rewards=gained, length=length
+        )
+
+    actor = TOMTIT.first_actor(0, ("edge",), 0)
+    agents = Agents(logits=TOMTIT.logits, actor=actor, agents=1, seed=0)
+    nothing = torch.zeros(11, 1)
+    long = agents._advantages([moment(0, 10.0), moment(10, 10.0)], nothing[:2], 1.0)
+    short = agents._advantages(
+        [*(moment(0, 1.0) for _ in range(10)), moment(10, 10.0)], nothing, 1.0
+    )
+    assert float(long[0]) == pytest.approx(10 * 0.95**10)
+    assert float(short[0]) == pytest.approx(float(long[0]))
 
 
 def seen(kinds: list[int], left: float = math.inf) -> Observation:
     """An edge whose devices have these speeds, and say so."""
-    rows = torch.zeros(len(kinds), 8)
+    rows = torch.zeros(len(kinds), 9)
     speeds = torch.tensor([SPEEDS[kind] for kind in kinds], dtype=torch.float64)
     rows[:, 1] = speeds.log().float()
     times = Times(
@@ -145,7 +166,7 @@ def test_nobody_learns_to_end_too_late() -> None:
     def much(observation: Observation, decision: Decision) -> float:
         return float((decision.chosen[1:] + 1).sum())
 
-    agents = taught(much, updates=12, left=8.0)
+    agents = taught(much, updates=20, left=8.0)
     rounds, *steps = chosen(agents, seen([0, 1, 2], left=8.0))
     assert all(rounds * n * s <= 8 for n, s in zip(steps, SPEEDS, strict=True))
     assert (rounds, steps) == (1, [8, 4, 2])
@@ -250,6 +271,31 @@ def test_the_critic_learns_what_a_state_is_worth() -> None:
     with torch.no_grad():
         values = agents._values(torch.tensor([[0.0], [1.0]]))[:, 0].tolist()
     assert values == pytest.approx([30.0, 40.0], abs=1.0)
+
+
+def test_the_critic_sees_a_point_of_accuracy_beside_inputs_that_differ_more() -> None:
+    """Of two states a point apart, the better one has a point less to gain."""
+    actor = TOMTIT.first_actor(0, ("edge",), 0)
+    agents = Agents(logits=TOMTIT.logits, actor=actor, agents=1, seed=0)
+    observation = seen([1])
+    for update in range(6):
+        episodes = []
+        for number in range(40):
+            draw = seeds.generator(update, number, "state")
+            accuracy = 0.7 + 0.01 * (number % 2)
+            other = torch.randn(3, generator=draw)
+            decision = decide(observation, agents.one(observation), TOMTIT.options, drawn(draw))
+            moment = Moment(
+                seen=torch.cat([torch.tensor([accuracy]), other]),
+                observations=(observation,),
+                decisions=(decision,),
+                rewards=torch.tensor([100 * (0.75 - accuracy)]),
+            )
+            episodes.append([moment])
+        agents.update(episodes)
+    with torch.no_grad():
+        values = agents._values(torch.tensor([[0.70, 0, 0, 0], [0.71, 0, 0, 0]]))[:, 0]
+    assert float(values[0] - values[1]) == pytest.approx(1.0, abs=0.3)
 
 
 def test_an_actor_imitates_and_stays_curious() -> None:

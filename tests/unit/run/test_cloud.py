@@ -199,7 +199,7 @@ def test_who_is_away_is_named(tmp_path):
     assert told == [
         [],
         [(2, "edge-1", "offline", away), (3, "edge-1", "offline", away)],
-        [(n, "edge-1", "offline", f"no device of client {n} is connected") for n in (2, 3)],
+        [(n, "edge-1", "offline", "it is not connected") for n in (2, 3)],
         [(0, "edge-0", "crashed", "as a test wants it")],
     ]
 

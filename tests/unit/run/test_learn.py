@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from tesserafl.cli import main
 from tesserafl.core.decisions import Decision, Observation, decide, drawn, greedy
 from tesserafl.core.errors import CheckpointError, ConfigError
 from tesserafl.core.fit import Training
+from tesserafl.core.metrics import Metrics
 from tesserafl.core.policy import HEADER, TENSORS, Policy, read_policy
 from tesserafl.core.schedule import Situation
 from tesserafl.core.seeds import generator
@@ -29,7 +31,7 @@ from tesserafl.run.experiment import Experiment, to_json
 from tesserafl.run.learn import LearnSettings, learn, line_of
 from tesserafl.run.runner import start
 from tesserafl.run.setup import make_engine, prepare
-from tesserafl.run.tuning import Episode, Price, TuningJob, Warm, tuning_job
+from tesserafl.run.tuning import Episode, Gain, Price, TuningJob, Warm, tuning_job
 
 METHOD = Tomtit(first_steps=1, first_rounds=1, most_steps=4, most_rounds=3)
 
@@ -85,10 +87,12 @@ def experiment(
 
 
 @contextlib.contextmanager
-def job_of(asked: Experiment) -> Iterator[tuple[TuningJob, Warm, Policy]]:
+def job_of(
+    asked: Experiment, gain: Gain = "likelihood"
+) -> Iterator[tuple[TuningJob, Warm, Policy]]:
     setup = prepare(asked)
     with contextlib.closing(make_engine(setup)) as engine:
-        job = tuning_job(setup, engine)
+        job = tuning_job(setup, engine, gain)
         warm = job.warm_up(8)
         policy = Policy(
             method="tomtit",
@@ -116,23 +120,37 @@ def smallest(observation: Observation, seen: Situation) -> Decision:
 
 
 def same(one: Episode, other: Episode) -> bool:
-    return (one.total, one.accuracy, one.joules) == (other.total, other.accuracy, other.joules)
+    return (one.total, one.metrics, one.joules) == (other.total, other.metrics, other.joules)
+
+
+def reached(metrics: Metrics, gain: Gain) -> float:
+    return 100 * (metrics.accuracy if gain == "accuracy" else math.exp(-metrics.loss))
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-def test_rewards_add_up_to_what_was_gained_and_spent(fleet: FleetSettings) -> None:
-    with job_of(experiment(fleet)) as (job, warm, policy):
+@pytest.mark.parametrize("gain", ["likelihood", "accuracy"])
+def test_rewards_add_up_to_what_was_gained_and_spent(fleet: FleetSettings, gain: Gain) -> None:
+    with job_of(experiment(fleet), gain) as (job, warm, policy):
         for price in (Price(joule=0.0), Price(joule=0.5), Price(joule=0.5, own=True)):
             for overrun in (True, False):
                 asked = replace(price, overrun=overrun)
                 episode = job.play(warm, policy, asked, at_random(job, policy, 1), 0)
-                gained = 100 * (episode.accuracy - warm.accuracy)
+                gained = reached(episode.metrics, gain) - reached(warm.metrics, gain)
                 assert episode.total == pytest.approx(gained - price.joule * episode.joules, 1e-4)
                 assert len(episode.moments) > 1
                 each = torch.stack([moment.rewards for moment in episode.moments])
                 alike = bool((each == each[:, :1]).all())
                 assert alike != price.own  # agents of two edges, each with its own energy
+
+
+def test_the_critic_is_told_what_the_next_reward_counts_from(fleet: FleetSettings) -> None:
+    with job_of(experiment(fleet)) as (job, warm, policy):
+        episode = job.play(warm, policy, Price(joule=0.0), at_random(job, policy, 1), 0)
+        told = [100 * float(moment.seen[-1]) for moment in episode.moments]
+        gains = [float(moment.rewards[0]) for moment in episode.moments]
+        assert told[0] == pytest.approx(reached(warm.metrics, "likelihood"), rel=1e-5)
+        for before, gain, after in zip(told, gains, told[1:], strict=False):
+            assert before + gain == pytest.approx(after, rel=1e-5)
 
 
 def test_a_round_that_ends_too_late_counts_up_to_the_end(fleet: FleetSettings) -> None:
@@ -223,7 +241,6 @@ def test_learning_repeats_its_bits_and_what_was_learnt_decides_alike(
     )
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_hwamei_learns_too(tmp_path: Path, fleet: FleetSettings) -> None:
     method = Hwamei(first_steps=1, first_rounds=1, most_steps=4, most_rounds=3)

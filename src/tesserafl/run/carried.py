@@ -1,0 +1,278 @@
+"""A run among peers on devices: the server carries letters, opens none and holds no model.
+
+    a round   Turn: each peer trains its part and writes to the others; what it wrote lies in the
+              mailbag (mailbag.py) when the round's letters are closed
+              Fold: each peer ends the round with what others wrote to it
+    who       with `all_gather` and `gossip` a peer that does not answer is left out of the round,
+              and catches up with the letters when it is back; with `lean` all wait for it, since
+              nobody else has what it keeps
+
+Which clients take part follows from the seed; what is in a letter, from the method: see
+engines/peer.py. The server trusts no peer with another's letters, and no peer trusts the server
+with more than their delivery.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from pydantic import BaseModel
+
+from tesserafl.core.coverage import Coverage
+from tesserafl.core.errors import TesseraError, UpdateError
+from tesserafl.core.params import Params
+from tesserafl.core.places import PartHeader, part_from_json
+from tesserafl.core.submodel import SubModel
+from tesserafl.engines.federation import Folded, Traffic
+from tesserafl.engines.network import Exchange
+from tesserafl.engines.parcels import letter_of
+from tesserafl.engines.questions import Question, Said
+from tesserafl.engines.remote import Remote
+from tesserafl.engines.seam import Failed
+from tesserafl.engines.turns import Examine, Examined, Fold, Lapse, Place, Standing, Turn, Turned
+from tesserafl.run.mailbag import Mailbag, Turns, parcels_of
+from tesserafl.run.rounds import Notes, check_answered, failure
+from tesserafl.run.setup import Setup
+
+_LETTER_BYTES, _TENSOR_BYTES, _ENTRY_BYTES = 1 << 16, 1 << 10, 16
+"""Of a peer's letters: to each receiver, for every tensor, for every entry of the model."""
+_PAUSE = 1.0
+"""Seconds before nobody is asked again."""
+_COUNTS = ("client", "examples", "steps", "entries", "trained_entries")
+
+
+@dataclass(kw_only=True)
+class Carrier:
+    """Plays the rounds of peers behind a post."""
+
+    setup: Setup
+    """Whose clients are the peers."""
+    remote: Remote
+    bag: Mailbag
+    exchange: Exchange
+    shapes: Params
+    """The model's parameters, on `meta`."""
+    stands: dict[int, int] = field(default_factory=dict)
+    """Peer -> rounds that it has ended, as far as it was heard."""
+
+    def play(self, round: int, coverage: Coverage) -> Notes:
+        """A round; again, if it was begun.
+
+        Raises:
+            UpdateError: the work of every peer that answered was refused.
+            TesseraError: a peer of a lean run cannot go on, and nobody else has its part.
+        """
+        turns = self.bag.turns(round)
+        if turns is None:
+            turns = self._turns(round)
+            self.bag.close(round, turns)
+        notes = self._noted(turns, coverage)
+        check_answered(round, notes)
+        self._bring(range(len(self.setup.clients)), round + 1)
+        self.bag.drop(min(self.stands.get(c.id, 0) for c in self.setup.clients))
+        return notes
+
+    def examine(self, rounds: int, *, all_of_them: bool, keep: bool) -> dict[int, Examined]:
+        """What those peers hold and reach that have ended so many rounds; else the first of them.
+
+        `keep`: they write it to their disks.
+        """
+        self._bring([c for c in self.remote.seated if c in self.stands], rounds)
+        found: dict[int, Examined] = {}
+        for client in sorted(self.remote.seated):
+            order = Examine(run=self._run, client=client, roster=self._roster, keep=keep)
+            reply = self._ask({client: self._question(client, order)})[client]
+            if isinstance(reply, Examined):
+                self.stands[client] = reply.round
+                if reply.round == rounds:
+                    found[client] = reply
+            if found and not all_of_them:
+                break
+        return found
+
+    @property
+    def _waits(self) -> bool:
+        """Whether a round waits for all peers."""
+        return self.exchange == "lean"
+
+    @property
+    def _run(self) -> str:
+        return self.remote.hello.run
+
+    @property
+    def _roster(self) -> list[Place]:
+        return [
+            Place(num_examples=client.num_examples, memory_bytes=client.memory_bytes)
+            for client in self.setup.clients
+        ]
+
+    def _turns(self, round: int) -> Turns:
+        """Everybody's letters of a round."""
+        asked = {client.id for client in self.setup.cohort(round)}
+        if self._waits:
+            asked = {client.id for client in self.setup.clients}
+        found: dict[int, Turned] = {}
+        failed: dict[int, Failed] = {}
+        while left := asked - found.keys() - failed.keys():
+            there = self.remote.gather_any(left) if self._waits or not found else left
+            questions = {client: self._turn(client, round) for client in sorted(there)}
+            for client, reply in self._ask(questions).items():
+                if isinstance(reply, Turned) and reply.round == round:
+                    found[client] = self._judged(client, reply)
+                    self.stands[client] = round
+                elif (lost := self._heard(client, reply, round)) is not None:
+                    failed[client] = lost
+            behind = [client for client in left if self.stands.get(client, round) < round]
+            failed |= self._bring(behind, round)
+            if not found and all(f.reason != "error" for f in failed.values()):
+                failed = {}  # nobody was there: wait for somebody
+                self.remote.pause(_PAUSE)
+        return Turns(found=found, failed=[failed[client] for client in sorted(failed)])
+
+    def _bring(self, clients: Collection[int], target: int) -> dict[int, Failed]:
+        """Let peers end rounds until they have ended so many; returns those that did not."""
+        failed: dict[int, Failed] = {}
+        while left := {
+            c for c in clients if self.stands.get(c, target - 1) < target and c not in failed
+        }:
+            if self._waits:
+                left = self.remote.gather_any(left)
+            ends = {c: self.stands.get(c, target - 1) for c in sorted(left)}
+            questions = {client: self._fold(client, round) for client, round in ends.items()}
+            for client, reply in self._ask(questions).items():
+                if isinstance(reply, Standing) and reply.round == ends[client]:
+                    text = f"peer {client} does not end round {reply.round}"
+                    reply = Failed(client=client, reason="error", text=text)
+                if (lost := self._heard(client, reply, target)) is not None:
+                    failed[client] = lost
+        return failed
+
+    def _heard(self, client: int, reply: BaseModel | Failed, most: int) -> Failed | None:
+        """Note where a peer stands; returns why it is left out, if it is.
+
+        Raises:
+            TesseraError: it cannot be left out, and will not come back.
+        """
+        if isinstance(reply, Standing):
+            reply = self._stood(client, reply.round, most)
+        if isinstance(reply, Standing):
+            self.stands[client] = reply.round
+            return None
+        if not isinstance(reply, Failed):
+            text = f"peer {client} answered something that was not asked"
+            reply = Failed(client=client, reason="error", text=text)
+        if not self._waits:
+            return reply
+        if reply.reason == "error":
+            raise TesseraError(
+                f"peer {client} cannot go on, and nobody else has what it keeps: {reply.text}"
+            )
+        return None
+
+    def _stood(self, client: int, round: int, most: int) -> Standing | Failed:
+        text = ""
+        if round > most:
+            text = f"has ended {round} rounds, and this server has carried {most}; its run folder "
+            text += "is older than the run"
+        elif round < most and self.bag.turns(round) is None:
+            text = f"stands at round {round}, whose letters are gone: it has lost what it held"
+        if text:
+            return Failed(client=client, reason="error", text=f"peer {client} {text}")
+        return Standing(round=round)
+
+    def _turn(self, client: int, round: int) -> Question:
+        order = Turn(
+            run=self._run,
+            client=client,
+            roster=self._roster,
+            round=round,
+            most_bytes=self.remote.most_bytes,
+        )
+        entries = sum(tensor.numel() for tensor in self.shapes.values())
+        once = _LETTER_BYTES + _TENSOR_BYTES * len(self.shapes) + _ENTRY_BYTES * entries
+        letters = len(self.setup.clients) if self._waits else 1
+        return self._question(
+            client,
+            order,
+            largest=letters * once,
+            kept=partial(self.bag.kept, round),
+            keep=partial(self.bag.keep, round),
+        )
+
+    def _fold(self, client: int, round: int) -> Question:
+        turns = self.bag.turns(round)
+        assert turns is not None, "letters are kept until all have ended the round"
+        letters = turns.letters_to(client)
+        order = Fold(
+            run=self._run,
+            client=client,
+            roster=self._roster,
+            round=round,
+            answered=turns.answered,
+            letters=letters,
+        )
+        parcels, read = parcels_of(letters), partial(self.bag.read, round)
+        return self._question(client, order, parcels=parcels, read=read)
+
+    def _question(self, client: int, order: BaseModel, **given: Any) -> Question:
+        most = self.remote.most_bytes
+        return Question(run=self._run, client=client, order=order, most_bytes=most, **given)
+
+    def _ask(self, questions: Mapping[int, Question]) -> dict[int, BaseModel | Failed]:
+        """As many at once as may be under way."""
+        found: dict[int, BaseModel | Failed] = {}
+        waiting, size = list(questions), self.remote.capacity
+        for begin in range(0, len(waiting), size):
+            batch = waiting[begin : begin + size]
+            said = self.remote.inquire([questions[client] for client in batch])
+            found |= {c: each.reply if isinstance(each, Said) else each for c, each in said.items()}
+        return found
+
+    def _judged(self, client: int, turned: Turned) -> Turned:
+        """The turn; of one whose part cannot be true, without the training that it claims."""
+        try:
+            for addressed in turned.letters:
+                letter_of(addressed.letter)
+            if turned.part is not None:
+                _part_of(turned.part, self.shapes)
+        except TesseraError as error:
+            lapse = Lapse(reason="error", text=str(error)[:10_000])
+            return turned.model_copy(update={"row": None, "part": None, "lapse": lapse})
+        return turned
+
+    def _noted(self, turns: Turns, coverage: Coverage) -> Notes:
+        notes = Notes(failures=[failure(f.client, f.reason, f.text) for f in turns.failed])
+        traffic = {client.id: [0, 0] for client in self.setup.clients}
+        for origin, turned in sorted(turns.found.items()):
+            for addressed in turned.letters:
+                size = letter_of(addressed.letter).num_bytes
+                traffic[origin][0] += size
+                for receiver in {*addressed.receivers} & traffic.keys():
+                    traffic[receiver][1] += size
+            if turned.lapse is not None:
+                lapse = turned.lapse
+                notes.failures.append(failure(origin, lapse.reason, lapse.text))
+        for client in turns.answered:
+            turned = turns.found[client]
+            assert turned.row is not None, "it has answered"
+            row: dict[str, Any] = dict(turned.row)
+            row |= {name: int(row.get(name, 0)) for name in _COUNTS} | {"client": client}
+            row["bytes_up"], row["bytes_down"] = traffic[client]
+            notes.clients.append(row)
+            if turned.part is not None:
+                notes.trained.append(_part_of(turned.part, self.shapes))
+        notes.folded = Folded(traffic={peer: Traffic(*both) for peer, both in traffic.items()})
+        coverage.add(notes.trained)
+        return notes
+
+
+def _part_of(header: PartHeader, shapes: Params) -> SubModel:
+    """The sub-model that a peer says it has trained; raises MessageError or UpdateError."""
+    part = part_from_json(header)
+    for view in part.views.values():
+        if view.name not in shapes or not view.fits(tuple(shapes[view.name].shape)):
+            raise UpdateError(f"a peer says it trained {view.name[:80]!r}, as no model here has it")
+    return part
