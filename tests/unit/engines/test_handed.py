@@ -213,6 +213,19 @@ def test_of_devices_that_did_not_answer_nothing_is_added() -> None:
         below(HierFAVG(), state, 1).fold(empty(HierFAVG(), state), sent(parts), OWN[:1])
 
 
+@pytest.mark.parametrize(("method", "rounds"), CASES, ids=NAMES)
+def test_an_edge_that_heard_nobody_adds_nothing(method: MethodSettings, rounds: int) -> None:
+    state = method.init(MODEL, 0, 3)
+    several = Several(model=state)
+    several.average(empty(method, state))
+    parts = handed_sums(empty(method, state))
+    if rounds > 1:
+        parts = handed_change(state, several.model, several.covered)
+    total = empty(method, state)
+    below(method, state, rounds).fold(total, sent(parts), ())
+    assert sha256(total.finish(state).params) == sha256(state.params)
+
+
 ROW = {
     "client": 1,
     "round": 0,

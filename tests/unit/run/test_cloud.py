@@ -174,7 +174,7 @@ def replace_resident(resident):
 
 
 def test_who_is_away_is_named(tmp_path):
-    """In round 2 an edge is away, in round 3 a device, in round 4 a device refuses its work."""
+    """In round 2 an edge is away, in round 3 all devices of one, in round 4 a device crashes."""
     experiment, tree = _experiment(rounds=4), TreeAtHand(folder=tmp_path)
     left = ["crashed"]
 
@@ -187,7 +187,7 @@ def test_who_is_away_is_named(tmp_path):
         if event["kind"] == "round":
             tree.rounds = event["round"]
             tree.post.away = {201} if event["round"] == 1 else set()
-            tree.posts[201].away = {102} if event["round"] == 2 else set()
+            tree.posts[201].away = {102, 103} if event["round"] == 2 else set()
 
     tree.posts[200].loss = crashes
     serve_over(tree.post, tree.begin(experiment), listen, at_once)
@@ -199,7 +199,7 @@ def test_who_is_away_is_named(tmp_path):
     assert told == [
         [],
         [(2, "edge-1", "offline", away), (3, "edge-1", "offline", away)],
-        [(2, "edge-1", "offline", "it is not connected")],
+        [(n, "edge-1", "offline", "it is not connected") for n in (2, 3)],
         [(0, "edge-0", "crashed", "as a test wants it")],
     ]
 
