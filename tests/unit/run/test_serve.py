@@ -39,6 +39,7 @@ def folder(tmp_path):
     found = tmp_path / "run"
     found.mkdir()
     write_json(found / "config.json", {})
+    write_json(found / "deployment.json", {"run": "0" * 32, "deployment": {}})
     return found
 
 
