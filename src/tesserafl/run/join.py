@@ -208,8 +208,9 @@ def answer_at(server: socket.socket, resident: Answers) -> None:
         with connection, connection.makefile("rwb") as both:
             pipe = cast(IO[bytes], both)
             try:
-                if (envelope := read_envelope(pipe)) is not None:
-                    write_envelope(pipe, resident.answer(envelope))
+                # In a list, so that nobody keeps its parcels while it is answered.
+                if orders := [order for order in [read_envelope(pipe)] if order is not None]:
+                    write_envelope(pipe, resident.answer(orders.pop()))
             except MessageError as error:
                 _log.warning("a message was refused: %s", error)
             except OSError as error:  # who asked was ended; it is asked again

@@ -39,6 +39,7 @@ from tesserafl.engines.orders import (
 from tesserafl.engines.parcels import Letter, Outgoing, letter_of, read_letter
 from tesserafl.engines.process import threads
 from tesserafl.engines.turns import Examine, Fold, Standing, Turn
+from tesserafl.run.children import give_back_memory
 from tesserafl.run.files import read_json, write_json
 from tesserafl.run.holding import Holding, Local, hold
 from tesserafl.run.peer_device import PeerDevice, inlined, peer_device
@@ -77,6 +78,7 @@ class Resident:
                 return sealed(Stranger())
             spool = self._spool(order.run)
             spool.store(envelope.parcels)
+            del envelope  # its parcels are on the disk
             if isinstance(order, Offer):
                 return sealed(Missing(parcels=spool.missing(order.parcels)))
             if isinstance(order, Store):
@@ -154,13 +156,16 @@ class Resident:
         begun = time.perf_counter()
         with threads(holding.experiment.engine.threads):
             update, memory = holding.worker.work(task, memory)
-        seconds = time.perf_counter() - begun
+        seconds, round = time.perf_counter() - begun, task.round
+        del task  # before the answer is written: of its parcels each is made once more
         outgoing = Outgoing(parts=update_parts(update, {}), most_bytes=order.most_bytes)
         # The memory first: an answer says that it is there.
         every = holding.experiment.checkpoint_every
-        spool.remember(order.remembers, task.round, memory, every, order.keeps)
+        spool.remember(order.remembers, round, memory, every, order.keeps)
         spool.write_answer(asked, outgoing, seconds)
-        _log.info("round %d: %d steps in %.2f s", task.round, update.num_steps, seconds)
+        _log.info("round %d: %d steps in %.2f s", round, update.num_steps, seconds)
+        del outgoing, update, memory
+        give_back_memory()  # the next task may come in an hour
 
     def _judge(self, order: Judge, spool: Spool) -> Envelope:
         holding = self._known(order.run)
