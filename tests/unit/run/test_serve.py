@@ -39,6 +39,7 @@ def folder(tmp_path):
     found = tmp_path / "run"
     found.mkdir()
     write_json(found / "config.json", {})
+    write_json(found / "deployment.json", {"run": "0" * 32, "deployment": {}})
     return found
 
 
@@ -182,7 +183,7 @@ def test_a_process_that_is_given_up_and_does_not_end_is_an_error(
 def test_a_command_of_flowers_that_hangs_is_no_answer(programs, tmp_path, monkeypatch):
     monkeypatch.setattr(serve, "_CALL_SECONDS", 0.05)
     programs("flwr", "time.sleep(60)")
-    assert serve._Flower(home=tmp_path).status("7") == "unknown"
+    assert serve.Flower(home=tmp_path).status("7") == "unknown"
 
 
 def test_the_error_of_a_run_is_its_servers(programs, folder):
