@@ -175,6 +175,7 @@ class _Run:
         self.log.sync()
         write_report(self.folder, self.setup)
         write_json(self.folder / "summary.json", summary)
+        self.carrier.bag.drop(experiment.rounds)
         return summary
 
     def _emit(self, event: Event) -> None:
