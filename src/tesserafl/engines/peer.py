@@ -15,7 +15,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from tesserafl.core.answers import check_update
+from tesserafl.core.answers import check_claims, check_update
+from tesserafl.core.checks import check_places
 from tesserafl.core.errors import TesseraError, UpdateError
 from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Task, Update
@@ -164,7 +165,11 @@ class CopyPeer:
             try:
                 task = task_of(origin, tasks)
                 update, _ = update_of(*read(), task)
-                moved = seen_from(update, self.copy.shapes) if self.copy.gossip else update
+                moved = update
+                if self.copy.gossip:  # values, of which the change is found where they lie
+                    check_claims(task, update)
+                    check_places(update.submodel, update.delta, self.copy.shapes)
+                    moved = seen_from(update, self.copy.shapes)
                 check_update(task, moved, self.copy.shapes, self.copy.model)
             except TesseraError as error:
                 _left_out(origin, error)

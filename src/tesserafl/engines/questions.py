@@ -10,7 +10,7 @@ where they are kept, and go there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
@@ -32,6 +32,7 @@ from tesserafl.engines.turns import Turned
 
 _MOST_REPEATS = 5
 """Of one step, after which the device is given up."""
+_MOST_HEAD_BYTES = 1 << 20
 
 
 def nowhere(note: ParcelNote, data: bytes) -> None:
@@ -61,6 +62,8 @@ class Question:
     """of parcels in one message"""
     largest: int = 0
     """Bytes of the parcels of an answer, at most."""
+    most_head_bytes: int = _MOST_HEAD_BYTES
+    """Of a reply's head: JSON takes many times its size when it is read."""
     kept: Callable[[str], bool] = lambda name: False
     """Whether a parcel of the answer was kept."""
     keep: Callable[[ParcelNote, bytes], None] = nowhere
@@ -69,6 +72,8 @@ class Question:
     """Messages under way."""
     _repeats: int = 0
     _turned: Turned | None = None
+    _lacks: list[str] = field(default_factory=list)
+    """Parcels that the device has not got, and was not sent yet."""
 
     def begin(self) -> Step:
         """The first message."""
@@ -83,7 +88,7 @@ class Question:
             MessageError: it is damaged, answers nothing that was asked, or the device refuses.
         """
         self.waiting -= 1
-        reply = reply_of(envelope)
+        reply = reply_of(envelope, self.most_head_bytes)
         if isinstance(reply, Refusal):
             raise MessageError(reply.text)
         if isinstance(reply, Stranger):
@@ -102,14 +107,17 @@ class Question:
     def _missed(self, parcels: Sequence[str]) -> Step:
         if self._turned is not None:
             raise MessageError(f"the device of client {self.client} has lost its letters")
-        if not parcels:  # it has stored what came
-            return Step() if self.waiting else self._sending(sealed(self.order))
-        self._repeat(f"the device of client {self.client} keeps losing parcels")
-        wanted = {note.sha256 for note in self.parcels} & set(parcels)
-        if not wanted:
-            raise MessageError(f"the device of client {self.client} wants parcels of another round")
-        stores = [sealed(Store(run=self.run), {n: self.read(n)}) for n in sorted(wanted)]
-        return self._sending(*stores)
+        if parcels:
+            self._repeat(f"the device of client {self.client} keeps losing parcels")
+            self._lacks = sorted({note.sha256 for note in self.parcels} & set(parcels))
+            if not self._lacks:
+                raise MessageError(
+                    f"the device of client {self.client} wants parcels of another round"
+                )
+        if self._lacks:  # one at a time: all letters to all peers would fill this memory
+            name = self._lacks.pop()
+            return self._sending(sealed(Store(run=self.run), {name: self.read(name)}))
+        return self._sending(sealed(self.order))
 
     def _collected(self, turned: Turned, parcels: Mapping[str, bytes]) -> Step:
         """Keep what came of letters, and ask for the rest of them."""

@@ -297,4 +297,4 @@ class Remote:
         self._messages = {name: c for name, c in self._messages.items() if c != client}
 
     def _fail(self, client: int, reason: Reason, text: str) -> None:
-        self._ended.append(Failed(client=client, reason=reason, text=text))
+        self._ended.append(Failed(client=client, reason=reason, text=text[:10_000]))

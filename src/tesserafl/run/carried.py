@@ -14,6 +14,8 @@ with more than their delivery.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,26 +24,25 @@ from typing import Any
 from pydantic import BaseModel
 
 from tesserafl.core.coverage import Coverage
-from tesserafl.core.errors import TesseraError, UpdateError
+from tesserafl.core.errors import TesseraError
 from tesserafl.core.params import Params
-from tesserafl.core.places import PartHeader, part_from_json
-from tesserafl.core.submodel import SubModel
-from tesserafl.engines.federation import Folded, Traffic
-from tesserafl.engines.network import Exchange
-from tesserafl.engines.parcels import letter_of
+from tesserafl.engines.network import Exchange, Network
 from tesserafl.engines.questions import Question, Said
 from tesserafl.engines.remote import Remote
 from tesserafl.engines.seam import Failed
-from tesserafl.engines.turns import Examine, Examined, Fold, Lapse, Place, Standing, Turn, Turned
+from tesserafl.engines.turns import Examine, Examined, Fold, Place, Standing, Turn, Turned
 from tesserafl.run.mailbag import Mailbag, Turns, parcels_of
-from tesserafl.run.rounds import Notes, check_answered, failure
+from tesserafl.run.rounds import Notes, check_answered
 from tesserafl.run.setup import Setup
+from tesserafl.run.turned import judged, noted
 
 _LETTER_BYTES, _TENSOR_BYTES, _ENTRY_BYTES = 1 << 16, 1 << 10, 16
 """Of a peer's letters: to each receiver, for every tensor, for every entry of the model."""
+_INDEX_BYTES, _NOTE_BYTES = 22, 128
+"""Of the heads of its letters: for every unit of every dimension, and for every parcel."""
 _PAUSE = 1.0
 """Seconds before nobody is asked again."""
-_COUNTS = ("client", "examples", "steps", "entries", "trained_entries")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -53,6 +54,7 @@ class Carrier:
     remote: Remote
     bag: Mailbag
     exchange: Exchange
+    network: Network
     shapes: Params
     """The model's parameters, on `meta`."""
     stands: dict[int, int] = field(default_factory=dict)
@@ -65,32 +67,45 @@ class Carrier:
             UpdateError: the work of every peer that answered was refused.
             TesseraError: a peer of a lean run cannot go on, and nobody else has its part.
         """
-        turns = self.bag.turns(round)
+        begun, turns = time.perf_counter(), self.bag.turns(round)
         if turns is None:
             turns = self._turns(round)
+            check_answered(round, noted(turns, self.setup.clients, self.shapes))
             self.bag.close(round, turns)
-        notes = self._noted(turns, coverage)
-        check_answered(round, notes)
+        notes = noted(turns, self.setup.clients, self.shapes)
+        coverage.add(notes.trained)
+        alone = Coverage({name: tuple(t.shape) for name, t in self.shapes.items()})
+        alone.add(notes.trained)
+        notes.union = alone.share
         self._bring(range(len(self.setup.clients)), round + 1)
-        self.bag.drop(min(self.stands.get(c.id, 0) for c in self.setup.clients))
+        # The last round's letters stay until the next one's: this one may have to be told again.
+        self.bag.drop(min(round, *(self.stands.get(c.id, 0) for c in self.setup.clients)))
+        notes.seconds = time.perf_counter() - begun
         return notes
 
     def examine(self, rounds: int, *, all_of_them: bool, keep: bool) -> dict[int, Examined]:
         """What those peers hold and reach that have ended so many rounds; else the first of them.
 
-        `keep`: they write it to their disks.
+        `keep`: they write it to their disks. Of a lean run all must: nobody else has their parts.
         """
         self._bring([c for c in self.remote.seated if c in self.stands], rounds)
         found: dict[int, Examined] = {}
-        for client in sorted(self.remote.seated):
-            order = Examine(run=self._run, client=client, roster=self._roster, keep=keep)
-            reply = self._ask({client: self._question(client, order)})[client]
-            if isinstance(reply, Examined):
-                self.stands[client] = reply.round
-                if reply.round == rounds:
+        asked = {client.id for client in self.setup.clients}
+        while left := asked - found.keys():
+            waits = keep and self._waits
+            there = self.remote.gather_any(left) if waits else self.remote.seated & left
+            for client in sorted(there):
+                order = Examine(run=self._run, client=client, roster=self._roster, keep=keep)
+                reply = self._ask({client: self._question(client, order)})[client]
+                where = Standing(round=reply.round) if isinstance(reply, Examined) else reply
+                lost = self._heard(client, where, rounds)
+                if lost is None and isinstance(reply, Examined) and reply.round == rounds:
                     found[client] = reply
-            if found and not all_of_them:
-                break
+                if found and not all_of_them:
+                    return found
+            if not waits:
+                return found
+            self._bring(there - found.keys(), rounds)
         return found
 
     @property
@@ -116,6 +131,7 @@ class Carrier:
             asked = {client.id for client in self.setup.clients}
         found: dict[int, Turned] = {}
         failed: dict[int, Failed] = {}
+        brought: set[int] = set()
         while left := asked - found.keys() - failed.keys():
             there = self.remote.gather_any(left) if self._waits or not found else left
             questions = {client: self._turn(client, round) for client in sorted(there)}
@@ -123,9 +139,13 @@ class Carrier:
                 if isinstance(reply, Turned) and reply.round == round:
                     found[client] = self._judged(client, reply)
                     self.stands[client] = round
-                elif (lost := self._heard(client, reply, round)) is not None:
+                    continue
+                if isinstance(reply, Standing) and (client in brought or reply.round == round):
+                    reply = _refused(client, f"does not take its turn in round {round}")
+                if (lost := self._heard(client, reply, round)) is not None:
                     failed[client] = lost
             behind = [client for client in left if self.stands.get(client, round) < round]
+            brought |= set(behind)
             failed |= self._bring(behind, round)
             if not found and all(f.reason != "error" for f in failed.values()):
                 failed = {}  # nobody was there: wait for somebody
@@ -143,9 +163,9 @@ class Carrier:
             ends = {c: self.stands.get(c, target - 1) for c in sorted(left)}
             questions = {client: self._fold(client, round) for client, round in ends.items()}
             for client, reply in self._ask(questions).items():
-                if isinstance(reply, Standing) and reply.round == ends[client]:
-                    text = f"peer {client} does not end round {reply.round}"
-                    reply = Failed(client=client, reason="error", text=text)
+                known = self.stands.get(client, -1)
+                if isinstance(reply, Standing) and reply.round <= known:
+                    reply = _refused(client, f"does not end round {known}")
                 if (lost := self._heard(client, reply, target)) is not None:
                     failed[client] = lost
         return failed
@@ -162,8 +182,7 @@ class Carrier:
             self.stands[client] = reply.round
             return None
         if not isinstance(reply, Failed):
-            text = f"peer {client} answered something that was not asked"
-            reply = Failed(client=client, reason="error", text=text)
+            reply = _refused(client, "answered something that was not asked")
         if not self._waits:
             return reply
         if reply.reason == "error":
@@ -180,7 +199,7 @@ class Carrier:
         elif round < most and self.bag.turns(round) is None:
             text = f"stands at round {round}, whose letters are gone: it has lost what it held"
         if text:
-            return Failed(client=client, reason="error", text=f"peer {client} {text}")
+            return _refused(client, text)
         return Standing(round=round)
 
     def _turn(self, client: int, round: int) -> Question:
@@ -194,10 +213,14 @@ class Carrier:
         entries = sum(tensor.numel() for tensor in self.shapes.values())
         once = _LETTER_BYTES + _TENSOR_BYTES * len(self.shapes) + _ENTRY_BYTES * entries
         letters = len(self.setup.clients) if self._waits else 1
+        dims = sum(sum(tensor.shape) for tensor in self.shapes.values())
+        head = _LETTER_BYTES + 2 * _TENSOR_BYTES * len(self.shapes) + _INDEX_BYTES * dims
+        notes = _NOTE_BYTES * (letters * once // max(1, self.remote.most_bytes) + letters)
         return self._question(
             client,
             order,
             largest=letters * once,
+            most_head_bytes=(letters + 1) * head + notes,
             kept=partial(self.bag.kept, round),
             keep=partial(self.bag.keep, round),
         )
@@ -232,47 +255,18 @@ class Carrier:
         return found
 
     def _judged(self, client: int, turned: Turned) -> Turned:
-        """The turn; of one whose part cannot be true, without the training that it claims."""
-        try:
-            for addressed in turned.letters:
-                letter_of(addressed.letter)
-            if turned.part is not None:
-                _part_of(turned.part, self.shapes)
-        except TesseraError as error:
-            lapse = Lapse(reason="error", text=str(error)[:10_000])
-            return turned.model_copy(update={"row": None, "part": None, "lapse": lapse})
-        return turned
+        """The turn, if it can be believed.
 
-    def _noted(self, turns: Turns, coverage: Coverage) -> Notes:
-        notes = Notes(failures=[failure(f.client, f.reason, f.text) for f in turns.failed])
-        traffic = {client.id: [0, 0] for client in self.setup.clients}
-        for origin, turned in sorted(turns.found.items()):
-            for addressed in turned.letters:
-                size = letter_of(addressed.letter).num_bytes
-                traffic[origin][0] += size
-                for receiver in {*addressed.receivers} & traffic.keys():
-                    traffic[receiver][1] += size
-            if turned.lapse is not None:
-                lapse = turned.lapse
-                notes.failures.append(failure(origin, lapse.reason, lapse.text))
-        for client in turns.answered:
-            turned = turns.found[client]
-            assert turned.row is not None, "it has answered"
-            row: dict[str, Any] = dict(turned.row)
-            row |= {name: int(row.get(name, 0)) for name in _COUNTS} | {"client": client}
-            row["bytes_up"], row["bytes_down"] = traffic[client]
-            notes.clients.append(row)
-            if turned.part is not None:
-                notes.trained.append(_part_of(turned.part, self.shapes))
-        notes.folded = Folded(traffic={peer: Traffic(*both) for peer, both in traffic.items()})
-        coverage.add(notes.trained)
-        return notes
+        Raises:
+            TesseraError: it cannot, and others need its letters.
+        """
+        receivers: list[int] | None = None
+        if self.exchange == "gossip":
+            receivers = self.network.neighbours(client)
+        elif not self._waits:
+            receivers = [c.id for c in self.setup.clients if c.id != client]
+        return judged(self.setup.clients[client], turned, self.shapes, receivers)
 
 
-def _part_of(header: PartHeader, shapes: Params) -> SubModel:
-    """The sub-model that a peer says it has trained; raises MessageError or UpdateError."""
-    part = part_from_json(header)
-    for view in part.views.values():
-        if view.name not in shapes or not view.fits(tuple(shapes[view.name].shape)):
-            raise UpdateError(f"a peer says it trained {view.name[:80]!r}, as no model here has it")
-    return part
+def _refused(client: int, text: str) -> Failed:
+    return Failed(client=client, reason="error", text=f"peer {client} {text}")

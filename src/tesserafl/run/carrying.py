@@ -20,7 +20,7 @@ from tesserafl.run.carried import Carrier
 from tesserafl.run.checkpoint import Checkpoint
 from tesserafl.run.events import Event, EventLog
 from tesserafl.run.experiment import name_of, to_json
-from tesserafl.run.federate import exchange_of, links_of
+from tesserafl.run.federate import exchange_of, links_of, network_of
 from tesserafl.run.files import alone_in, write_json
 from tesserafl.run.ledger import Ledger
 from tesserafl.run.mailbag import Mailbag
@@ -48,6 +48,7 @@ def carry(
             remote=remote,
             bag=Mailbag(folder=folder / "mail"),
             exchange=exchange_of(setup.experiment),
+            network=network_of(setup),
             shapes=shapes,
         )
         run = _Run(setup=setup, carrier=carrier, folder=folder, log=log, listener=listener)

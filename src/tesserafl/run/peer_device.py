@@ -84,7 +84,12 @@ class PeerDevice:
         """
         own, memory = self._own(order.round)
         if self.client not in order.answered:
-            own, memory = None, self.memory
+            own = None
+        elif own is None:
+            raise TesseraError(
+                f"this peer has lost what it trained in round {order.round}, which others count; "
+                f"put its folder back"
+            )
         letters = {passed.origin: partial(self._read, passed) for passed in order.letters}
         if self.client in letters or max(letters, default=0) >= len(self.setup.clients):
             raise MessageError(f"letters of the peers {sorted(letters)} came to peer {self.client}")
@@ -120,13 +125,17 @@ class PeerDevice:
 
     def _turn(self, round: int, most_bytes: int) -> None:
         cohort, training = self._asked(round)
-        update, memory, row, lapse = None, self.memory, None, None
+        update, row, lapse = None, None, None
+        path = self.spool.folder / "turn" / f"{round}.safetensors"
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        for old in path.parent.iterdir():
+            old.unlink()
         task = self.peer.task(cohort, training)
         if task is not None and not self.setup.answers(round, task.client):
             lapse = Lapse(reason="offline", text="did not answer")
         elif task is not None:
             try:
-                update, memory, row = self._train(task)
+                update, row = self._train(task, path)
             except TesseraError as error:
                 lapse = Lapse(reason="error", text=str(error)[:10_000])
         letters = self.peer.letters(update, cohort, training)
@@ -141,28 +150,23 @@ class PeerDevice:
                 for (receivers, _), out in zip(letters, outgoing, strict=True)
             ],
         )
-        # What it trained first: letters say that it is there.
-        path = self.spool.folder / "turn" / f"{round}.safetensors"
-        path.parent.mkdir(exist_ok=True, mode=0o700)
-        for old in path.parent.iterdir():
-            old.unlink()
-        if update is not None:
-            write_atomic(path, encode_update(update, memory))
         self.spool.write_letters(_digest(round), outgoing, {"turned": turned.model_dump()})
 
-    def _train(self, task: Task) -> tuple[Update, Memory, dict[str, float]]:
-        """What it trained, if others can believe it; what it remembers; what is noted of it."""
+    def _train(self, task: Task, path: Path) -> tuple[Update, dict[str, float]]:
+        """What it trained, if others can believe it, and what is noted of it.
+
+        Written to `path` first, since letters say that it is there; what it remembers too.
+        """
         begun = time.perf_counter()
         with threads(self.setup.experiment.engine.threads):
             update, memory = self.holding.worker.work(task, dict(self.memory))
-        shapes = shapes_of(self.setup.model)
+        write_atomic(path, encode_update(update, memory))
         # Others look at it as well: what they leave out it must leave out too.
-        check_update(task, update, shapes, self.setup.model)
+        check_update(task, update, shapes_of(self.setup.model), self.setup.model)
         done = Done(client=self.client, update=update, seconds=time.perf_counter() - begun)
         notes = Notes()
         note_answer(task, done, self.costs, notes)
-        row = {name: float(value) for name, value in notes.clients[0].items()}
-        return update, memory, row
+        return update, {name: float(value) for name, value in notes.clients[0].items()}
 
     def _own(self, round: int) -> tuple[Update | None, Memory]:
         path = self.spool.folder / "turn" / f"{round}.safetensors"

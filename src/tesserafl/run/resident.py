@@ -187,15 +187,19 @@ class Resident:
         if isinstance(order, Examine):
             kept = self.folder / f"model-{order.run[:8]}" if order.keep else None
             return sealed(peer.examine(kept))
-        if order.round == peer.round:
-            if isinstance(order, Turn):
-                turned = peer.turn(order.round, order.most_bytes)
-                return sealed(turned, inlined(turned, spool, order.most_bytes))
-            letters = (letter_of(passed.letter) for passed in order.letters)
-            names = [note.sha256 for letter in letters for note in letter.parcels]
-            if missing := spool.missing(names):
-                return sealed(Missing(parcels=missing))
-            peer.fold(order)
+        if order.round != peer.round:
+            return sealed(Standing(round=peer.round))
+        if isinstance(order, Turn):
+            turned = peer.turn(order.round, order.most_bytes)
+            return sealed(turned, inlined(turned, spool, order.most_bytes))
+        letters = [letter_of(passed.letter) for passed in order.letters]
+        names = [note.sha256 for letter in letters for note in letter.parcels]
+        spool.drop_damaged(names)
+        if missing := spool.missing(names):
+            return sealed(Missing(parcels=missing))
+        self._peer = None  # until the end of the round lies on the disk
+        peer.fold(order)
+        self._peer = peer
         return sealed(Standing(round=peer.round))
 
     def _peer_of(self, order: Turn | Fold | Examine, spool: Spool) -> PeerDevice:

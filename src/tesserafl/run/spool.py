@@ -32,6 +32,13 @@ class Spool:
         """Those of these parcels that are not here."""
         return [name for name in parcels if not self._parcel(name).exists()]
 
+    def drop_damaged(self, parcels: Iterable[str]) -> None:
+        """Let those of these parcels go that are not what their names say: they are sent again."""
+        for name in parcels:
+            path = self._parcel(name)
+            if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() != name:
+                path.unlink()
+
     def store(self, parcels: Mapping[str, bytes]) -> None:
         """Keep parcels; raises MessageError if one is not what its name says."""
         for name, data in parcels.items():

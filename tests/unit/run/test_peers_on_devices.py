@@ -14,7 +14,7 @@ from peers_at_hand import (
     without_pictures,
 )
 
-from tesserafl.core.errors import CheckpointError
+from tesserafl.core.errors import CheckpointError, TesseraError
 from tesserafl.engines.attendance import Undelivered
 from tesserafl.methods import DPSGD, FedAvg, FedRolex, MSfusion
 from tesserafl.run.deployed import Deployment, begin, serve_over
@@ -110,7 +110,7 @@ def test_large_letters_travel_in_parcels(tmp_path, exchange):
 
 @pytest.mark.parametrize("exchange", ["all_gather", "lean"])
 def test_server_and_peers_cut_off_anywhere_go_on_with_the_same_bits(tmp_path, exchange):
-    experiment = experiment_of(exchange, rounds=2)
+    experiment = experiment_of(exchange, rounds=2, evaluate_every=1)
     here = start(experiment, tmp_path / "here")
     begin(experiment, Deployment(devices=4), tmp_path / "served")
     left = 0
@@ -127,13 +127,81 @@ def test_server_and_peers_cut_off_anywhere_go_on_with_the_same_bits(tmp_path, ex
 
     served, cuts = None, 0
     while served is None:
-        left = 5 if cuts else 2  # less than a round: the next one begins in the midst of it
+        left = 3 + cuts % 4  # less than a round: the next one begins in the midst of it
         post = PostAtHand(residents=parts(tmp_path / "devices", ALL), loss=cut)
         try:
             served = serve_over(post, tmp_path / "served")
         except Cut:
             cuts += 1
         assert cuts < 50, "it does not get on"
-    assert cuts >= 3
+    assert cuts >= 4
     assert [event["round"] for event in events_of(tmp_path)] == [1, 2]
     assert_same(tmp_path, served, here)
+
+
+def test_a_part_that_was_not_written_is_asked_for_again(tmp_path):
+    """Nobody else has it, and a device that hears goodbye keeps nothing else."""
+    experiment = experiment_of(rounds=1)
+    here = start(experiment, tmp_path / "here")
+    post = PostAtHand(
+        residents=parts(tmp_path / "devices", ALL), loss=_losing(102, "examine", {0, 1})
+    )
+    served, _ = served_to(tmp_path, experiment, post)
+    assert len(served["peers"]) == 4
+    assert_same(tmp_path, served, here)
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "lean"])
+def test_letters_that_a_disk_has_damaged_are_sent_again(tmp_path, exchange):
+    experiment = experiment_of(exchange, rounds=2)
+    here = start(experiment, tmp_path / "here")
+    spoilt = []
+
+    def spoil(node, order):
+        if order.kind == "fold" and node == 101 and not spoilt:
+            spoilt.append(order.round)
+            (name, *_) = [n["sha256"] for each in order.letters for n in each.letter["parcels"]]
+            path = tmp_path / f"devices/device-1/{order.run}/parcels/{name}"
+            path.write_bytes(b"")
+        return None
+
+    post = PostAtHand(residents=parts(tmp_path / "devices", ALL), loss=spoil)
+    served, _ = served_to(tmp_path, experiment, post)
+    assert spoilt and "store" in {kind for _, kind, _ in post.log}
+    assert_same(tmp_path, served, here)
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "lean"])
+def test_a_peer_that_lost_what_it_trained_does_not_go_on_without(tmp_path, exchange):
+    def lose(node, order):
+        if order.kind == "fold" and node == 101 and order.round == 1:
+            for path in tmp_path.glob(f"devices/device-1/{order.run}/turn/*"):
+                path.unlink()
+        return None
+
+    post = PostAtHand(residents=parts(tmp_path / "devices", ALL), loss=lose)
+    if exchange == "lean":
+        with pytest.raises(TesseraError, match="has lost what it trained in round 1"):
+            served_to(tmp_path, experiment_of(), post)
+        return
+    served, _ = served_to(tmp_path, experiment_of(exchange), post)
+    assert [peer["peer"] for peer in served["peers"]] == [0, 2, 3]
+    assert served["state_sha256"] is not None
+
+
+def test_a_peer_that_lost_its_disk_is_left_out(tmp_path):
+    """Of copies; of parts nobody has another."""
+    residents = parts(tmp_path / "devices", ALL)
+
+    def lose(node, order):
+        if order.kind == "turn" and node == 101 and order.round == 2:
+            residents[101]._peer = None
+            for path in tmp_path.glob(f"devices/device-1/{order.run}/ends/*"):
+                path.unlink()
+        return None
+
+    post = PostAtHand(residents=residents, loss=lose)
+    served, _ = served_to(tmp_path, experiment_of("all_gather", rounds=4, evaluate_every=1), post)
+    assert [event["answered"] for event in events_of(tmp_path)] == [4, 4, 3, 3]
+    assert "it has lost what it held" in events_of(tmp_path)[2]["failures"][0]["text"]
+    assert [peer["peer"] for peer in served["peers"]] == [0, 2, 3]
