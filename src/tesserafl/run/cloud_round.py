@@ -9,6 +9,7 @@ from functools import partial
 
 from pydantic import BaseModel
 
+from tesserafl.core.answers import MAX_METRIC
 from tesserafl.core.errors import TesseraError
 from tesserafl.core.messages import Client, Task
 from tesserafl.core.params import num_bytes
@@ -26,6 +27,9 @@ from tesserafl.run.rounds import Notes, failure, training_of
 from tesserafl.run.setup import Setup
 
 _log = logging.getLogger(__name__)
+
+_LEAST = 1e-9
+"""Of what is measured; less is nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +140,7 @@ class CloudRound:
             self.answered[row.client] = row.round
         notes.trained += trained
         notes.failures += [{**loss.model_dump(), "edge": edge} for loss in swept.failures]
-        return _report(swept, below.rounds, told.seconds, took)
+        return measured(swept, below.rounds, told.seconds, took)
 
     def _of(self, seat: int) -> Periods:
         return self.periods.get(self.names[seat], Periods())
@@ -149,9 +153,17 @@ class CloudRound:
         return [task for task in numbered(tasks, state, each.steps, 1) if task.client.id in asked]
 
 
-def _report(swept: Swept, rounds: int, seconds: float, took: float) -> Report:
-    """What an edge took, as measured; joules are not, and 0 says so."""
-    latest = {row.client: row for row in swept.rows}
+def measured(swept: Swept, rounds: int, seconds: float, took: float) -> Report:
+    """What an edge took, as measured; joules are not, and 0 says so.
+
+    Args:
+        swept: what it says of its devices.
+        rounds: its averages.
+        seconds: that it says they took.
+        took: seconds until its answer was there; nothing in it can have taken longer.
+    """
+    latest = {row.client: row for row in swept.rows if row.steps}
+    seconds = _within(seconds, took)
     return Report(
         rounds=rounds,
         seconds=seconds,
@@ -161,13 +173,18 @@ def _report(swept: Swept, rounds: int, seconds: float, took: float) -> Report:
             Seen(
                 client=client,
                 steps=row.steps,
-                compute_seconds=row.seconds,
-                link_seconds=row.link_seconds,
+                compute_seconds=_within(row.seconds, took),
+                link_seconds=_within(row.link_seconds, took),
                 joules=0.0,
-                change=row.change,
+                change=_within(row.change, MAX_METRIC),
                 sketch=tuple(row.sketch),
             )
             for client, row in sorted(latest.items())
         ),
         sketch=tuple(swept.sketch),
     )
+
+
+def _within(value: float, most: float) -> float:
+    """A measure as schedules can divide by it: 0, or neither tiny nor more than can be."""
+    return min(value, most) if value >= _LEAST else 0.0

@@ -13,15 +13,20 @@ from edges_at_hand import TreeAtHand, at_once, events_of, simulated
 from pyarrow import parquet
 
 from tesserafl.core.errors import ConfigError
+from tesserafl.core.messages import Client
+from tesserafl.core.method import State
+from tesserafl.core.schedule import Situation
 from tesserafl.data import DataSettings
 from tesserafl.engines.attendance import Undelivered
 from tesserafl.engines.compression import CompressionSettings
 from tesserafl.engines.network import NetworkSettings
 from tesserafl.engines.orders import Answer, order_of, reply_of, sealed
 from tesserafl.engines.parcels import Outgoing, letter_of, read_letter
+from tesserafl.engines.swept import Swept
 from tesserafl.methods import EqualFinish, FedAvg, FedBRB, FedNova, FedSALoRA, HierFAVG, Tomtit
 from tesserafl.models import MLP
 from tesserafl.run import deployed, edge, runner
+from tesserafl.run.cloud_round import measured
 from tesserafl.run.deployed import Deployment, begin, serve_over
 from tesserafl.run.experiment import EngineSettings, Experiment
 from tesserafl.run.holding import Local
@@ -302,6 +307,38 @@ def test_devices_of_edges_may_have_data_of_their_own(tmp_path):
     seats = json.loads((folder / "devices.json").read_text())
     told = [(d["name"], d["client"]) for seat in seats.values() for d in seat["devices"]]
     assert told == [("a", 0), ("b", 1), ("c", 2), ("d", 3)]
+
+
+def test_no_schedule_falls_over_what_an_edge_says_it_took():
+    """Nothing that an edge sends may end a run: measures stay such that one can divide by them."""
+    clients = tuple(Client(id=number, num_examples=10) for number in range(4))
+    rows = [
+        {"client": 0, "steps": 0},
+        {"client": 1, "seconds": 5e-324, "change": 5e-324},
+        {"client": 2, "seconds": 1e308, "link_seconds": 1e308, "change": 1e308},
+        {"client": 3},
+    ]
+    plain = {"round": 0, "examples": 10, "steps": 4, "trained_entries": 1, "entries": 1}
+    plain |= {"flops": 1.0, "seconds": 2.0, "link_seconds": 1.0, "bytes_up": 1, "bytes_down": 1}
+    plain |= {"change": 1.0, "sketch": [], "part": 0, "metrics": {}}
+    header = {"handed": {}, "failures": [], "parts": [], "sketch": []}
+    swept = Swept.model_validate({**header, "rows": [{**plain, **row} for row in rows]})
+    for seconds in (0.0, 5e-324, 3.0, 1e308):
+        report = measured(swept, 2, seconds, 4.0)
+        assert [device.client for device in report.devices] == [1, 2, 3]
+        assert max(each.compute_seconds for each in report.devices) == 4.0
+        situation = Situation(
+            round=1,
+            seconds=8.0,
+            horizon=None,
+            accuracy=0.5,
+            edges={"a": clients},
+            reports={"a": report},
+        )
+        for method in (EqualFinish(), Tomtit()):
+            state = State(params={}, seed=0, rounds=3)
+            periods = method.periods(None, state, situation)
+            assert all(steps >= 1 for steps in periods["a"].steps.values())
 
 
 def test_who_is_no_edge_has_no_seat(tmp_path):
