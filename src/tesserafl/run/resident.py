@@ -10,7 +10,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,14 +156,14 @@ class Resident:
         begun = time.perf_counter()
         with threads(holding.experiment.engine.threads):
             update, memory = holding.worker.work(task, memory)
-        seconds, round = time.perf_counter() - begun, task.round
-        del task  # before the answer is written: of its parcels each is made once more
+        seconds = time.perf_counter() - begun
+        task = replace(task, params={}, extra={})  # nobody needs them while the answer is written
         outgoing = Outgoing(parts=update_parts(update, {}), most_bytes=order.most_bytes)
         # The memory first: an answer says that it is there.
         every = holding.experiment.checkpoint_every
-        spool.remember(order.remembers, round, memory, every, order.keeps)
+        spool.remember(order.remembers, task.round, memory, every, order.keeps)
         spool.write_answer(asked, outgoing, seconds)
-        _log.info("round %d: %d steps in %.2f s", round, update.num_steps, seconds)
+        _log.info("round %d: %d steps in %.2f s", task.round, update.num_steps, seconds)
         del outgoing, update, memory
         give_back_memory()  # the next task may come in an hour
 
