@@ -115,8 +115,8 @@ def test_a_level_averages_as_hierfavg_does() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"local_steps": 0}, r"local_steps must be from 1 to most_steps \(50\); got 0"),
-        ({"local_steps": 60}, r"local_steps must be from 1 to most_steps \(50\); got 60"),
+        ({"local_steps": 0}, r"local_steps must be from 1 to most_steps \(25\); got 0"),
+        ({"local_steps": 60}, r"local_steps must be from 1 to most_steps \(25\); got 60"),
         ({"edge_rounds": 6}, r"edge_rounds must be from 1 to most_rounds \(5\); got 6"),
     ],
 )

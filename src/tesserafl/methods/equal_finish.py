@@ -49,7 +49,7 @@ class EqualFinish:
     """steps of the median device"""
     edge_rounds: int = 1
     """averages of an edge in the first round, before anything was measured"""
-    most_steps: int = 50
+    most_steps: int = 25
     """Gamma_1: steps of a device, at most"""
     most_rounds: int = 5
     """Gamma_2: averages of an edge in a round of the cloud, at most"""
