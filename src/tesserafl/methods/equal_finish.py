@@ -6,7 +6,8 @@ averages for edges with a slow way to the cloud.
 
     D_i       = median over devices j of edge i of t_j, times `local_steps`
     gamma_i^j = floor(D_i / t_j), in 1 ... `most_steps`
-    gamma_i   = round((max_m (Ts_m + Tc_m) - Tc_i) / Ts_i), in 1 ... `most_rounds`
+    gamma_i   = round((max_m (n_m Ts_m + Tc_m) - Tc_i) / Ts_i), in 1 ... `most_rounds`
+    n_m       = round(Tc_m / Ts_m), likewise: an edge works at least as long as its link takes
 
 t_j is a device's seconds for a step and Ts_m an edge's for an average, in the round before; Tc_m is
 its link's.
