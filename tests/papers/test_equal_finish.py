@@ -63,8 +63,18 @@ def test_who_is_twice_as_fast_takes_twice_the_steps() -> None:
     found = periods(EqualFinish(local_steps=5), REPORTS)
     assert found["a"].steps == {0: 5, 1: 10, 2: 2}
     assert found["b"].steps == {3: 10, 4: 3}
-    # max (Ts + Tc) = max(25, 50) = 50: a (50 - 5) / 20 = 2.25, b (50 - 40) / 10 = 1.
-    assert (found["a"].rounds, found["b"].rounds) == (2, 1)
+    # b's link takes as long as 4 averages, a's less than one: max(20 + 5, 4 x 10 + 40) = 80, so
+    # a has (80 - 5) / 20 = 3.75 and b (80 - 40) / 10 = 4.
+    assert (found["a"].rounds, found["b"].rounds) == (4, 4)
+
+
+def test_an_edge_works_at_least_as_long_as_its_link_takes() -> None:
+    devices = (seen(0, 5, 1.0),)
+    for link, rounds in ((0.0, 1), (3.0, 1), (9.0, 2), (26.0, 5), (1000.0, 5)):
+        reports = {edge: report(1, 5.0, link, *devices) for edge in "ab"}
+        where = replace(situation(reports), edges=dict.fromkeys("ab", (CLIENTS[0],)))
+        found = EqualFinish().periods(MODEL, state_of(MODEL), where)
+        assert [each.rounds for each in found.values()] == [rounds, rounds]
 
 
 def test_steps_and_averages_have_limits() -> None:
@@ -115,8 +125,8 @@ def test_a_level_averages_as_hierfavg_does() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"local_steps": 0}, r"local_steps must be from 1 to most_steps \(50\); got 0"),
-        ({"local_steps": 60}, r"local_steps must be from 1 to most_steps \(50\); got 60"),
+        ({"local_steps": 0}, r"local_steps must be from 1 to most_steps \(25\); got 0"),
+        ({"local_steps": 60}, r"local_steps must be from 1 to most_steps \(25\); got 60"),
         ({"edge_rounds": 6}, r"edge_rounds must be from 1 to most_rounds \(5\); got 6"),
     ],
 )

@@ -83,11 +83,15 @@ def rows(base: Experiment, asked: frozenset[str]) -> Mapping[str, Experiment]:
         )
 
     semi = ClockSettings(mode="semi-synchronous", quorum=0.7)
+    over = ClockSettings(mode="semi-synchronous", over_selection=0.5, late="refuse")
     free = ClockSettings(mode="asynchronous")
     experiments = {
         "fedavg": waiting(FedAvg(), ClockSettings()),
         "fedavg-refuse": waiting(FedAvg(), replace(semi, late="refuse")),
         "fedavg-bank": waiting(FedAvg(), semi),
+        "fedavg-over-selection": replace(
+            waiting(FedAvg(), over), clients_per_round=max(1, devices * 2 // 3)
+        ),
         "fednova": waiting(FedNova(), ClockSettings()),
         "fedbuff": waiting(FedBuff(), replace(free, buffer=some), some),
         "fedasync": waiting(FedAsync(), replace(free, buffer=1), 1),

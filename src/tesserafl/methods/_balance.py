@@ -18,8 +18,9 @@ def equal_finish(
 ) -> Mapping[str, Periods]:
     """Edge -> its periods; those of which nothing was measured take the first ones.
 
-    D_i = median_j(t_j) x steps; gamma_i^j = floor(D_i / t_j); gamma_i = round((max_m (Ts_m + Tc_m)
-    - Tc_i) / Ts_i), each within 1 and its most.
+    D_i = median_j(t_j) x steps; gamma_i^j = floor(D_i / t_j); gamma_i = round((max_m (n_m Ts_m +
+    Tc_m) - Tc_i) / Ts_i), each within 1 and its most. n_m = round(Tc_m / Ts_m), likewise within 1
+    and its most: an edge works at least as long as its link takes, whoever is the slowest.
 
     Args:
         seen: the situation.
@@ -44,8 +45,12 @@ def equal_finish(
             averages = _within(round((longest - report.link_seconds) / own), most_rounds)
         return Periods(rounds=averages, steps={c: unit * n for c, n in units.items()})
 
-    reports = seen.reports.values()
-    longest = max((r.seconds / r.rounds + r.link_seconds for r in reports), default=0.0)
+    def alone(report: Report) -> float:
+        """Seconds of an edge's round if no other edge were slower."""
+        own, link = report.seconds / report.rounds, report.link_seconds
+        return link + own * (_within(round(link / own), most_rounds) if own > 0 else 1)
+
+    longest = max(map(alone, seen.reports.values()), default=0.0)
     return {edge: of(clients, seen.reports.get(edge)) for edge, clients in seen.edges.items()}
 
 

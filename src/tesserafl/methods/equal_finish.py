@@ -6,7 +6,8 @@ averages for edges with a slow way to the cloud.
 
     D_i       = median over devices j of edge i of t_j, times `local_steps`
     gamma_i^j = floor(D_i / t_j), in 1 ... `most_steps`
-    gamma_i   = round((max_m (Ts_m + Tc_m) - Tc_i) / Ts_i), in 1 ... `most_rounds`
+    gamma_i   = round((max_m (n_m Ts_m + Tc_m) - Tc_i) / Ts_i), in 1 ... `most_rounds`
+    n_m       = round(Tc_m / Ts_m), likewise: an edge works at least as long as its link takes
 
 t_j is a device's seconds for a step and Ts_m an edge's for an average, in the round before; Tc_m is
 its link's.
@@ -49,7 +50,7 @@ class EqualFinish:
     """steps of the median device"""
     edge_rounds: int = 1
     """averages of an edge in the first round, before anything was measured"""
-    most_steps: int = 50
+    most_steps: int = 25
     """Gamma_1: steps of a device, at most"""
     most_rounds: int = 5
     """Gamma_2: averages of an edge in a round of the cloud, at most"""

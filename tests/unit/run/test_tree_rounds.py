@@ -384,7 +384,7 @@ def test_one_speed_class_finishes_equally_by_equal_periods() -> None:
     """The heuristic then is HierFAVG, to the bit."""
     tree = fleet_of(
         EQUAL,
-        [Edge(name="a", link=link(1.0, 1.0)), Edge(name="b", link=link(1.0, 1.0))],
+        [Edge(name="a", link=link(0.01, 0.01)), Edge(name="b", link=link(0.01, 0.01))],
         ["a", "b", "a", "b", "b", "a"],
     )
     training = Training(lr=0.1, batch_size=4)
