@@ -1,8 +1,7 @@
 """The engine whose clients are devices elsewhere, behind a post that carries messages.
 
-A task goes down as a letter and its parcels, an update comes back the same way (errands.py). What
-is lost on the way is asked for again, until the task's deadline. Devices keep their own memory; the
-server only knows of which round.
+A task goes down as a letter and its parcels, an update comes back in the same way (errands.py),
+until the task's deadline. Devices keep their own memory; the server only knows of which round.
 """
 
 from __future__ import annotations
@@ -54,6 +53,8 @@ class Remote:
     it is none."""
     seconds: float
     """that a device has for a task, with its transfers"""
+    until: float = math.inf
+    """By the clock: what is asked now has no time beyond it."""
     most_bytes: int
     """of tensors in one message"""
     capacity: int = 1
@@ -134,10 +135,7 @@ class Remote:
         return outcomes
 
     def ask(self, asks: Mapping[int, Ask], parts: Parts) -> Iterator[Told | Failed]:
-        """Ask devices something that is no task; what each tells, as it comes.
-
-        `parts` are what they are sent with it, all the same.
-        """
+        """Ask devices something that is no task, with these parts; what each tells, as it comes."""
         outgoing = Outgoing(parts=parts, most_bytes=self.most_bytes)
         errands = [self._errand(client, None, outgoing, ask) for client, ask in asks.items()]
         return (each for each in self._heard(errands) if not isinstance(each, Said))
@@ -218,7 +216,8 @@ class Remote:
             self._fail(client, "offline", "it is not connected")
             return
         self._forget(client)
-        self._errands[client], self._until[client] = errand, self.clock() + self.seconds
+        self._errands[client] = errand
+        self._until[client] = min(self.clock() + self.seconds, self.until)
         self._go_on(client, errand.begin())
 
     def _heard(self, errands: Sequence[Errand | Question]) -> Iterator[Told | Said | Failed]:

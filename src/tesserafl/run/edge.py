@@ -244,7 +244,11 @@ class EdgeResident:
         remote.heard, remote.keeps = dict(heard), heard
         # Every average may wait for a device that does not come, and the cloud must hear in time.
         patience = _SHARE * order.seconds / order.rounds
-        remote.seconds = min(self.hosting.task_seconds, patience)
+        remote.seconds = self.hosting.task_seconds
+
+        def begins() -> None:  # also for devices that wait until others are done
+            remote.until = remote.clock() + patience
+
         begun = time.perf_counter()
         sweeping = Sweeping(
             setup=below.setup,
@@ -252,6 +256,7 @@ class EdgeResident:
             costs=below.costs,
             order=order,
             sketch=below.sketch,
+            begins=begins,
         )
         with threads(below.setup.experiment.engine.threads):
             parts = sweeping.play(state)
@@ -260,6 +265,9 @@ class EdgeResident:
         _log.info("round %d: %d averages in %.2f s", state.round, order.rounds, seconds)
 
     def _bye(self, order: Bye) -> Envelope:
+        if order.text:  # its devices keep what they have: it may be heard again
+            _log.warning("the cloud has no seat for this edge: %s", order.text)
+            return sealed(Missing(parcels=[]))
         if (below := self._known(order.run)) is not None:
             below.remote.goodbye()
         self.over = True

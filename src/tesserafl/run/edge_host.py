@@ -12,6 +12,7 @@ All of them end with this process, however it ends. What is needed to go on lies
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import signal
@@ -26,7 +27,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from tesserafl.core.errors import CheckpointError, TesseraError
-from tesserafl.engines.attendance import Post
+from tesserafl.engines.attendance import Disowned, Post
 from tesserafl.run.children import die_with_parent, tail_of
 from tesserafl.run.edge import EdgeResident, Hosting
 from tesserafl.run.files import alone_in, read_json, write_json
@@ -41,11 +42,15 @@ from tesserafl.run.join import (
     supernode,
 )
 from tesserafl.run.seats import GUESTS
-from tesserafl.run.serve import Link, invitation, opened
+from tesserafl.run.serve import Flower, Link, invitation, opened
 
 _log = logging.getLogger(__name__)
 
 _EDGE, _OVER, _ERROR = "edge.json", "over.json", "error.json"
+_APP = "app.lock"
+"""Held by the server app as long as it is there, whatever it ends of."""
+_MOST_LOSSES = 5
+"""Of the server app, after which the edge gives up."""
 _START_SECONDS = 120.0
 _PAUSE = 0.5
 
@@ -104,7 +109,7 @@ def host(
         superlink, flower = stack.enter_context(opened(home, link, hosting.message_bytes))
         _log.info("%s", invitation(link))
         flower.start(folder)
-        watched = _Watched(folder=folder, superlink=superlink)
+        watched = _Watched(folder=folder, superlink=superlink, flower=flower)
         until = time.monotonic() + _START_SECONDS
         while not Path(edge.socket).exists():
             watched.look()
@@ -130,7 +135,11 @@ class _Watched:
 
     folder: Path
     superlink: subprocess.Popen[bytes]
+    flower: Flower
     told: int = 0
+    losses: int = 0
+    there: bool = False
+    """Whether the server app was there when it was looked at last."""
 
     def look(self) -> None:
         """Say who has come; raise TesseraError if the server app is at its end."""
@@ -139,6 +148,7 @@ class _Watched:
         if self.superlink.poll() is not None:
             log = self.folder / "below" / _LOG
             raise TesseraError(f"Flower's SuperLink ended: {tail_of(log)}")
+        self._keep_app()
         lines = [
             line
             for book in sorted(self.folder.glob(f"*/{GUESTS}"))
@@ -148,6 +158,30 @@ class _Watched:
             guest = json.loads(line)
             _log.info("%s %s", guest["device"], guest["text"])
         self.told = len(lines)
+
+    def _keep_app(self) -> None:
+        """Start the server app again if Flower has lost it."""
+        was, self.there = self.there, _is_held(self.folder / _APP)
+        if not was or self.there:
+            return
+        self.losses += 1
+        if self.losses > _MOST_LOSSES:
+            log = self.folder / "below" / _LOG
+            raise TesseraError(f"the server app ends again and again: {tail_of(log)}")
+        _log.warning("the server app has ended; it is started again")
+        self.flower.start(self.folder)
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process holds a lock."""
+    if not lock.exists():
+        return False
+    with lock.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def is_edge(folder: Path) -> bool:
@@ -170,10 +204,17 @@ def edge_noted(post: Post, folder: Path) -> None:
         resident = EdgeResident(
             name=edge.name, folder=folder, post=post, hosting=edge.hosting, local=edge.local
         )
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        with (
+            (folder / _APP).open("wb") as lock,
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server,
+        ):
+            fcntl.flock(lock, fcntl.LOCK_EX)  # after the one before has ended
+            Path(edge.socket).unlink(missing_ok=True)
             server.bind(edge.socket)
             server.listen(8)
             answer_at(server, _Noting(resident=resident, folder=folder))
+    except Disowned:  # another process is started for the edge
+        raise
     except (TesseraError, OSError) as error:
         write_json(folder / _ERROR, {"text": str(error)})
         raise

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Protocol, cast
 
 from tesserafl.core.errors import ConfigError, MessageError
+from tesserafl.engines.attendance import Disowned
 from tesserafl.engines.orders import Envelope, read_envelope, write_envelope
 from tesserafl.run import certs
 from tesserafl.run.addresses import check_address, check_name
@@ -215,6 +216,8 @@ def answer_at(server: socket.socket, resident: Answers) -> None:
                 _log.warning("a message was refused: %s", error)
             except OSError as error:  # who asked was ended; it is asked again
                 _log.warning("nobody waits for an answer any more: %s", error)
+            except Disowned:
+                raise
             except Exception:
                 _log.exception("this device failed at a message; the server hears that it crashed")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tesserafl.core.messages import Client, Memory, Task, Update
@@ -39,6 +39,8 @@ class Sweeping:
     costs: CostTable
     order: Sweep
     sketch: Sketch | None
+    begins: Callable[[], None] = lambda: None
+    """Called before each average."""
     _rows: list[Row] = field(default_factory=list)
     _failures: list[Loss] = field(default_factory=list)
     _parts: dict[object, SubModel] = field(default_factory=dict)
@@ -75,6 +77,7 @@ class Sweeping:
         return {**swept.model_dump(), "parts": parts}, groups
 
     def _average(self, state: State, together: Sequence[Client], number: int, total: Sums) -> None:
+        self.begins()
         experiment = self.setup.experiment
         star = Star(
             model=self.setup.model,

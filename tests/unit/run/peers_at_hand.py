@@ -10,7 +10,6 @@ from tesserafl.data import DataSettings
 from tesserafl.engines.network import NetworkSettings
 from tesserafl.methods import MSfusion
 from tesserafl.models import MLP
-from tesserafl.run import carrying, runner
 from tesserafl.run.deployed import Deployment, begin, serve_over
 from tesserafl.run.experiment import EngineSettings, Experiment
 from tesserafl.run.parts import assemble
@@ -29,13 +28,6 @@ def experiment_of(exchange="lean", graph="complete", **changes):
         "clients_per_round": 4,
     }
     return Experiment(**(settings | changes))
-
-
-def without_pictures(patch):
-    """They take longer than these runs."""
-    for module in (carrying, runner):
-        patch.setattr(module, "write_report", lambda *_: None)
-        patch.setattr(module, "write_partition", lambda *_: None)
 
 
 def served_to(tmp_path, experiment, post=None, **deployment):

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from devices_at_hand import PostAtHand, experiment_for_four, parts, prepare_once
+from devices_at_hand import PostAtHand, experiment_for_four, parts, prepare_once, remote_at_hand
 
 from tesserafl.core.errors import CheckpointError, ConfigError, UpdateError
 from tesserafl.data import DataSettings
@@ -16,8 +16,10 @@ from tesserafl.engines.fleet import FleetSettings
 from tesserafl.engines.remote import Remote
 from tesserafl.methods import FedAvg, FedBRB, FedRolex
 from tesserafl.run import deployed
+from tesserafl.run.begin import first_federation
 from tesserafl.run.deployed import Deployment, begin, serve_over
 from tesserafl.run.runner import start
+from tesserafl.run.setup import prepare
 
 ALL = range(4)
 
@@ -261,3 +263,15 @@ def test_what_devices_cannot_run_is_refused_before_a_folder_is_made(tmp_path):
     begin(experiment_for_four(), Deployment(devices=4), tmp_path / "served")
     with pytest.raises(CheckpointError, match="is not empty"):
         begin(experiment_for_four(), Deployment(devices=4), tmp_path / "served")
+
+
+def test_no_errand_lasts_longer_than_who_asks_has(tmp_path):
+    """Of an edge, whose cloud waits for all of its devices together."""
+    setup = prepare(experiment_for_four())
+    remote = remote_at_hand(setup, tmp_path)
+    remote.post.at_once = 0  # no answer is ever found
+    remote.until = remote.clock() + 0.1
+    tasks = first_federation(setup).tasks(setup.clients[:1], setup.experiment.training)
+    remote.submit(list(tasks))
+    (failed,) = remote.poll()
+    assert failed.reason == "expired"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -12,9 +14,10 @@ import pytest
 from devices_at_hand import PostAtHand, parts
 
 from tesserafl.core.errors import CheckpointError, TesseraError
+from tesserafl.engines.attendance import Disowned
 from tesserafl.engines.orders import Bye, Offer, reply_of, sealed
 from tesserafl.run import edge_host, join, serve
-from tesserafl.run.edge import Hosting
+from tesserafl.run.edge import EdgeResident, Hosting
 from tesserafl.run.edge_host import edge_noted, host, is_edge
 from tesserafl.run.files import read_json
 from tesserafl.run.holding import Local
@@ -119,6 +122,61 @@ def test_what_the_server_app_cannot_do_ends_the_edge(programs, hosted, tmp_path)
         edge_noted(PostAtHand(residents={}), folder)
     thread.join(30)
     assert "edge.json is damaged" in str(ends[0])
+
+
+def test_a_server_app_that_flower_loses_is_started_again(programs, hosted, tmp_path):
+    starts = tmp_path / "starts"
+    programs(
+        "flwr",
+        f"open({str(starts)!r}, 'a').write('x')\n"
+        "print(json.dumps({'success': True, 'run-id': 7}))",
+    )
+    thread, folder, ends = hosted()
+    _until(lambda: is_edge(folder))
+    path = Path(read_json(folder / "edge.json")["socket"])
+    _until(starts.exists)
+    for count in (2, 3):
+        with (folder / "app.lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            path.touch()  # somebody listens
+            time.sleep(0.5)
+        _until(lambda count=count: len(starts.read_text()) == count)
+    assert thread.is_alive() and not ends
+    (folder / "over.json").write_text("{}")
+    thread.join(30)
+    assert ends == [None]
+
+
+def test_a_server_app_whose_post_is_another_s_ends_without_an_error_of_the_edge(tmp_path):
+    class Lost(PostAtHand):
+        def nodes(self):
+            raise Disowned("Flower refuses this process")
+
+    lost = Lost(residents={})
+    resident = EdgeResident(name="edge-a", folder=tmp_path, post=lost)
+    resident.answer = lambda envelope: lost.nodes()
+    with tempfile.TemporaryDirectory() as place:
+        path = f"{place}/edge"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+            server.bind(path)
+            server.listen(1)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.connect(path)
+                with connection.makefile("rwb") as pipe:
+                    join.write_envelope(pipe, sealed(Offer(run=RUN, parcels=[])))
+                    pipe.flush()
+                    with pytest.raises(Disowned):
+                        join.answer_at(server, resident)
+
+
+def test_an_edge_that_has_no_seat_keeps_what_it_has(tmp_path):
+    (tmp_path / RUN).mkdir()
+    post = PostAtHand(residents=parts(tmp_path, (0,)))
+    resident = EdgeResident(name="edge-a", folder=tmp_path, post=post)
+    resident.answer(sealed(Bye(run=RUN, text="it came back with other devices")))
+    assert not resident.over and (tmp_path / RUN).exists() and not post.log
+    resident.answer(sealed(Bye(run=RUN)))
+    assert resident.over and not (tmp_path / RUN).exists()
 
 
 def test_a_link_that_ends_is_told(programs, hosted):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from devices_at_hand import PostAtHand, parts, prepare_once
 from own_data import write
-from peers_at_hand import ALL, events_of, experiment_of, served_to, without_pictures
+from peers_at_hand import ALL, events_of, experiment_of, served_to
 
 from tesserafl.core.errors import ConfigError
 from tesserafl.data import DataSettings
@@ -30,7 +30,6 @@ from tesserafl.run.shown import show
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     prepare_once(monkeypatch)
-    without_pictures(monkeypatch)
 
 
 def test_what_a_peer_did_badly_is_left_out_by_all_and_by_itself(tmp_path):
@@ -86,9 +85,8 @@ def test_a_peer_that_lies_is_left_out_by_all_others(tmp_path):
 
 
 @pytest.mark.parametrize("exchange", ["lean", "all_gather"])
-def test_a_run_among_peers_has_a_report(tmp_path, monkeypatch, exchange):
+def test_a_run_among_peers_has_a_report(tmp_path, exchange):
     """A lean one is not tested: nobody holds what could be."""
-    monkeypatch.undo()
     served, _ = served_to(tmp_path, experiment_of(exchange, rounds=1))
     page = (tmp_path / "served/report.html").read_text()
     assert "msfusion" in page and (served["accuracy"] is None) == (exchange == "lean")

@@ -11,7 +11,6 @@ from peers_at_hand import (
     experiment_of,
     kept_by_peers,
     served_to,
-    without_pictures,
 )
 
 from tesserafl.core.errors import CheckpointError, TesseraError
@@ -25,7 +24,6 @@ from tesserafl.run.runner import start
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     prepare_once(monkeypatch)
-    without_pictures(monkeypatch)
 
 
 @pytest.mark.parametrize(
