@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Pip with constraints: without the pin of torch it would fetch gigabytes of CUDA libraries.
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# Pip with constraints: without the pin of torch it would fetch gigabytes of CUDA libraries. Without
+# --no-compile it compiles each of some 18,000 files, of which a process imports a few thousand:
+# Python compiles those when they are first imported, and keeps them unless it is told not to.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test check install format clean
 
@@ -32,14 +35,17 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and by its exact version, so that a local CPU wheel is found.
-$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.torch: $(VENV)/bin/python constraints.txt
 	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
 	$(PIP) -e '.[huggingface,fast]'
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+$(VENV)/.installed-test: $(VENV)/.torch pyproject.toml constraints.txt
 	$(PIP) -e '.[test]'
-	@touch $@
+	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test
 	$(PIP) -e '.[dev]'

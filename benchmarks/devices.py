@@ -10,7 +10,8 @@ whose devices send back arrays of the same sizes, on processes of the same kind.
 `round` is the median over rounds but the first. `wire` is all bytes of tasks and updates as they
 are handed to Flower, over the bytes of the parameters that are meant. `device` and `server` are the
 largest resident sets of all of a device's, or the server's, processes together, sampled ten times a
-second, less what they had when idle; over the bytes of one payload.
+second, less what they had when all had joined and nothing was asked of them yet; over the bytes of
+one payload.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,9 @@ def ours(folder: Path, mib: int, devices: int, rounds: int) -> dict[str, Any]:
     serve += ["--devices", str(devices), "--data.num-clients", str(devices)]
     serve += ["--data.partition", "iid", "--clients-per-round", str(devices)]
     serve += ["--rounds", str(rounds), "--checkpoint-every", str(rounds)]
-    serve += ["--evaluate-every", str(rounds), "--method", "fedavg", "--model", "mlp"]
-    serve += ["--model.hidden", str(width), str(width), "--training.steps", "1"]
+    serve += ["--evaluate-every", str(rounds), "--method", "fedavg", "--method.ratio", "1.0"]
+    serve += ["--model.hidden", str(width), str(width), "--model.norm", "none"]
+    serve += ["--training.steps", "1"]
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(running(serve, os.environ, folder / "serve.log"))
         joined = [
@@ -85,7 +87,8 @@ def ours(folder: Path, mib: int, devices: int, rounds: int) -> dict[str, Any]:
             )
             for n in range(devices)
         ]
-        with watching([server.pid, joined[0].pid]) as peaks:
+        # Written when all have joined.
+        with watching([server.pid, joined[0].pid], (folder / "run/devices.json").exists) as peaks:
             if server.wait() != 0:
                 raise SystemExit((folder / "serve.log").read_text())
     lines = (folder / "run/events.jsonl").read_text().splitlines()
@@ -93,6 +96,7 @@ def ours(folder: Path, mib: int, devices: int, rounds: int) -> dict[str, Any]:
     summary = json.loads((folder / "run/summary.json").read_text())
     wire = json.loads((folder / "run/wire.json").read_text())
     payload = summary["params_full"] * 4
+    assert abs(payload / (mib * MIB) - 1) < 0.25, "another model than was meant"
     return {
         "round": _later([b - a for a, b in zip([0.0, *seconds], seconds, strict=False)]),
         "wire": (wire["down"] + wire["up"]) / (summary["bytes_down"] + summary["bytes_up"]),
@@ -128,7 +132,8 @@ def plain(folder: Path, mib: int, devices: int, rounds: int) -> dict[str, Any]:
             )
             for n in range(devices)
         ]
-        with watching([server.pid, nodes[0].pid]) as peaks:
+        ready = time.monotonic() + 20.0
+        with watching([server.pid, nodes[0].pid], lambda: time.monotonic() > ready) as peaks:
             config = f"mib={mib} devices={devices} rounds={rounds} out='{folder / 'rounds.json'}'"
             command = [program("flwr"), "run", str(folder / "app"), "bar", "--run-config", config]
             subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
@@ -153,19 +158,23 @@ def _later(seconds: Sequence[float]) -> float:
 
 
 @contextlib.contextmanager
-def watching(roots: Sequence[int]) -> Iterator[list[float]]:
-    """The largest resident bytes of each root with its descendants, less the first 20 seconds'."""
-    peaks, idle = [0.0] * len(roots), [math.inf] * len(roots)
-    over, begun = threading.Event(), time.monotonic()
+def watching(roots: Sequence[int], begins: Callable[[], bool]) -> Iterator[list[float]]:
+    """The largest resident bytes of each root with its descendants after something begins, less
+    the last ones before."""
+    peaks, idle = [0.0] * len(roots), [0.0] * len(roots)
+    over = threading.Event()
 
     def watch() -> None:
+        begun = False
         while not over.wait(0.1):
+            begun = begun or begins()
             tree = _children()
             for n, root in enumerate(roots):
                 size = sum(_resident(pid) for pid in _descendants(root, tree))
-                peaks[n] = max(peaks[n], size)
-                if 15 < time.monotonic() - begun < 20:
-                    idle[n] = min(idle[n], size)
+                if begun:
+                    peaks[n] = max(peaks[n], size)
+                else:
+                    idle[n] = size
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -174,9 +183,8 @@ def watching(roots: Sequence[int]) -> Iterator[list[float]]:
     finally:
         over.set()
         thread.join()
-        for n, least in enumerate(idle):
-            if least < math.inf:
-                peaks[n] -= least
+        for n, before in enumerate(idle):
+            peaks[n] -= before
 
 
 def _children() -> dict[int, list[int]]:

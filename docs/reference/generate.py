@@ -125,7 +125,7 @@ def command_line() -> str:
         "[train on devices](../howto/devices.md).",
         block(options_of("serve")),
     ]
-    for name in ("resume", "compare", "report", "join", "certs", "token", "proxy"):
+    for name in ("resume", "compare", "report", "join", "edge", "certs", "token", "proxy"):
         parts += [f"## tessera {name}", block(printed([name, "--help"]))]
     parts += [
         "## tessera list",

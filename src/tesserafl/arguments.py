@@ -12,10 +12,11 @@ from tesserafl.core.errors import ConfigError, did_you_mean
 from tesserafl.data import DataSettings
 from tesserafl.experiments import EXPERIMENTS, Named
 from tesserafl.models import HuggingFace, LoRA
-from tesserafl.run.deployed import Deployment
+from tesserafl.run.edge import Hosting
 from tesserafl.run.experiment import REGISTRIES, Experiment, choose, from_file
 from tesserafl.run.holding import Local
 from tesserafl.run.learn import LearnSettings
+from tesserafl.run.on_devices import Deployment
 from tesserafl.run.serve import Link
 
 
@@ -44,6 +45,18 @@ class ServeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AssembleOptions:
+    """Put together a model of which every peer of a lean run kept a part."""
+
+    parts: tyro.conf.Positional[tuple[Path, ...]]
+    """the folders that the peers wrote when the run was over (model-... in what they keep)"""
+    out: Path = Path("model")
+    """where the model is written"""
+    json: bool = False
+    """print what it is as one JSON object"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class JoinOptions:
     """Be a device of a run that `tessera serve` serves."""
 
@@ -60,6 +73,26 @@ class JoinOptions:
     """memory that training may take here; told to the server"""
     once: bool = False
     """end when the server says that the run is over; else wait for the next"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeOptions:
+    """Be an edge of a run that `tessera serve --edges` serves, and serve devices of your own."""
+
+    place: tyro.conf.Positional[str]
+    """this edge's folder of keys (tessera certs of the cloud), a token (tessera token; with
+    --name), or HOST:PORT of a cloud on this machine"""
+    link: Annotated[Link, tyro.conf.arg(name="")] = field(default_factory=Link)
+    hosting: Annotated[Hosting, tyro.conf.arg(name="")] = field(default_factory=Hosting)
+    name: str = ""
+    """name of the edge; its folder of keys has one"""
+    folder: Path | None = None
+    """what the edge keeps between restarts; default: `state` in its folder of keys, or
+    ./NAME-state"""
+    model: Path | None = None
+    """folder with the pre-trained model that the experiment names; None: the experiment's path"""
+    once: bool = False
+    """end when the cloud says that the run is over; else wait for the next"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,14 @@ COMMANDS = {
     "resume": "RUN     continue a run or a study that was interrupted",
     "serve": "NAME|FILE  run an experiment on devices that join",
     "join": "FOLDER|ADDRESS  be a device of a run that is served",
+    "edge": "FOLDER|ADDRESS  be an edge of a run that is served, with devices of its own",
     "plan": "NAME|FILE  what a run would cost each client, and how coverage grows; trains nothing",
     "bench": "NAME|FILE  how fast its rounds are here, for every way to train the clients",
     "learn": "NAME|FILE  learn when the nodes of a tree synchronise (tomtit, hwamei)",
     "list": "WHAT       methods, models, data or experiments",
     "compare": "RUN... tables and plots of several runs at equal rounds, bytes and FLOPs",
     "report": "RUN     write the report of a run folder anew",
+    "assemble": "PART... the model of peers that each kept a part",
     "certs": "FOLDER  keys and certificates of a server and its devices",
     "token": "FOLDER  a line of text with which a device joins a server",
     "proxy": "FOLDER  the proxy in front of a server: devices reach what they need, no more",
@@ -129,6 +131,18 @@ def _join(args: list[str]) -> None:
     from tesserafl.serving import joined
 
     joined(args)
+
+
+def _assemble(args: list[str]) -> None:
+    from tesserafl.serving import assembled
+
+    assembled(args)
+
+
+def _edge(args: list[str]) -> None:
+    from tesserafl.serving import hosted
+
+    hosted(args)
 
 
 def _plan(args: list[str]) -> None:
@@ -254,6 +268,8 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "resume": _resume,
     "serve": _serve,
     "join": _join,
+    "assemble": _assemble,
+    "edge": _edge,
     "plan": _plan,
     "bench": _bench,
     "learn": _learn,

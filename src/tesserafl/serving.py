@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,9 +11,18 @@ from typing import Any
 
 import tyro
 
-from tesserafl.arguments import JoinOptions, ServeOptions, configured
+from tesserafl.arguments import (
+    AssembleOptions,
+    EdgeOptions,
+    JoinOptions,
+    ServeOptions,
+    configured,
+)
 from tesserafl.run.deployed import begin
+from tesserafl.run.edge_host import host
+from tesserafl.run.holding import Local
 from tesserafl.run.join import join, line_to
+from tesserafl.run.parts import assemble
 from tesserafl.run.runner import Listener
 from tesserafl.run.serve import serve
 
@@ -41,3 +51,24 @@ def joined(args: list[str]) -> None:
     name = line.name_of(options.name)
     folder = options.folder or line.folder_of(name)
     join(line, name, folder, options.local, memory_mib=options.memory_mib, once=options.once)
+
+
+def assembled(args: list[str]) -> None:
+    """`tessera assemble`: the model of peers that each kept a part."""
+    options = tyro.cli(AssembleOptions, args=args, prog="tessera assemble")
+    found = assemble(options.parts, options.out)
+    if options.json:
+        print(json.dumps(found))
+        return
+    print(f"{options.out}: {found['entries']:,} parameters after {found['rounds']} rounds")
+
+
+def hosted(args: list[str]) -> None:
+    """`tessera edge`: an edge, until it is stopped."""
+    options = tyro.cli(EdgeOptions, args=args, prog="tessera edge")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    line = line_to(options.place, options.name)
+    name = line.name_of(options.name)
+    folder = options.folder or line.folder_of(name)
+    local = Local(model=options.model)
+    host(line, name, folder, options.link, options.hosting, local, once=options.once)

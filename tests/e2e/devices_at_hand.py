@@ -7,15 +7,19 @@ import json
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tesserafl.core.messages import Memory
+from tesserafl.data import DataSettings
 from tesserafl.engines.attendance import Undelivered
 from tesserafl.engines.orders import Envelope, Hello, Order, order_of
 from tesserafl.engines.remote import Remote
+from tesserafl.methods import FedAvg
+from tesserafl.models import MLP
 from tesserafl.run import deployed, holding
-from tesserafl.run.experiment import Experiment, to_json
+from tesserafl.run.experiment import EngineSettings, Experiment, to_json
 from tesserafl.run.holding import Local
 from tesserafl.run.resident import Resident
 from tesserafl.run.seats import Seats
@@ -23,6 +27,7 @@ from tesserafl.run.setup import Setup, prepare
 from tesserafl.run.spool import Spool
 
 RUN = "a" * 32
+_PREPARED: dict[str, Setup] = {}
 
 Loss = Callable[[int, Order], Undelivered | None]
 """Node, order -> how it fails; None: it is delivered."""
@@ -86,17 +91,30 @@ def parts(folder: Path, clients: Collection[int]) -> dict[int, Resident]:
     }
 
 
+def experiment_for_four(**changes: Any) -> Experiment:
+    """FedAvg on four devices, a moment long; with these settings in the place of its own."""
+    settings: dict[str, Any] = {
+        "data": DataSettings(num_clients=4, max_train=120, max_test=50),
+        "model": MLP(hidden=(16, 16)),
+        "method": FedAvg(),
+        "engine": EngineSettings(batching="sequential"),
+        "rounds": 3,
+        "clients_per_round": 4,
+        "checkpoint_every": 1,
+    }
+    return Experiment(**(settings | changes))
+
+
 def prepare_once(patch: pytest.MonkeyPatch) -> None:
-    """Server and devices share what they load and probe of an experiment: it takes half a second,
-    and there are many of them here."""
-    known: dict[str, Setup] = {}
+    """Servers and devices of all tests share what they load and probe of an experiment: it takes
+    half a second, and there are many of them here."""
 
     def prepared(experiment: Experiment) -> Setup:
         values = to_json(replace(experiment, engine=replace(experiment.engine, device="cpu")))
         key = json.dumps(values, sort_keys=True)
-        if key not in known:
-            known[key] = prepare(experiment)
-        return replace(known[key], experiment=experiment)
+        if key not in _PREPARED:
+            _PREPARED[key] = prepare(experiment)
+        return replace(_PREPARED[key], experiment=experiment)
 
     for module in (deployed, holding):
         patch.setattr(module, "prepare", prepared)

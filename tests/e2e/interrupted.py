@@ -1,4 +1,4 @@
-"""A run with workers, and one that is cut off and resumed, against the undisturbed one."""
+"""A run with workers, or one that is cut off and resumed, against the undisturbed one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,21 +14,34 @@ class Cut(Exception):
     """Stands for a power cut in the middle of a run."""
 
 
-def undisturbed(experiment: Experiment, folder: Path, rounds: int) -> dict[str, Any]:
-    """The run's summary; two workers, and a cut after so many rounds, must have led to it too."""
+KEPT = ("state_sha256", "loss", "accuracy", "bytes_up", "coverage")
+"""What of a summary no disturbance may change."""
+
+
+def cut_off(experiment: Experiment, folder: Path, rounds: int) -> dict[str, Any]:
+    """The undisturbed run's summary; one that is cut off after so many rounds must lead to it."""
     plain = start(experiment, folder / "plain")
-    two = replace(experiment, engine=replace(experiment.engine, workers=2))
-    workers = start(two, folder / "workers")
     seen = []
 
-    def cut_off(event: dict[str, object]) -> None:
+    def cut(event: dict[str, object]) -> None:
         seen.append(event["kind"])
         if seen.count("round") == rounds:
             raise Cut
 
     with pytest.raises(Cut):
-        start(experiment, folder / "cut", cut_off)
-    for other in (workers, resume(folder / "cut")):
-        for key in ("state_sha256", "loss", "accuracy", "bytes_up", "coverage"):
-            assert other[key] == plain[key], key
+        start(experiment, folder / "cut", cut)
+    same(resume(folder / "cut"), plain)
     return plain
+
+
+def with_workers(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """The summary of a run with two workers; one process must lead to it too."""
+    two = replace(experiment, engine=replace(experiment.engine, workers=2))
+    workers = start(two, folder / "workers")
+    same(start(experiment, folder / "plain"), workers)
+    return workers
+
+
+def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for key in KEPT:
+        assert found[key] == wanted[key], key

@@ -44,6 +44,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 1) 
     return captured.err + captured.out
 
 
+@pytest.mark.usefixtures("figures")
 def test_quickstart_ends_in_one_json_object_and_a_whole_run_folder(tmp_path, capsys):
     folder = tmp_path / "run"
     main(["run", "quickstart", *TINY, "--out", str(folder), "--json"])
@@ -63,6 +64,8 @@ def test_quickstart_ends_in_one_json_object_and_a_whole_run_folder(tmp_path, cap
         "checkpoints/round-000002.json",
         "checkpoints/round-000002.safetensors",
     }
+    assert (folder / "partition.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg viewBox=" in (folder / "report.html").read_text()
     main(["resume", str(folder), "--json"])
     assert last_json(capsys) == summary
 

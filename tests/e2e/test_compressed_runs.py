@@ -6,9 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tesserafl.core.coding import num_kept
 from tesserafl.core.errors import ConfigError
+from tesserafl.core.params import sha256
+from tesserafl.run.begin import first_federation
 from tesserafl.run.events import read_events
 from tesserafl.run.experiment import Experiment, from_json
 from tesserafl.run.plan import described, make_plan
@@ -90,6 +93,30 @@ def test_bytes_up_are_those_that_are_sent(tmp_path: Path) -> None:
         table = next(part for part in described(plan) if not isinstance(part, str))
         headers = [str(column.header) for column in table.columns]
         assert ("MB up" in headers) == (deltas != "none")
+
+
+@pytest.mark.parametrize("topology", ["star", "tree"])
+def test_what_goes_down_is_rounded_and_the_servers_model_is_not(
+    tmp_path: Path, topology: str
+) -> None:
+    """Of clients that change nothing the server's model stays as it is, to the bit."""
+    changes: dict[str, object] = {"method": {"name": "fedavg"}, "rounds": 2}
+    if topology == "tree":
+        fleet = {"profiles": ["laptop"], "edges": 2}
+        changes |= {"method": {"name": "hierfavg"}, "fleet": fleet}
+    half = {"params": "bfloat16"}
+    still = small("none", compression=half, training={"lr": 1e-30}, **changes)
+    first = first_federation(prepare(still)).assembled().params
+    summary = start(still, tmp_path / "still")
+    assert summary["state_sha256"] == sha256(first)
+    assert any(not torch.equal(t, t.bfloat16().float()) for t in first.values())
+    whole = start(small("none", **changes), tmp_path / "whole")
+    rounded = start(small("none", compression=half, **changes), tmp_path / "rounded")
+    assert rounded["bytes_down"] * 2 == whole["bytes_down"] == summary["bytes_down"] * 2
+    assert rounded["bytes_up"] == whole["bytes_up"]
+    assert rounded["state_sha256"] != whole["state_sha256"]
+    (planned,) = make_plan(prepare(still)).classes
+    assert planned.bytes_down * 6 == rounded["bytes_down"]
 
 
 def test_devices_send_for_as_long_as_their_bytes_take(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from interrupted import undisturbed
+from interrupted import cut_off, with_workers
 
 from tesserafl.core.errors import CapacityError, ConfigError
 from tesserafl.core.method import Predictor, State
@@ -46,9 +46,15 @@ SLOW = {"random_depth", "depthfl"}
     "name",
     [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in METHODS],
 )
-def test_workers_and_a_cut_change_no_bit(name: str, tmp_path: Path) -> None:
-    """The cut comes in the first round of progressive training's second phase."""
-    undisturbed(small(name), tmp_path, rounds=3)
+def test_a_cut_changes_no_bit(name: str, tmp_path: Path) -> None:
+    """It comes in the first round of progressive training's second phase."""
+    cut_off(small(name), tmp_path, rounds=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_workers_change_no_bit(name: str, tmp_path: Path) -> None:
+    with_workers(small(name), tmp_path)
 
 
 def test_progressive_runs_grow_and_send_back_what_they_trained(tmp_path: Path) -> None:

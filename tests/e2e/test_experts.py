@@ -126,6 +126,7 @@ def test_a_run_killed_in_stage_two_resumes_to_the_same_bits(tmp_path, texts, enc
     assert memories[0] == memories[1]
 
 
+@pytest.mark.slow
 @one_method
 def test_two_workers_give_the_bits_of_one(tmp_path, texts, encoder, method):
     one, two = (

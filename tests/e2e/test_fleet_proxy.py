@@ -208,6 +208,16 @@ def test_a_body_of_a_part_passes_and_a_larger_one_does_not(files: ServerFiles, l
     assert ask(files, files.port, "/v1/fleet/push-object", bytes(17 * 2**20))[0] == 413
 
 
+def test_a_list_of_parts_bounds_what_a_reply_may_be(files: ServerFiles, link: Link) -> None:
+    # A SuperLink takes no part that is not on the list, so this is all that a device can make it
+    # hold. 32 MiB are 7 arrays and some records, of less than 96 bytes on the list each.
+    assert ask(files, files.port, "/v1/fleet/push-messages", bytes(12 * 96))[0] in (400, 401)
+    assert ask(files, files.port, "/v1/fleet/push-messages", bytes(4 * 2**10))[0] == 413
+    for path in proxy.FLEET_PATHS:
+        if path not in ("push-object", "push-messages"):
+            assert ask(files, files.port, f"/v1/fleet/{path}", bytes(65 * 2**10))[0] == 413
+
+
 def test_old_tls_is_refused(files: ServerFiles, link: Link) -> None:
     context = ssl.create_default_context(cafile=files.ca)
     context.maximum_version = ssl.TLSVersion.TLSv1_2

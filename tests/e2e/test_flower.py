@@ -14,9 +14,14 @@ import pyarrow as pa
 import pytest
 from bytes_encoder import WORDS, write_encoder, write_texts
 from commands_on_devices import site
+from devices_at_hand import PostAtHand
+from devices_at_hand import parts as at_hand
 from pyarrow import parquet
 
+from tesserafl.engines.attendance import Undelivered
+from tesserafl.engines.orders import Order, Work
 from tesserafl.run import proxy
+from tesserafl.run.deployed import Deployment, begin, serve_over
 from tesserafl.run.experiment import Experiment, from_json
 from tesserafl.run.runner import start
 
@@ -103,6 +108,27 @@ def test_four_devices_through_nginx_give_the_bits_of_tessera_run(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("exchange", ["lean", "all_gather"])
+def test_peers_whose_letters_the_server_carries(tmp_path: Path, exchange: str) -> None:
+    """MSfusion: no server sums, and of lean peers nobody holds the model."""
+    method = {"name": "msfusion", "ratio": [0.5]}
+    network = {"topology": "peers", "exchange": exchange}
+    experiment = digits(4, method=method, network=network, client_memory_mib=[])
+    wanted = start(experiment, tmp_path / "here")
+    found = served(tmp_path, experiment, parts(4), "--no-through-proxy")
+    folders = [str(p.parent) for p in (tmp_path / "keys").glob("devices/*/state/model-*/*.json")]
+    assert len(folders) == 4
+    if exchange == "all_gather":
+        assert found["state_sha256"] == wanted["state_sha256"]
+        assert found["accuracy"] == wanted["accuracy"]
+        return
+    with site(tmp_path) as here:
+        told = json.loads(here.tell("assemble", *folders, "--out", "whole", "--json"))
+    assert told["state_sha256"] == wanted["state_sha256"]
+    assert (tmp_path / "whole/model.safetensors").exists()
+
+
+@pytest.mark.slow
 def test_experts_that_stay_on_devices_are_measured_there(tmp_path: Path) -> None:
     """FedFMSL: an expert of its own stays on each device, and so do the examples of its test."""
     pytest.importorskip("peft")
@@ -170,9 +196,29 @@ def test_devices_with_data_of_their_own_join_by_token(tmp_path: Path) -> None:
     assert [c["num_examples"] for c in json.loads(starts)["clients"]] == [30, 30]
 
 
+def with_the_same_participants(
+    folder: Path, experiment: Experiment, rounds: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The summary of a run on devices in this process in which who failed in a round does again,
+    and nobody is disturbed."""
+    missing = {(e["round"] - 1, f["client"]) for e in rounds for f in e["failures"]}
+
+    def lost(node: int, order: Order) -> Undelivered | None:
+        if not isinstance(order, Work):
+            return None
+        there = (order.letter["header"]["round"], order.client) not in missing
+        return None if there else Undelivered("offline", "as it was")
+
+    clients = range(experiment.data.num_clients)
+    post = PostAtHand(residents=at_hand(folder / "devices", clients), loss=lost)
+    begin(experiment, Deployment(devices=len(clients)), folder / "run")
+    return serve_over(post, folder / "run")
+
+
 @pytest.mark.slow
 def test_processes_are_killed_and_the_run_completes(tmp_path: Path) -> None:
-    """Of the devices 30 % in every round, and the server twice; all are started again."""
+    """Of the devices 30 % in every round, and the server twice; all are started again. Who was
+    missed in a round is all that changes the bits."""
     draw, rounds = random.Random(1), 6
     experiment = replace(digits(4, rounds=rounds), checkpoint_every=1)
     with site(tmp_path) as here:
@@ -208,7 +254,10 @@ def test_processes_are_killed_and_the_run_completes(tmp_path: Path) -> None:
                     here.begin("server", "resume", str(here.run))
             assert here.running["server"].poll() == 0, here.said()
         summary = here.summary()
-        failures = [f for event in here.events("round") for f in event["failures"]]
+        rows = [dict(event) for event in here.events("round")]
+    failures = [failure for event in rows for failure in event["failures"]]
+    again = with_the_same_participants(tmp_path / "again", experiment, rows)
+    same(again, summary)
     assert summary["rounds"] == rounds and summary["coverage"] == 1.0
     assert not cuts and killed >= 3 and failures
     assert {failure["reason"] for failure in failures} <= {"offline", "crashed", "expired"}

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from interrupted import undisturbed
+from interrupted import cut_off, with_workers
 from safetensors.torch import load_file
 
 from tesserafl.core.errors import ConfigError
@@ -47,11 +47,17 @@ SLOW = {"functions", "own starts", "pilot"}
     "name",
     [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SETTINGS],
 )
-def test_workers_and_a_cut_change_no_bit(name: str, tmp_path: Path) -> None:
-    undisturbed(growing(SETTINGS[name]), tmp_path, rounds=5)
+def test_a_cut_changes_no_bit(name: str, tmp_path: Path) -> None:
+    cut_off(growing(SETTINGS[name]), tmp_path, rounds=5)
     last = [e for e in read_events(tmp_path / "plain" / "events.jsonl") if e["kind"] == "round"][-1]
     inserted = [entry for entry in last["structure"]["log"] if entry[1] == "insert"]
     assert name == "functions" or inserted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_workers_change_no_bit(name: str, tmp_path: Path) -> None:
+    with_workers(growing(SETTINGS[name]), tmp_path)
 
 
 def test_a_grown_model_is_served_exported_and_reported(tmp_path: Path) -> None:

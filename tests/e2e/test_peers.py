@@ -202,22 +202,22 @@ def test_lean_peers_keep_a_part_and_together_the_whole(changes: Settings) -> Non
         method, total = setup.experiment.method, setup.model.num_entries
         for round in range(5):
             assert lean.round == round
-            assert all(t.is_meta for t in lean.state.params.values())
-            assert lean.keeps.shape == (6, total)
-            assert lean.keeps.any(axis=0).all()
-            assert [len(s) for s in lean.stores] == lean.keeps.sum(axis=1).tolist()
+            assert all(t.is_meta for t in lean.shares.state.params.values())
+            assert lean.shares.keeps.shape == (6, total)
+            assert lean.shares.keeps.any(axis=0).all()
+            assert [len(s) for s in lean.stores] == lean.shares.keeps.sum(axis=1).tolist()
             assert all(s.untyped_storage().nbytes() == 4 * len(s) for s in lean.stores)
             assert max(map(len, lean.stores)) < total
             # Those who share an entry agree on it.
             flat = torch.cat([t.reshape(-1) for t in lean.assembled().params.values()])
-            for keeps, store in zip(lean.keeps, lean.stores, strict=True):
+            for keeps, store in zip(lean.shares.keeps, lean.stores, strict=True):
                 assert torch.equal(flat[torch.from_numpy(keeps)], store)
             if round < 4:
                 cohort = setup.cohort(round)
                 for task in method.configure(
-                    setup.model, lean.state, cohort, setup.experiment.training
+                    setup.model, lean.shares.state, cohort, setup.experiment.training
                 ):
-                    kept = int(lean.keeps[task.client.id].sum())
+                    kept = int(lean.shares.keeps[task.client.id].sum())
                     assert task.submodel.num_entries <= kept
                 folded = step(setup, engine, lean)
                 assert folded.stored == max(map(len, lean.stores))
@@ -239,7 +239,7 @@ def test_disjoint_windows_cost_lean_peers_their_own_part_and_no_more() -> None:
     )
     with begun(experiment) as (setup, engine, lean):
         assert isinstance(lean, Lean)
-        first = lean.keeps.copy()
+        first = lean.shares.keeps.copy()
         parts = [4 * 64 + 4 + 16 + 4 + 40 + 10] * 4
         trained = np.array(
             [
@@ -249,7 +249,7 @@ def test_disjoint_windows_cost_lean_peers_their_own_part_and_no_more() -> None:
         )
         assert trained.tolist() == parts
         folded = step(setup, engine, lean)
-        assert np.array_equal(lean.keeps, first)
+        assert np.array_equal(lean.shares.keeps, first)
         # The head's bias is all that windows share: 10 entries from each of 3 others.
         assert {peer: tuple(t) for peer, t in folded.traffic.items()} == {
             peer: (3 * 10 * 4, 3 * 10 * 4) for peer in range(4)

@@ -21,7 +21,7 @@ from tesserafl.data.examples import Examples, Spec
 from tesserafl.engines.client import ClientWorker
 from tesserafl.methods import FedFMSL, FedIT
 from tesserafl.methods import _mixture as mixture
-from tesserafl.methods._activation import Activation, trained_of
+from tesserafl.methods._activation import Activation, most_blocks, trained_of
 from tesserafl.methods._experts import as_it_came
 from tesserafl.models import LoRA
 from tesserafl.models.costs import frozen_entries
@@ -205,6 +205,22 @@ def test_a_client_trains_no_more_blocks_than_it_can() -> None:
     for task, update in zip(tasks, run.updates(tasks), strict=True):
         assert update.delta.keys() == task.trainable
         assert update.metrics["active_blocks"] == len(blocks(task.trainable)) - 1
+
+
+def test_blocks_without_adapters_are_not_waited_for() -> None:
+    """Of blocks 0 to 3 only 1 and 2 are adapted: there is something to activate in every round."""
+    targets = (r".*layers?\.(1|2)\..*q_proj",)
+    model = LoRA(config="vit", options=OPTIONS, rank=2, targets=targets).build_model(IMAGES)
+    assert most_blocks(model) == 2
+    for order, first in (("output", 2), ("input", 1)):
+        assert blocks(trained_of(model, 1, 0, order)) == {None, first}
+        assert blocks(trained_of(model, 2, 0, order)) == {None, 1, 2}
+        assert blocks(trained_of(model, 2, 1, order)) == {None, 3 - first}
+    linear = Activation(schedule="linear", start=1, ramp=2)
+    notes = [linear.begin(most_blocks(model))]
+    for _ in range(2):
+        notes.append(linear.after(notes[-1], most_blocks(model), None))
+    assert [each["active"] for each in notes] == [1, 1, 2]
 
 
 def test_a_model_without_numbered_blocks_is_refused() -> None:

@@ -156,8 +156,22 @@ def test_a_lone_client_is_averaged_not_put_in() -> None:
     torch.testing.assert_close(block(state.params, 1) - block(before.params, 1), change)
 
 
-@pytest.mark.parametrize("policy", ["persistent", "resampled", "importance", "slots", "pilot"])
-@pytest.mark.parametrize("measure", ["parameters", "updates", "functions"])
+POLICIES = ["persistent", "resampled", "importance", "slots", "pilot"]
+MEASURES = ["parameters", "updates", "functions"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "measure"),
+    [
+        pytest.param(
+            policy,
+            measure,
+            marks=pytest.mark.slow if policy != "pilot" and measure != "updates" else (),
+        )
+        for policy in POLICIES
+        for measure in MEASURES
+    ],
+)
 def test_no_order_of_arrival_changes_a_bit(policy: str, measure: str) -> None:
     method = replace(
         GROWING, policy=policy, measure=measure, pilot_rounds=2, threshold=0.5, merge=0.01

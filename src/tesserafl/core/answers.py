@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAX_METRIC = 2.0**53
 """Largest magnitude of a metric: what a double counts exactly."""
-_ONE = 1.0 - 1e-9
+LEAST_DIVISOR = 1.0 - 1e-9
 """Least of a divisor: what is counted in doubles may fall short of 1 by their rounding."""
 MAX_METRICS = 64
 """Most metrics of an update, and most letters of a metric's name."""
@@ -71,6 +71,17 @@ def check_update(
         summable: whether the delta's places and entries were found good by
             `core.checks.check_deltas`, which looks at those of many at once.
     """
+    check_claims(task, update)
+    _check_names(task, update)
+    _check_types(update, large)
+    if not summable:
+        check_delta(update.submodel, update.delta, large)
+    _check_rows(task, update.submodel, model)
+    _check_extra(task, update)
+
+
+def check_claims(task: Task, update: Update) -> None:
+    """Raise UpdateError unless what an update says beside its tensors can be of the task."""
     if (update.round, update.client) != (task.round, task.client.id):
         raise UpdateError(
             f"the update is of client {update.client} in round {update.round}; asked was client "
@@ -79,12 +90,6 @@ def check_update(
     _check_counts(task, update)
     _check_metrics(task, update)
     check_part(task, update.submodel)
-    _check_names(task, update)
-    _check_types(update, large)
-    if not summable:
-        check_delta(update.submodel, update.delta, large)
-    _check_rows(task, update.submodel, model)
-    _check_extra(task, update)
 
 
 def check_part(task: Task, part: SubModel) -> None:
@@ -163,7 +168,7 @@ def _check_metrics(task: Task, update: Update) -> None:
             )
         least = 0.0 if name.endswith(("_examples", "_entries")) else -MAX_METRIC
         if name in task.wanted.divisors:
-            least = _ONE
+            least = LEAST_DIVISOR
         if not least <= value <= MAX_METRIC:  # never true for NaN
             raise UpdateError(
                 f"the update's metric {name!r} is {value:g}; allowed is {least:g} to "

@@ -1,5 +1,7 @@
 """Deltas in fewer bytes: bfloat16, int8 with scales, or the largest entries alone.
 
+Parameters that go down are rounded to bfloat16 by the same functions.
+
     kind       main                       codes                      bytes of n entries in r rows
     bfloat16   bfloat16, as the delta     -                          2 n
     int8       int8, as the delta         float32 [r] scales         n + 4 r
@@ -26,7 +28,7 @@ from torch import Tensor
 from tesserafl.core.buffers import shown
 from tesserafl.core.errors import MessageError
 from tesserafl.core.layout import Shape
-from tesserafl.core.params import Params
+from tesserafl.core.params import Params, num_bytes
 
 Coding = Literal["bfloat16", "int8", "topk"]
 CODINGS: tuple[Coding, ...] = get_args(Coding)
@@ -37,7 +39,7 @@ _PLACES = (1 << 31) - 1
 
 
 class Coded(dict[str, Tensor]):
-    """Decoded deltas that know in which form they are sent.
+    """Decoded deltas or parameters that know in which form they are sent.
 
     To whoever takes no notice they are parameters like any other; but none can be replaced: make a
     plain `dict` of them first, which is then sent as it is.
@@ -67,6 +69,22 @@ class Coded(dict[str, Tensor]):
 
     __setitem__ = __delitem__ = __ior__ = _refuse
     pop = popitem = update = setdefault = clear = _refuse
+
+
+def sent_bytes(params: Params) -> int:
+    """Bytes of parameters or deltas as they are sent."""
+    return params.num_bytes if isinstance(params, Coded) else num_bytes(params)
+
+
+def coded_groups(params: Params, group: str, header: dict[str, Any]) -> dict[str, Params]:
+    """The groups of a message in which coded tensors are sent, noted in its header; none of others.
+
+    `codes` is the second; the first takes the place of `group`, whose tensors these are.
+    """
+    if not isinstance(params, Coded):
+        return {}
+    header["coded"] = {"coding": params.coding, "names": sorted(params.coded)}
+    return {group: params.main, "codes": params.codes}
 
 
 def coded(delta: Mapping[str, Tensor], coding: Coding, share: float = 1.0) -> Coded:

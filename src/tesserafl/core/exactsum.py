@@ -25,6 +25,7 @@ from tesserafl.core.params import Packed, Params, flat_of, packable, packing_lik
 
 if TYPE_CHECKING:
     from tesserafl.core.submodel import SubModel, View
+    from tesserafl.core.subsum import SubSum
 
 Weights = list[tuple["View", int]]
 """Distinct views of one parameter, each with the sum of the weights of those who reported it."""
@@ -124,13 +125,11 @@ class ExactSum:
             self._count(submodel, delta, weight)
         self.weight += 0 if rest else weight
 
-    def merge(self, other: ExactSum) -> None:
+    def merge(self, other: ExactSum | SubSum) -> None:
         """Add another machine's sub-sum; both must have been made with the same bounds."""
-        if (self.max_weight, self.max_entry) != (other.max_weight, other.max_entry):
-            raise UpdateError(
-                "two exact sums can be merged only with equal bounds; got "
-                f"({self.max_weight}, {self.max_entry}) and ({other.max_weight}, {other.max_entry})"
-            )
+        ours, theirs = (self.max_weight, self.max_entry), (other.max_weight, other.max_entry)
+        if ours != theirs:
+            raise UpdateError(f"sums are merged with equal bounds alone; got {ours} and {theirs}")
         if self.weight + other.weight > self.max_weight:
             raise UpdateError(
                 f"weights {self.weight} + {other.weight} exceed the declared {self.max_weight}"
@@ -138,8 +137,8 @@ class ExactSum:
         for name, tensor in other.sums.items():
             self.sums[name] = self.sums[name] + tensor if name in self.sums else tensor.clone()
         self._add_alike()
-        for key, (view, weight) in other._views.items():
-            self._views[key] = (view, self._views.get(key, (view, 0))[1] + weight)
+        for view, weight in other.reported:
+            self._views[view.key] = (view, self._views.get(view.key, (view, 0))[1] + weight)
         self.weight += other.weight
 
     def means(self, params: Params) -> Iterator[tuple[str, Tensor, Tensor]]:

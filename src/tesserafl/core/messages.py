@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tesserafl.core.coding import Coded
+from tesserafl.core.coding import sent_bytes
 from tesserafl.core.fit import Training
 from tesserafl.core.params import Params, num_bytes
 from tesserafl.core.submodel import SubModel
@@ -61,7 +61,8 @@ class Task:
     client: Client
     submodel: SubModel
     params: Params
-    """The sub-model's parameters, cut from the global model."""
+    """The sub-model's parameters, cut from the global model; `core.coding.Coded` where they are
+    sent in fewer bytes."""
     training: Training
     trainable: frozenset[str] | None = None
     """Names that the client is to train; None: the method's `local` says so. Costs go by it."""
@@ -74,8 +75,8 @@ class Task:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensors that go down."""
-        return num_bytes(self.params) + num_bytes(self.extra)
+        """Bytes of the tensors that go down, as they are sent."""
+        return sent_bytes(self.params) + num_bytes(self.extra)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,4 @@ class Update:
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensors that come up, as they are sent."""
-        delta = self.delta
-        sent = delta.num_bytes if isinstance(delta, Coded) else num_bytes(delta)
-        return sent + num_bytes(self.extra)
+        return sent_bytes(self.delta) + num_bytes(self.extra)

@@ -51,7 +51,7 @@ class Report:
     link_seconds: float
     """of its link to the cloud, down and up"""
     joules: float
-    """of its devices"""
+    """of its devices; 0 where nobody measured it, as on real ones"""
     devices: tuple[Seen, ...]
     """of its last average"""
     sketch: tuple[float, ...] = ()
@@ -64,7 +64,7 @@ class Situation:
 
     round: int
     seconds: float
-    """virtual time since the start"""
+    """time since the start, virtual or of real devices"""
     horizon: float | None
     """virtual time at which the job ends (the threshold time, T); None: it has no end"""
     accuracy: float | None

@@ -11,37 +11,25 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, TypeVar
 
-import torch
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tesserafl.core.answers import check_part, most_header_bytes
 from tesserafl.core.buffers import pack as pack
 from tesserafl.core.buffers import shown
 from tesserafl.core.buffers import unpack as unpack
-from tesserafl.core.coding import Coded, Coding, decoded
+from tesserafl.core.coding import Coding, coded_groups, decoded
 from tesserafl.core.errors import ConfigError, MessageError
 from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Memory, Task, Update, Wanted
 from tesserafl.core.params import Params
-from tesserafl.core.submodel import Index, SubModel, View
+from tesserafl.core.places import PartHeader, part_from_json, part_to_json
+from tesserafl.core.submodel import SubModel
 
 _Natural = Annotated[int, Field(ge=0, lt=1 << 62)]
-_Entries = Annotated[list[_Natural], Field(min_length=1), FailFast()]
-_Slice = Annotated[list[_Natural], Field(min_length=2, max_length=2)]
-
-
-# JSON has lists where we have pairs.
-_View = Annotated[tuple[str, list[_Slice | _Natural]], Field(strict=False)]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _SubModel(_Strict):
-    sizes: dict[str, _Natural]
-    lists: Annotated[list[_Entries], FailFast()]
-    views: dict[str, _View]
 
 
 class _Client(_Strict):
@@ -60,25 +48,26 @@ class _Wanted(_Strict):
     exact: bool = False
 
 
-class _Task(_Strict):
-    round: _Natural
-    client: _Client
-    submodel: _SubModel
-    training: dict[str, Any]
-    trainable: list[str] | None = None
-    options: dict[str, Any]
-    wanted: _Wanted = _Wanted()
-
-
 class _Coded(_Strict):
     coding: Coding
     names: list[str]
 
 
+class _Task(_Strict):
+    round: _Natural
+    client: _Client
+    submodel: PartHeader
+    training: dict[str, Any]
+    trainable: list[str] | None = None
+    options: dict[str, Any]
+    wanted: _Wanted = _Wanted()
+    coded: _Coded | None = None
+
+
 class _Update(_Strict):
     round: _Natural
     client: _Natural
-    submodel: _SubModel
+    submodel: PartHeader
     num_examples: _Natural
     num_steps: _Natural
     metrics: dict[str, float]
@@ -96,10 +85,10 @@ def encode_task(task: Task, memory: Memory) -> bytes:
 
 def task_parts(task: Task, memory: Memory) -> Parts:
     """What `encode_task` packs."""
-    header = {
+    header: dict[str, Any] = {
         "round": task.round,
         "client": asdict(task.client),
-        "submodel": _submodel_to_json(task.submodel),
+        "submodel": part_to_json(task.submodel),
         "training": asdict(task.training),
         "trainable": None if task.trainable is None else sorted(task.trainable),
         "options": dict(task.options),
@@ -111,7 +100,8 @@ def task_parts(task: Task, memory: Memory) -> Parts:
             "exact": task.wanted.exact,
         },
     }
-    return header, {"params": task.params, "extra": dict(task.extra), "memory": memory}
+    groups = {"params": task.params, "extra": dict(task.extra), "memory": memory}
+    return header, groups | coded_groups(task.params, "params", header)
 
 
 def decode_task(data: bytes) -> tuple[Task, Memory]:
@@ -126,11 +116,12 @@ def task_of(body: dict[str, Any], groups: dict[str, Params]) -> tuple[Task, Memo
         training = Training(**header.training)
     except (TypeError, ConfigError) as error:
         raise MessageError(f"a task's training settings are wrong: {error}") from error
+    submodel = part_from_json(header.submodel)
     task = Task(
         round=header.round,
         client=Client(**header.client.model_dump()),
-        submodel=_submodel_from_json(header.submodel),
-        params=_group(groups, "params"),
+        submodel=submodel,
+        params=_decoded(header.coded, groups, "params", submodel),
         training=training,
         trainable=None if header.trainable is None else frozenset(header.trainable),
         extra=_group(groups, "extra"),
@@ -150,17 +141,13 @@ def update_parts(update: Update, memory: Memory) -> Parts:
     header: dict[str, Any] = {
         "round": update.round,
         "client": update.client,
-        "submodel": _submodel_to_json(update.submodel),
+        "submodel": part_to_json(update.submodel),
         "num_examples": update.num_examples,
         "num_steps": update.num_steps,
         "metrics": dict(update.metrics),
     }
-    delta = update.delta
-    groups = {"delta": delta, "extra": dict(update.extra), "memory": memory}
-    if isinstance(delta, Coded):
-        header["coded"] = {"coding": delta.coding, "names": sorted(delta.coded)}
-        groups |= {"delta": delta.main, "codes": delta.codes}
-    return header, groups
+    groups = {"delta": update.delta, "extra": dict(update.extra), "memory": memory}
+    return header, groups | coded_groups(update.delta, "delta", header)
 
 
 def decode_update(data: bytes, task: Task | None = None) -> tuple[Update, Memory]:
@@ -197,25 +184,32 @@ def update_of(
             f"an update holds tensors of the group {shown(min(groups.keys() - allowed))}; allowed "
             f"are {', '.join(sorted(allowed))}"
         )
-    submodel, delta = _submodel_from_json(header.submodel), _group(groups, "delta")
+    submodel = part_from_json(header.submodel)
     if header.coded is not None:
         if task is None:
             raise MessageError("coded deltas can be read beside their task only")
         check_part(task, submodel)  # before anything is made that is as large as it claims to be
-        shapes = {name: view.shape for name, view in submodel.views.items()}
-        names = frozenset(header.coded.names)
-        delta = decoded(header.coded.coding, delta, _group(groups, "codes"), names, shapes)
     update = Update(
         round=header.round,
         client=header.client,
         submodel=submodel,
-        delta=delta,
+        delta=_decoded(header.coded, groups, "delta", submodel),
         num_examples=header.num_examples,
         num_steps=header.num_steps,
         metrics=header.metrics,
         extra=_group(groups, "extra"),
     )
     return update, _group(groups, "memory")
+
+
+def _decoded(
+    how: _Coded | None, groups: Mapping[str, Params], group: str, submodel: SubModel
+) -> Params:
+    main = _group(groups, group)
+    if how is None:
+        return main
+    shapes = {name: view.shape for name, view in submodel.views.items()}
+    return decoded(how.coding, main, _group(groups, "codes"), frozenset(how.names), shapes)
 
 
 _Header = TypeVar("_Header", bound=BaseModel)
@@ -248,46 +242,3 @@ def _wanted_from_json(header: _Wanted) -> Wanted:
         divisors=frozenset(header.divisors),
         exact=header.exact,
     )
-
-
-def _submodel_to_json(submodel: SubModel) -> dict[str, Any]:
-    # Many views share an index list: each is written once and referred to by its number.
-    lists: list[list[int]] = []
-    numbers: dict[bytes, int] = {}
-
-    def written(index: Index) -> list[int] | int:
-        if isinstance(index, slice):
-            return [index.start, index.stop]
-        key = index.numpy().tobytes()
-        if key not in numbers:
-            numbers[key] = len(lists)
-            lists.append(index.tolist())
-        return numbers[key]
-
-    views = {
-        name: [view.name, [written(index) for index in view.index]]
-        for name, view in submodel.views.items()
-    }
-    return {"sizes": dict(submodel.sizes), "views": views, "lists": lists}
-
-
-def _submodel_from_json(data: _SubModel) -> SubModel:
-    lists = [torch.tensor(entries, dtype=torch.int64) for entries in data.lists]
-    views = {}
-    for small, (large, written) in data.views.items():
-        index: list[Index] = []
-        for item in written:
-            if isinstance(item, int):
-                if item >= len(lists):
-                    raise MessageError(
-                        f"sub-model entry {shown(small)} refers to list {item} of {len(lists)}"
-                    )
-                index.append(lists[item])
-            elif item[0] > item[1]:
-                raise MessageError(
-                    f"sub-model entry {shown(small)} has a slice {item} that runs backwards"
-                )
-            else:
-                index.append(slice(item[0], item[1]))
-        views[small] = View(large, tuple(index))
-    return SubModel(data.sizes, views)

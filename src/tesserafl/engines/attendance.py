@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from tesserafl.core.errors import MessageError
-from tesserafl.engines.orders import Envelope, Hello, Profile, Refusal, reply_of, sealed
+from tesserafl.engines.edge_orders import EdgeProfile
+from tesserafl.engines.orders import Bye, Envelope, Hello, Profile, Refusal, reply_of, sealed
 from tesserafl.engines.seam import Reason
 
 _LOOK_EVERY = 1.0
 """Seconds between two looks at who is there."""
+_MOST_PROFILE_BYTES = 1 << 17
+"""Of what a device answers to a Hello."""
 
 
 class Undelivered(Exception):
@@ -20,6 +24,10 @@ class Undelivered(Exception):
     def __init__(self, reason: Reason, text: str) -> None:
         super().__init__(text)
         self.reason: Reason = reason
+
+
+class Disowned(Exception):
+    """The post carries nothing for this process any more."""
 
 
 class Post(Protocol):
@@ -47,9 +55,11 @@ class Attendance:
     """Greets devices that appear; a device that answers takes a seat, the number of a client."""
 
     hello: Hello
-    seat: Callable[[str, Profile], int | str]
+    seat: Callable[[str, Any], int | str]
     """Name that vouches for a node, its profile -> the client that the node is from now on, or why
     it is none."""
+    expects: type[Profile] | type[EdgeProfile] = Profile
+    """Who may come: devices or edges."""
     present: Mapping[int, str] = field(default_factory=dict)
     known: set[int] = field(default_factory=set)
     """Nodes that were greeted since they came."""
@@ -59,6 +69,8 @@ class Attendance:
     """Name of a Hello's message -> its node."""
     nodes: dict[int, int] = field(default_factory=dict)
     """Client -> its node, there or not."""
+    turned_away: set[str] = field(default_factory=set)
+    """Names of messages that say so; to what is answered nobody listens."""
     _looked: float = float("-inf")
 
     @property
@@ -87,6 +99,20 @@ class Attendance:
         self.known.add(node)
         return envelope.num_bytes
 
+    def turn_away(self, post: Post, node: int, seconds: float) -> None:
+        """Tell a device why it has no seat."""
+        bye = sealed(Bye(run=self.hello.run, text=self.refused[node][:10_000]))
+        with contextlib.suppress(Undelivered):
+            self.turned_away.add(post.push(node, bye, seconds))
+
+    def dismiss(self, post: Post, seconds: float) -> set[str]:
+        """Tell the devices that the run is over, if the post works; the messages' names."""
+        bye, names = sealed(Bye(run=self.hello.run)), set[str]()
+        nodes, self.known = self.known & self.present.keys(), set()
+        with contextlib.suppress(Exception):  # a post's own: the devices find out by themselves
+            names |= {post.push(node, bye, seconds) for node in sorted(nodes)}
+        return names
+
     def answered(self, name: str, reply: Envelope | Undelivered) -> tuple[int | None, set[int]]:
         """The client that took its seat by the answer to a Hello, and those that lost theirs."""
         node = self.greetings.pop(name)
@@ -104,15 +130,31 @@ class Attendance:
         self.nodes[client] = node
         return client, lost
 
-    def renumber(self, numbers: Mapping[int, int]) -> None:
-        """Give the devices other clients' numbers: old -> new."""
-        self.nodes = {numbers[old]: node for old, node in self.nodes.items()}
+    def renumber(self, numbers: Mapping[int, int | str]) -> list[int]:
+        """Give the devices other clients' numbers: old -> new, or why it has none any more.
+
+        Returns the nodes that have none.
+        """
+        before, self.nodes = self.nodes, {}
+        gone = []
+        for old, node in before.items():
+            new = numbers[old]
+            if isinstance(new, str):
+                self.refused[node] = new
+                gone.append(node)
+            else:
+                self.nodes[new] = node
+        return gone
 
     def _client_of(self, node: int, reply: Envelope) -> int | str:
         try:
-            profile = reply_of(reply)
+            profile = reply_of(reply, _MOST_PROFILE_BYTES)
         except MessageError as error:
             return str(error)
-        if isinstance(profile, Profile):
+        if isinstance(profile, self.expects):
             return self.seat(self.present.get(node, ""), profile)
+        if isinstance(profile, EdgeProfile):
+            return f"{profile.name!r} is an edge, and this server is for devices"
+        if isinstance(profile, Profile):
+            return f"{profile.name!r} is a device; in a run with edges it joins one of them"
         return profile.text if isinstance(profile, Refusal) else f"it answered {profile.kind!r}"

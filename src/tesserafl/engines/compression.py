@@ -1,4 +1,5 @@
-"""What a client sends in fewer bytes than it has, and what it keeps of the rest for the next time.
+"""What travels in fewer bytes than it has: what a client sends, what it keeps of the rest for the
+next time, and what is sent to it.
 
     p = delta + left        what should be sent
     sent = C(p)             what is sent: `core.coding`
@@ -9,6 +10,10 @@ given, SGD then converges as without it: Stich, Cordonnier and Jaggi, "Sparsifie
 NeurIPS 2018 (https://arxiv.org/abs/1809.07599); Karimireddy et al., "Error Feedback Fixes SignSGD
 and other Gradient Compression Schemes", ICML 2019, Algorithm 2 (https://arxiv.org/abs/1901.09847).
 Here the gradient is a client's change of a round, and each client has a rest of its own.
+
+What goes down may be rounded to bfloat16. A client begins with what it received, and its change is
+that of what it received; the server adds the change to its own float32 parameters. So what is lost
+on the way down is never lost on the server.
 
 The rest lies in the client's `Memory` under names that no method sees, with its place in the large
 model: a client may train another part next time. What of the rest lies in that part is sent with
@@ -41,7 +46,7 @@ _LISTED = -1
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionSettings:
-    """How clients' changes are sent; what goes down to them is never compressed."""
+    """How clients' changes are sent, and the parameters that go down to them."""
 
     deltas: Literal["none", "bfloat16", "int8", "topk"] = "none"
     """none: float32, as they are; bfloat16: half the bytes; int8: a quarter, with a scale for every
@@ -50,6 +55,8 @@ class CompressionSettings:
     """of topk: share of every tensor's entries that is sent, at least one"""
     error_feedback: bool = True
     """a client adds what was lost to its next change; takes memory like its trained parameters"""
+    params: Literal["none", "bfloat16"] = "none"
+    """what goes down. none: as it is; bfloat16: float32 parameters in half the bytes"""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.share <= 1.0:
@@ -61,6 +68,11 @@ class CompressionSettings:
         Raises:
             ConfigError: there are none, or what was lost of one is not worth anything in the next.
         """
+        if self.params != "none" and topology == "peers":
+            raise ConfigError(
+                f"compression.params {self.params} is for what a server sends down; peers have "
+                f"none: set compression.params to none"
+            )
         if self.deltas == "none":
             return
         name, off = type(method).__name__, "set compression.deltas to none"
@@ -80,6 +92,13 @@ class CompressionSettings:
                 f"what was lost of a change has no place in the next; set "
                 f"compression.error_feedback to false"
             )
+
+
+def as_sent(task: Task, settings: CompressionSettings) -> Task:
+    """The task as its client gets it, with what it is sent of the parameters."""
+    if settings.params == "none" or task.wanted.exact:
+        return task
+    return replace(task, params=coded(task.params, settings.params))
 
 
 def apart(memory: Memory) -> tuple[Memory, Memory]:
@@ -120,6 +139,15 @@ def compressed(
             for dim, index in enumerate(view.index):
                 rest[f"{_PLACE}{dim}/{view.name}"] = _written(index)
     return replace(update, delta=sent), rest
+
+
+def task_bytes(task: Task, settings: CompressionSettings) -> int:
+    """Bytes of the tensors that go down with a task, which need not have values."""
+    total = sum(tensor.nbytes for tensor in task.extra.values())
+    for tensor in task.params.values():
+        half = settings.params != "none" and tensor.dtype == torch.float32
+        total += tensor.nbytes // 2 if half else tensor.nbytes
+    return total
 
 
 def answer_bytes(task: Task, settings: CompressionSettings) -> int:

@@ -11,11 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
+from pydantic import BaseModel
+
+from tesserafl.core.answers import most_header_bytes
 from tesserafl.core.errors import MessageError
 from tesserafl.core.messages import Task
-from tesserafl.core.wire import update_of
+from tesserafl.core.wire import Parts, update_of
 from tesserafl.engines.orders import (
     Answer,
     Envelope,
@@ -40,6 +44,32 @@ _MOST_REPEATS = 5
 _MOST_ANSWER_BYTES, _MOST_TENSOR_BYTES, _MOST_ENTRY_BYTES = 1 << 16, 1 << 10, 16
 """Of an answer: in all, for every tensor and for every entry; an entry has 8 bytes, or 4 with its
 place, and the rest is for the heads of parcels."""
+_MOST_WORDS_BYTES, _MOST_NOTE_BYTES = 1 << 17, 128
+"""Of a reply's head: without a letter, and for every parcel that it names."""
+_MOST_TOLD_BYTES = 16 << 20
+"""Of the head of an answer to what is no task: it tells of many devices."""
+
+
+class Ask(Protocol):
+    """What a device is asked that is no task."""
+
+    @property
+    def most_bytes(self) -> int:
+        """Of the parcels of an honest answer."""
+        ...
+
+    def order(self, run: str, letter: Letter, most_bytes: int) -> BaseModel:
+        """The order; an Answer answers it."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What a device answered to an `Ask`; nothing of it was looked at."""
+
+    client: int
+    parts: Parts
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +79,7 @@ class Step:
     send: Sequence[Envelope] = ()
     greet: bool = False
     """The device does not know the run: greet it, and begin again when it has answered."""
-    result: Done | Judged | None = None
+    result: Done | Told | BaseModel | None = None
     """The errand is over."""
 
 
@@ -64,6 +94,10 @@ class Errand:
     outgoing: Outgoing
     remembers: int | None
     """The round whose memory the client begins with."""
+    keeps: int | None = None
+    """A further round whose memory must stay."""
+    ask: Ask | None = None
+    """Something else than a task or a measurement."""
     waiting: int = 0
     """Messages under way."""
     _repeats: int = 0
@@ -87,7 +121,9 @@ class Errand:
             MessageError: it is damaged, answers nothing that was asked, or the device refuses.
         """
         self.waiting -= 1
-        reply = reply_of(envelope)
+        reply = reply_of(envelope, self._most_head_bytes)
+        if envelope.parcels and not isinstance(reply, Answer | Parcels):
+            raise MessageError(f"a device sent parcels with its {reply.kind!r}")
         if isinstance(reply, Refusal):
             raise MessageError(reply.text)
         if isinstance(reply, Stranger):
@@ -95,24 +131,40 @@ class Errand:
             return Step(greet=not self.waiting)
         if isinstance(reply, Missing):
             return self._missed(reply.parcels)
-        if isinstance(reply, Judged) and self.task is None:
+        if isinstance(reply, Judged) and self.task is None and self.ask is None:
             return Step(result=reply)
-        if isinstance(reply, Answer) and self.task is not None:
+        if isinstance(reply, Answer) and (self.task or self.ask) is not None:
             self._answer, self._letter = reply, self._bounded(letter_of(reply.letter))
         elif not (isinstance(reply, Parcels) and self._letter is not None):
             raise MessageError(f"a device answered {reply.kind!r} where that answers nothing")
         return self._collected(self._letter, envelope.parcels)
 
-    def _bounded(self, letter: Letter) -> Letter:
-        """The letter, if an answer to the task can be as large: its parcels are kept in memory."""
+    @cached_property
+    def _most_head_bytes(self) -> int:
+        """Of any reply: names of parcels that it lacks, or the letter of an answer."""
+        most = _MOST_WORDS_BYTES + _MOST_NOTE_BYTES * len(self.outgoing.letter.parcels)
+        if self.ask is not None:
+            return _MOST_TOLD_BYTES
+        if self.task is not None:  # a letter has its header, and names every tensor once more
+            pieces = self._most_answer_bytes // max(1, self.outgoing.most_bytes)
+            most += 2 * most_header_bytes(self.task) + _MOST_NOTE_BYTES * pieces
+        return most
+
+    @cached_property
+    def _most_answer_bytes(self) -> int:
+        if self.ask is not None:
+            return self.ask.most_bytes
         assert self.task is not None
         task, most = self.task, _MOST_ANSWER_BYTES
         shapes = [*(v.shape for v in task.submodel.views.values()), *task.wanted.extra.values()]
-        most += sum(_MOST_TENSOR_BYTES + _MOST_ENTRY_BYTES * math.prod(s) for s in shapes)
-        if letter.num_bytes > most:
+        return most + sum(_MOST_TENSOR_BYTES + _MOST_ENTRY_BYTES * math.prod(s) for s in shapes)
+
+    def _bounded(self, letter: Letter) -> Letter:
+        """The letter, if an answer to the task can be as large: its parcels are kept in memory."""
+        if letter.num_bytes > self._most_answer_bytes:
             raise MessageError(
                 f"the device of client {self.client} wants to send {letter.num_bytes} bytes; an "
-                f"answer to its task has {most} at most"
+                f"answer to its task has {self._most_answer_bytes} at most"
             )
         return letter
 
@@ -133,10 +185,11 @@ class Errand:
         """Take what came of an answer, and ask for the rest of it."""
         assert letter is not None
         notes = {note.sha256: note for note in letter.parcels}
+        if not parcels.keys() <= notes.keys():
+            raise MessageError(f"the device of client {self.client} sent parcels of no answer")
         for name, data in parcels.items():
-            if name in notes:
-                check_parcel(data, notes[name])
-                self._parcels[name] = data
+            check_parcel(data, notes[name])
+            self._parcels[name] = data
         missing = [name for name in notes if name not in self._parcels]
         if not missing:
             return Step(result=self._done(letter))
@@ -145,8 +198,12 @@ class Errand:
         self._repeat(f"parcels of client {self.client}'s answer do not come")
         return self._sending(*(sealed(Fetch(run=self.run, parcels=[name])) for name in missing))
 
-    def _done(self, letter: Letter) -> Done:
-        assert self.task is not None and self._answer is not None
+    def _done(self, letter: Letter) -> Done | Told:
+        assert self._answer is not None
+        if self.ask is not None:
+            parts = read_letter(letter, self._parcels.__getitem__)
+            return Told(client=self.client, parts=parts, seconds=self._answer.seconds)
+        assert self.task is not None
         update, memory = update_of(*read_letter(letter, self._parcels.__getitem__), self.task)
         if (update.client, update.round) != (self.client, self.task.round) or memory:
             raise MessageError(
@@ -157,11 +214,14 @@ class Errand:
         return Done(client=self.client, update=update, seconds=self._answer.seconds)
 
     def _work(self, inline: Iterable[int]) -> Envelope:
+        letter, most_bytes = self.outgoing.letter, self.outgoing.most_bytes
+        if self.ask is not None:
+            return sealed(self.ask.order(self.run, letter, most_bytes), self._of_task(inline))
         values: dict[str, Any] = {"run": self.run, "client": self.client}
-        values |= {"remembers": self.remembers, "letter": self.outgoing.letter.model_dump()}
+        values |= {"remembers": self.remembers, "letter": letter.model_dump()}
         if self.task is None:
             return sealed(Judge(**values), self._of_task(inline))
-        order = Work(**values, most_bytes=self.outgoing.most_bytes)
+        order = Work(**values, most_bytes=most_bytes, keeps=self.keeps)
         return sealed(order, self._of_task(inline))
 
     def _of_task(self, numbers: Iterable[int]) -> dict[str, bytes]:

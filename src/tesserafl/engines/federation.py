@@ -16,6 +16,7 @@ from tesserafl.core.messages import Client, Task, Update
 from tesserafl.core.method import Method, State
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params
+from tesserafl.engines.compression import CompressionSettings, as_sent
 from tesserafl.engines.network import Hop
 
 
@@ -118,6 +119,8 @@ class Star:
     model: Model
     method: Method
     state: State
+    compression: CompressionSettings = field(default_factory=CompressionSettings)
+    """How parameters go down."""
     _down: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -138,7 +141,9 @@ class Star:
     def tasks(self, cohort: Sequence[Client], training: Training) -> Iterator[Task]:
         """As the method says."""
         self._down = {}
-        for task in self.method.configure(self.model, self.state, cohort, training):
+        for configured in self.method.configure(self.model, self.state, cohort, training):
+            task = as_sent(configured, self.compression)
+            del configured  # its parameters, where others are sent
             self._down[task.client.id] = task.num_bytes
             yield task
 

@@ -23,7 +23,9 @@ def trace(function: Program, examples: Sequence[Tensor], *, compiled: bool) -> P
         examples: inputs of the shapes that the program will see.
         compiled: hand the program to torch.compile. Takes seconds and a C++ compiler.
     """
-    traced = make_fx(functionalize(function))(*examples)  # pure: no operation writes in place
+    traced = make_fx(functionalize(function), tracing_mode="fake", _allow_non_fake_inputs=True)(
+        *examples
+    )
     graph = traced.graph
     _simplify(graph)
     graph.set_codegen(fx.graph.CodeGen())  # flat arguments: no tree to take apart in every call

@@ -8,6 +8,13 @@
     Judge   measure what you keep        -> Judged, Stranger, Refusal
     Bye     the run is over              -> Missing (of nothing)
 
+Of a run among peers, whose letters the server carries (see run/carried.py):
+
+    Turn    your part of a round         -> Turned, Standing
+    Fold    what others sent you in it   -> Standing, Missing
+    Examine what has your model come to  -> Examined
+
+Edges are asked for whole rounds (edge_orders.py).
 Every order can be given again: a device that has done a task answers it from what it kept.
 """
 
@@ -18,123 +25,124 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import IO, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from tesserafl.core.errors import MessageError
+from tesserafl.engines.edge_orders import EdgeProfile, Sweep
 from tesserafl.engines.frames import read_frame, write_frame
-
-_Natural = Annotated[int, Field(ge=0, lt=1 << 48)]
-_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-"""Also the name of a folder on the device, so nothing else may be in it."""
+from tesserafl.engines.heads import Digest, Natural, RunId, Strict
+from tesserafl.engines.turns import Examine, Examined, Fold, Standing, Turn, Turned
 
 _MOST_HEAD_BYTES = 64 << 20
 """Of one head's JSON: a letter names every tensor of a model, and where it lies."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class Hello(_Strict):
+class Hello(Strict):
     """The experiment, to a device that the server does not know yet."""
 
     kind: Literal["hello"] = "hello"
-    run: _RunId
+    run: RunId
     experiment: dict[str, Any]
     spec: dict[str, Any]
     """What a model must know of the data; see `data.examples.Spec`."""
+    parts: bool = True
+    """Whether devices take parts of the experiment's data; else they have their own."""
 
 
-class Offer(_Strict):
+class Offer(Strict):
     """What a task will need."""
 
     kind: Literal["offer"] = "offer"
-    run: _RunId
-    parcels: list[_Digest]
+    run: RunId
+    parcels: list[Digest]
 
 
-class Store(_Strict):
+class Store(Strict):
     """Parcels to keep come with it."""
 
     kind: Literal["store"] = "store"
-    run: _RunId
+    run: RunId
 
 
-class Work(_Strict):
+class Work(Strict):
     """A task; parcels may come with it, or have come before."""
 
     kind: Literal["work"] = "work"
-    run: _RunId
-    client: _Natural
-    remembers: _Natural | None
+    run: RunId
+    client: Natural
+    remembers: Natural | None
     """The round that the client answered last, as far as the server has heard: with what it kept
     then it begins. None: with nothing."""
     letter: dict[str, Any]
     """Of the task; see `parcels.Letter`."""
-    most_bytes: _Natural
+    most_bytes: Natural
     """Of tensors in a parcel of the answer."""
+    keeps: Natural | None = None
+    """A further round whose memory must stay: a task of several in a round of an edge's cloud is
+    asked for again with those before it."""
 
 
-class Fetch(_Strict):
+class Fetch(Strict):
     """Asks for parcels of an answer."""
 
     kind: Literal["fetch"] = "fetch"
-    run: _RunId
-    parcels: list[_Digest]
+    run: RunId
+    parcels: list[Digest]
 
 
-class Judge(_Strict):
+class Judge(Strict):
     """Asks what the client's own model reaches on its own test examples; the global model's
     parcels come with it or have come before."""
 
     kind: Literal["judge"] = "judge"
-    run: _RunId
-    client: _Natural
-    remembers: _Natural | None
+    run: RunId
+    client: Natural
+    remembers: Natural | None
     letter: dict[str, Any]
     """Of the global state."""
 
 
-class Bye(_Strict):
+class Bye(Strict):
     """The run is over: the device keeps nothing of it."""
 
     kind: Literal["bye"] = "bye"
-    run: _RunId
+    run: RunId
+    text: Annotated[str, Field(max_length=10_000)] = ""
+    """Why the device has no seat in it; "": it is over for all."""
 
 
-class Profile(_Strict):
+class Profile(Strict):
     """Who a device is."""
 
     kind: Literal["profile"] = "profile"
     name: Annotated[str, Field(max_length=200)]
-    client: _Natural | None
+    client: Natural | None
     """The client whose part of the experiment's data it holds; None: it has data of its own."""
     num_examples: Annotated[int, Field(ge=1, lt=1 << 40)]
     memory_mib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
 
 
-class Missing(_Strict):
+class Missing(Strict):
     """Parcels that the device has not got."""
 
     kind: Literal["missing"] = "missing"
-    parcels: list[_Digest]
+    parcels: list[Digest]
 
 
-class Stranger(_Strict):
+class Stranger(Strict):
     """The device does not know the run: it wants a Hello."""
 
     kind: Literal["stranger"] = "stranger"
 
 
-class Refusal(_Strict):
+class Refusal(Strict):
     """The device cannot do it."""
 
     kind: Literal["refusal"] = "refusal"
     text: Annotated[str, Field(max_length=10_000)]
 
 
-class Answer(_Strict):
+class Answer(Strict):
     """An update; parcels come with it, or must be fetched."""
 
     kind: Literal["answer"] = "answer"
@@ -143,13 +151,13 @@ class Answer(_Strict):
     """The device's own computing time."""
 
 
-class Parcels(_Strict):
+class Parcels(Strict):
     """Parcels come with it."""
 
     kind: Literal["parcels"] = "parcels"
 
 
-class Judged(_Strict):
+class Judged(Strict):
     """What the client's own model reaches."""
 
     kind: Literal["judged"] = "judged"
@@ -158,9 +166,22 @@ class Judged(_Strict):
     """How much its own expert counts, of mixtures."""
 
 
-Order = Annotated[Hello | Offer | Store | Work | Fetch | Judge | Bye, Field(discriminator="kind")]
+Order = Annotated[
+    Hello | Offer | Store | Work | Fetch | Judge | Bye | Sweep | Turn | Fold | Examine,
+    Field(discriminator="kind"),
+]
 Reply = Annotated[
-    Profile | Missing | Stranger | Refusal | Answer | Parcels | Judged,
+    Profile
+    | EdgeProfile
+    | Missing
+    | Stranger
+    | Refusal
+    | Answer
+    | Parcels
+    | Judged
+    | Turned
+    | Standing
+    | Examined,
     Field(discriminator="kind"),
 ]
 _ORDERS: TypeAdapter[Order] = TypeAdapter(Order)
@@ -189,20 +210,23 @@ def sealed(head: BaseModel, parcels: Mapping[str, bytes] | None = None) -> Envel
 
 def order_of(envelope: Envelope) -> Order:
     """The order in an envelope; raises MessageError."""
-    order: Order = _opened(_ORDERS, envelope)
+    order: Order = _opened(_ORDERS, envelope, _MOST_HEAD_BYTES)
     return order
 
 
-def reply_of(envelope: Envelope) -> Reply:
-    """The reply in an envelope; raises MessageError."""
-    reply: Reply = _opened(_REPLIES, envelope)
+def reply_of(envelope: Envelope, most_bytes: int = _MOST_HEAD_BYTES) -> Reply:
+    """The reply in an envelope, whose head has so many bytes at most; raises MessageError.
+
+    Who reads what others wrote says how many: JSON takes many times its size when it is read.
+    """
+    reply: Reply = _opened(_REPLIES, envelope, min(most_bytes, _MOST_HEAD_BYTES))
     return reply
 
 
-def _opened(kind: TypeAdapter[Any], envelope: Envelope) -> Any:
-    if len(envelope.head) > _MOST_HEAD_BYTES:
+def _opened(kind: TypeAdapter[Any], envelope: Envelope, most_bytes: int) -> Any:
+    if len(envelope.head) > most_bytes:
         raise MessageError(
-            f"a message's head has {len(envelope.head)} bytes; allowed are {_MOST_HEAD_BYTES}"
+            f"a message's head has {len(envelope.head)} bytes; allowed are {most_bytes}"
         )
     try:
         return kind.validate_json(envelope.head)
@@ -228,7 +252,7 @@ def read_envelope(pipe: IO[bytes]) -> Envelope | None:
     if (first := read_frame(pipe)) is None or (head := read_frame(pipe)) is None:
         return None
     try:
-        names = TypeAdapter(list[_Digest]).validate_json(first.body)
+        names = TypeAdapter(list[Digest]).validate_json(first.body)
     except ValidationError as error:
         raise MessageError(f"the parcels of an envelope are wrongly named: {error}") from error
     parcels = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any
@@ -197,13 +197,14 @@ def read_letter(letter: Letter, fetch: Callable[[str], bytes]) -> Parts:
     whole: dict[int, Tensor] = {}
     found: set[str] = set()
     for note in letter.parcels:
-        data = fetch(note.sha256)
-        check_parcel(data, note)
-        for key, tensor in _loaded(data):
+        pieces = _checked(fetch(note.sha256), note)
+        while pieces:  # one parcel at a time, and of it only what was not placed yet
+            key, tensor = pieces.popitem()
             if key in found:
                 raise MessageError(f"piece {key} lies in two parcels of a letter")
             _place(letter, key, tensor, whole)
             found.add(key)
+            del tensor
     if len(found) != (expected := sum(entry.pieces for entry in letter.entries)):
         raise MessageError(
             f"the parcels of a letter hold {len(found)} pieces; expected are {expected}"
@@ -232,9 +233,11 @@ def _key(number: int, piece: int) -> str:
     return f"{number}.{piece}"
 
 
-def _loaded(data: bytes) -> Iterator[tuple[str, Tensor]]:
+def _checked(data: bytes, note: ParcelNote) -> dict[str, Tensor]:
+    """The pieces in the parcel of a note."""
+    check_parcel(data, note)
     try:
-        yield from load(data).items()
+        return load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise MessageError(f"a parcel of {len(data)} bytes is no safetensors: {error}") from error
 

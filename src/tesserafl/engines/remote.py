@@ -1,8 +1,7 @@
 """The engine whose clients are devices elsewhere, behind a post that carries messages.
 
-A task goes down as a letter and its parcels, an update comes back the same way (errands.py). What
-is lost on the way is asked for again, until the task's deadline. Devices keep their own memory; the
-server only knows of which round.
+A task goes down as a letter and its parcels, an update comes back in the same way (errands.py),
+until the task's deadline. Devices keep their own memory; the server only knows of which round.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -21,17 +21,12 @@ from tesserafl.core.errors import TesseraError
 from tesserafl.core.messages import Memory, Task
 from tesserafl.core.wire import Parts, task_parts
 from tesserafl.engines.attendance import Attendance, Post, Undelivered
-from tesserafl.engines.errands import Errand, Step
-from tesserafl.engines.orders import (
-    Bye,
-    Envelope,
-    Hello,
-    Judged,
-    Profile,
-    sealed,
-)
+from tesserafl.engines.edge_orders import EdgeProfile
+from tesserafl.engines.errands import Ask, Errand, Step, Told
+from tesserafl.engines.orders import Envelope, Hello, Judged, Profile
 from tesserafl.engines.parcels import Outgoing
-from tesserafl.engines.seam import Failed, Outcome, Reason
+from tesserafl.engines.questions import Question, Said
+from tesserafl.engines.seam import Done, Failed, Outcome, Reason
 
 _log = logging.getLogger(__name__)
 
@@ -53,11 +48,13 @@ class Remote:
 
     post: Post
     hello: Hello
-    seat: Callable[[str, Profile], int | str]
+    seat: Callable[[str, Any], int | str]
     """Name that vouches for a node, its profile -> the client that the node is from now on, or why
     it is none."""
     seconds: float
     """that a device has for a task, with its transfers"""
+    until: float = math.inf
+    """By the clock: what is asked now has no time beyond it."""
     most_bytes: int
     """of tensors in one message"""
     capacity: int = 1
@@ -66,19 +63,22 @@ class Remote:
     pause: Callable[[float], None] = time.sleep
     heard: dict[int, int] = field(default_factory=dict)
     """Client -> the round it answered last."""
+    keeps: Mapping[int, int] = field(default_factory=dict)
+    """Client -> a further round whose memory it must keep."""
+    expects: type[Profile] | type[EdgeProfile] = Profile
+    """Who may come: devices or edges."""
     bytes_down: int = 0
     """On the wire, with heads and letters."""
     bytes_up: int = 0
-    _errands: dict[int, Errand] = field(default_factory=dict)
+    _errands: dict[int, Errand | Question] = field(default_factory=dict)
     _until: dict[int, float] = field(default_factory=dict)
     """Client -> when its errand expires."""
     _messages: dict[str, int] = field(default_factory=dict)
     """Name of an errand's message -> its client."""
-    _judged: dict[int, Judged] = field(default_factory=dict)
-    _ended: deque[Outcome] = field(default_factory=deque)
+    _ended: deque[Outcome | Told | Said] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        self._attendance = Attendance(hello=self.hello, seat=self.seat)
+        self._attendance = Attendance(hello=self.hello, seat=self.seat, expects=self.expects)
 
     @property
     def group(self) -> int:
@@ -104,9 +104,9 @@ class Remote:
         """Node -> why it has no seat."""
         return self._attendance.refused
 
-    def gather(self, most: int, seconds: float) -> None:
-        """Wait until so many devices have a seat, at most so long."""
-        self._wait(lambda: len(self.seated) >= most, seconds)
+    def gather(self, most: int, seconds: float, without: Callable[[], int] = lambda: 0) -> None:
+        """Wait until so many devices have a seat, or came in vain; at most so long."""
+        self._wait(lambda: len(self.seated) + without() >= most, seconds)
 
     def gather_any(self, clients: Collection[int]) -> set[int]:
         """Wait until the device of one of these clients is there; returns all that are."""
@@ -114,26 +114,31 @@ class Remote:
         self._wait(lambda: bool(self.seated & wanted))
         return self.seated & wanted
 
-    def renumber(self, numbers: Mapping[int, int]) -> None:
-        """Give the devices other clients' numbers: old -> new; before the first task."""
-        self._attendance.renumber(numbers)
+    def renumber(self, numbers: Mapping[int, int | str]) -> None:
+        """Give the devices other clients' numbers: old -> new, or why it has none; before the first
+        task."""
+        for node in self._attendance.renumber(numbers):
+            self._attendance.turn_away(self.post, node, self.seconds)
 
     def submit(self, tasks: Sequence[Task]) -> None:
         """Send tasks to their devices."""
         for task in tasks:
             self._look()
-            client = task.client.id
-            if client in self.seated:
-                self._begin(client, task, task_parts(task, {}))
-            else:
-                self._fail(client, "offline", f"no device of client {client} is connected")
+            outgoing = Outgoing(parts=task_parts(task, {}), most_bytes=self.most_bytes)
+            self._start(self._errand(task.client.id, task, outgoing))
 
     def poll(self, seconds: float = math.inf) -> list[Outcome]:
         """At least one outcome; blocks until there is one, at most so long."""
         self._wait(lambda: bool(self._ended), seconds)
-        outcomes = list(self._ended)
+        outcomes = [each for each in self._ended if isinstance(each, Done | Failed)]
         self._ended.clear()
         return outcomes
+
+    def ask(self, asks: Mapping[int, Ask], parts: Parts) -> Iterator[Told | Failed]:
+        """Ask devices something that is no task, with these parts; what each tells, as it comes."""
+        outgoing = Outgoing(parts=parts, most_bytes=self.most_bytes)
+        errands = [self._errand(client, None, outgoing, ask) for client, ask in asks.items()]
+        return (each for each in self._heard(errands) if not isinstance(each, Said))
 
     def judge(self, parts: Parts) -> dict[int, Judged]:
         """What the clients' own models reach on their own test examples, where they have some.
@@ -141,24 +146,24 @@ class Remote:
         `parts` are the global state's. Who is not there or cannot do it is left out.
         """
         self._look()
-        self._judged = {}
-        for client in sorted(self.seated):
-            self._begin(client, None, parts)
-        self._wait(lambda: not self._errands)
-        self._ended.clear()
-        return {client: self._judged[client] for client in sorted(self._judged)}
+        outgoing = Outgoing(parts=parts, most_bytes=self.most_bytes)
+        errands = [self._errand(client, None, outgoing) for client in sorted(self.seated)]
+        found = sorted(self._heard(errands), key=lambda each: each.client)
+        said = [each for each in found if isinstance(each, Said)]
+        return {each.client: each.reply for each in said if isinstance(each.reply, Judged)}
+
+    def inquire(self, questions: Sequence[Question]) -> dict[int, Said | Failed]:
+        """Put questions to clients, all at once; what each says, when all have."""
+        found = self._heard(questions)
+        return {each.client: each for each in found if not isinstance(each, Told)}
 
     def close(self) -> None:
         """Nothing to release: devices wait for a server that goes on, or for `goodbye`."""
 
     def goodbye(self) -> None:
         """Tell the devices that the run is over, if the post works."""
-        bye = sealed(Bye(run=self.hello.run))
-        there = self._attendance
-        nodes, there.known = there.known & there.present.keys(), set()
-        until = self.clock() + _GOODBYE
+        names, until = self._attendance.dismiss(self.post, _GOODBYE), self.clock() + _GOODBYE
         with contextlib.suppress(Exception):  # a post's own: the devices find out by themselves
-            names = {self.post.push(node, bye, _GOODBYE) for node in nodes}
             while names and self.clock() < until:
                 names -= {name for name, _ in self.post.pull(names)}
                 self.pause(_PAUSE)
@@ -177,11 +182,13 @@ class Remote:
             self.pause(_PAUSE)
 
     def _look(self) -> None:
-        """Greet who has come."""
         self._attendance.look(self.post, self.clock(), self.seconds)
 
     def _welcome(self, name: str, reply: Envelope | Undelivered) -> None:
+        node = self._attendance.greetings[name]
         client, lost = self._attendance.answered(name, reply)
+        if node in self.refused:
+            self._attendance.turn_away(self.post, node, self.seconds)
         for other in lost & self._errands.keys():
             self._give_up(other, "offline", f"the device of client {other} has no seat any more")
         errand = None if client is None else self._errands.get(client)
@@ -190,17 +197,42 @@ class Remote:
 
     # The errands.
 
-    def _begin(self, client: int, task: Task | None, parts: Parts) -> None:
-        errand = Errand(
+    def _errand(
+        self, client: int, task: Task | None, outgoing: Outgoing, ask: Ask | None = None
+    ) -> Errand:
+        return Errand(
             run=self.hello.run,
             client=client,
             task=task,
-            outgoing=Outgoing(parts=parts, most_bytes=self.most_bytes),
+            outgoing=outgoing,
             remembers=self.heard.get(client),
+            keeps=self.keeps.get(client),
+            ask=ask,
         )
+
+    def _start(self, errand: Errand | Question) -> None:
+        client = errand.client
+        if client not in self.seated:
+            self._fail(client, "offline", "it is not connected")
+            return
         self._forget(client)
-        self._errands[client], self._until[client] = errand, self.clock() + self.seconds
+        self._errands[client] = errand
+        self._until[client] = min(self.clock() + self.seconds, self.until)
         self._go_on(client, errand.begin())
+
+    def _heard(self, errands: Sequence[Errand | Question]) -> Iterator[Told | Said | Failed]:
+        """What comes of errands that are no tasks, as it comes."""
+        self._look()
+        for errand in errands:
+            self._start(errand)
+        left = {errand.client for errand in errands}
+        while left:
+            self._wait(lambda: bool(self._ended))
+            while self._ended:
+                each = self._ended.popleft()
+                if each.client in left and not isinstance(each, Done):
+                    left.remove(each.client)
+                    yield each
 
     def _go_on(self, client: int, step: Step) -> None:
         node = self._attendance.nodes[client]
@@ -215,23 +247,25 @@ class Remote:
         if step.greet:
             self.bytes_down += self._attendance.greet(self.post, node, self.seconds)
         if step.result is not None:
-            errand = self._errands.pop(client)
+            self._errands.pop(client)
             self._forget(client)
-            if isinstance(step.result, Judged):
-                self._judged[client] = step.result
-            elif errand.task is not None:
-                self.heard[client] = errand.task.round
+            if isinstance(step.result, Done):
+                self.heard[client] = step.result.update.round
+            if isinstance(step.result, Done | Told):
                 self._ended.append(step.result)
+            else:
+                self._ended.append(Said(client=client, reply=step.result))
 
     def _deliver(self) -> None:
         """Look into the post."""
-        names = [*self._attendance.greetings, *self._messages]
+        names = [*self._attendance.greetings, *self._messages, *self._attendance.turned_away]
         for name, reply in self.post.pull(names) if names else ():
             if isinstance(reply, Envelope):
                 self.bytes_up += reply.num_bytes
             if name in self._attendance.greetings:
                 self._welcome(name, reply)
                 continue
+            self._attendance.turned_away.discard(name)
             client = self._messages.pop(name, None)
             if client is not None:  # else: of an errand that was given up in this look
                 self._replied(client, reply)
@@ -249,8 +283,7 @@ class Remote:
             self._give_up(client, "error", f"its answer could not be read: {error!r:.500}")
 
     def _expire(self) -> None:
-        now = self.clock()
-        for client in [c for c in self._errands if self._until[c] <= now]:
+        for client in [c for c in self._errands if self._until[c] <= self.clock()]:
             self._give_up(client, "expired", f"no answer within {self.seconds:g} s")
 
     def _give_up(self, client: int, reason: Reason, text: str) -> None:
@@ -263,4 +296,4 @@ class Remote:
         self._messages = {name: c for name, c in self._messages.items() if c != client}
 
     def _fail(self, client: int, reason: Reason, text: str) -> None:
-        self._ended.append(Failed(client=client, reason=reason, text=text))
+        self._ended.append(Failed(client=client, reason=reason, text=text[:10_000]))

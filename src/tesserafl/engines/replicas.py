@@ -108,10 +108,10 @@ class Replicas:
             for origin, size in sorted(sizes.items()):
                 traffic.count(origin, size, self._journeys(origin))
             return Folded(traffic=traffic.sums, consensus=0.0, stored=self._stored)
-        messages = {update.client: self._message(update) for update in updates}
+        messages = {update.client: self.message(update) for update in updates}
         if self.gossip:  # who did not finish still tells where it stands
             for peer in self._given.keys() - messages.keys():
-                messages[peer] = self._standing(peer)
+                messages[peer] = self.standing(peer)
         traffic = TrafficCounter(len(self.copy_of))
         inboxes = self._inboxes(messages, {client.id for client in cohort}, traffic)
         self._aggregate(cohort, inboxes)
@@ -166,14 +166,14 @@ class Replicas:
     def _journeys(self, origin: int) -> dict[int, Hop]:
         return self.network.journeys(self.round, origin, relayed=not self.gossip)
 
-    def _message(self, update: Update) -> Update:
+    def message(self, update: Update) -> Update:
         """The update with the trained values in place of the change, in memory of its own."""
         begun = cut(self.states[self.copy_of[update.client]].params, update.submodel)
         values = {name: begun[name] + delta for name, delta in update.delta.items()}
         extra = {name: tensor.clone() for name, tensor in update.extra.items()}
         return replace(update, delta=values, extra=extra)
 
-    def _standing(self, peer: int) -> Update:
+    def standing(self, peer: int) -> Update:
         """The message of a peer that trained nothing."""
         submodel = self._given[peer]
         return Update(
@@ -226,12 +226,16 @@ class Replicas:
             key = (self.copy_of[peer], heard)
             if key not in known:
                 known[key] = len(states)
-                state = self.states[self.copy_of[peer]]
-                clients = [replace(c, mixing=weights.get(c.id, 1)) for c in cohort]
-                own = (_seen_from(message, state.params) for message in inbox)
-                states.append(self.method.aggregate(self.model, state, clients, own))
+                states.append(self.mixed(peer, cohort, inbox))
             copy_of.append(known[key])
         self.states, self.copy_of = states, copy_of
+
+    def mixed(self, peer: int, cohort: Sequence[Client], inbox: Sequence[Update]) -> State:
+        """A peer's state after a round in which it heard these messages, its own among them."""
+        state, weights = self.states[self.copy_of[peer]], self._weights(peer, inbox)
+        clients = [replace(c, mixing=weights.get(c.id, 1)) for c in cohort]
+        own = (seen_from(message, state.params) for message in inbox)
+        return self.method.aggregate(self.model, state, clients, own)
 
     def _weights(self, peer: int, inbox: Sequence[Update]) -> dict[int, int]:
         """Sender -> weight of its message for the peer."""
@@ -274,7 +278,7 @@ class Replicas:
         return (first + mean).to(self.begin[name].dtype), float((squares / count).sum())
 
 
-def _seen_from(message: Update, params: Params) -> Update:
+def seen_from(message: Update, params: Params) -> Update:
     """The message as a change of the receiver's own copy."""
     return replace(message, delta=subtract(message.delta, cut(params, message.submodel)))
 

@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from tesserafl.core.checks import check_entries
 from tesserafl.core.errors import ConfigError
-from tesserafl.core.exactsum import ExactSum
+from tesserafl.core.exactsum import ExactSum, Weights
 from tesserafl.core.messages import Client, Update
 from tesserafl.core.method import Method, State, next_round, weights_of
 from tesserafl.core.model import Model
 from tesserafl.core.params import Params, subtract
 from tesserafl.core.submodel import SubModel, View, merge
+from tesserafl.core.subsum import SubSum, checked_weights
 
 
 class Sums(Protocol):
@@ -70,6 +72,21 @@ def sums_of(
     return lambda: Added(weights=weights, params=params)
 
 
+def relay_of(method: Method) -> Callable[[Model, State, State, Client], Update]:
+    """What makes one update of an edge's averages, for a method that looks at updates.
+
+    Raises:
+        ConfigError: the method has none.
+    """
+    if not hasattr(method, "relayed"):
+        raise ConfigError(
+            f"{type(method).__name__} looks at each update by itself, so its edges can only hand "
+            f"updates on: let them average once in a round of the cloud"
+        )
+    relayed: Callable[[Model, State, State, Client], Update] = method.relayed
+    return relayed
+
+
 @dataclass(kw_only=True)
 class Added:
     """An exact sum; its bounds are those of the whole cohort, so that any two can be merged."""
@@ -99,6 +116,34 @@ class Added:
             delta = {view.name: view.read(change[view.name])}
             self._total.fold(place, delta, weight, self.params, rest=True)
 
+    def check_change(self, after: Params, covered: Covered, clients: Clients) -> None:
+        """Raise UpdateError unless a change of these clients, from elsewhere, may be added.
+
+        Args:
+            after: the edge's model.
+            covered: what its clients trained.
+            clients: those that were heard.
+        """
+        check_entries(subtract(after, self.params), self._total.max_entry)
+        checked_weights(covered.values(), self.params, sum(self.weights[c.id] for c in clients))
+
+    def take(self, sums: Params, reported: Weights, clients: Clients) -> None:
+        """Add integers from elsewhere, of these clients; UpdateError if they cannot be theirs."""
+        other = SubSum(
+            max_weight=self._total.max_weight,
+            max_entry=self._total.max_entry,
+            weight=sum(self.weights[client.id] for client in clients),
+            sums=sums,
+            reported=reported,
+        )
+        other.check(self.params, self._total.scale)
+        self._total.merge(other)
+
+    @property
+    def sums(self) -> Params:
+        """The integers."""
+        return self._total.sums
+
     def merge(self, other: Sums) -> None:
         """Add the integers."""
         assert isinstance(other, Added)
@@ -121,7 +166,7 @@ class Passed:
     method: Method
     clients: dict[int, Client]
     """All that take part in the round; edges that averaged stand for one of theirs."""
-    _updates: list[Update] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
     _bytes: int = 0
 
     @property
@@ -133,7 +178,7 @@ class Passed:
         """Keep a copy."""
         delta = {name: tensor.clone() for name, tensor in update.delta.items()}
         extra = {name: tensor.clone() for name, tensor in update.extra.items()}
-        self._updates.append(replace(update, delta=delta, extra=extra))
+        self.updates.append(replace(update, delta=delta, extra=extra))
         self._bytes += update.num_bytes
 
     def add_change(self, before: State, after: State, covered: Covered, clients: Clients) -> None:
@@ -142,27 +187,25 @@ class Passed:
         Raises:
             ConfigError: the method has none.
         """
-        relayed = getattr(self.method, "relayed", None)
-        if relayed is None:
-            raise ConfigError(
-                f"{type(self.method).__name__} looks at each update by itself, so its edges can "
-                f"only hand updates on: let them average once in a round of the cloud"
-            )
+        edge, change = self.relayed(before, after, clients)
+        self.clients[edge.id] = edge
+        self.updates.append(change)
+        self._bytes += change.num_bytes
+
+    def relayed(self, before: State, after: State, clients: Clients) -> tuple[Client, Update]:
+        """The edge as one client, and its update; ConfigError if the method makes none."""
         examples = sum(client.num_examples for client in clients)
         alike = self.method.weighting == "uniform"  # type: ignore[attr-defined]
         mixing = len(clients) if alike else 1
         edge = replace(clients[0], num_examples=examples, mixing=mixing)
-        self.clients[edge.id] = edge
-        change = relayed(self.model, before, after, edge)
-        self._updates.append(change)
-        self._bytes += change.num_bytes
+        return edge, relay_of(self.method)(self.model, before, after, edge)
 
     def merge(self, other: Sums) -> None:
         """Take them over."""
         assert isinstance(other, Passed)
-        self._updates += other._updates
+        self.updates += other.updates
         self._bytes += other._bytes
-        self.clients |= {u.client: other.clients[u.client] for u in other._updates}
+        self.clients |= {u.client: other.clients[u.client] for u in other.updates}
 
     def reported(self) -> Covered:
         """Nothing: an edge's update is of its whole model."""
@@ -174,4 +217,4 @@ class Passed:
         It is told of all clients, as on a star: the grid of exact sums goes by them.
         """
         clients = list(self.clients.values())
-        return self.method.aggregate(self.model, state, clients, self._updates)
+        return self.method.aggregate(self.model, state, clients, self.updates)

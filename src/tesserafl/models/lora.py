@@ -208,16 +208,20 @@ class _Adapted:
 
     @cached_property
     def _depths(self) -> dict[str, Depth]:
-        """The blocks that are adapted, one axis a tower; none where blocks are not counted."""
+        """The blocks that are adapted, one axis a tower; none where blocks are not counted.
+
+        They are counted from the adapted one next to the output to the one furthest from it.
+        """
         with torch.device("meta"):
             module = self.family.build({})
             self._adapt(module, 1)
-        paths = _adapted_paths(module)
-        return {
-            axis: replace(depth, last=depth.blocks - 1)
-            for axis, depth in self.frozen.blocks.items()
-            if any(depth.locate(path) for path in paths)
-        }
+        paths, found = _adapted_paths(module), {}
+        for axis, depth in self.frozen.blocks.items():
+            numbers = [place[1] for path in paths if (place := depth.locate(path))]
+            if numbers:
+                num_blocks = max(numbers) - min(numbers) + 1
+                found[axis] = replace(depth, blocks=num_blocks, last=max(numbers))
+        return found
 
     def _leave_out(self, module: nn.Module, sizes: Sizes) -> None:
         """Take back the adapters of the blocks that are furthest from the output."""

@@ -24,6 +24,13 @@ def die_with_parent(how: signal.Signals = signal.SIGTERM) -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, how)
 
 
+def give_back_memory() -> None:
+    """Hand freed memory to the system, which the C library else keeps; glibc alone has that."""
+    trim = getattr(_LIBC, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def program(name: str) -> str:
     """The path of a program that was installed with this Python.
 

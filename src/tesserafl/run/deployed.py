@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,57 +13,32 @@ from uuid import uuid4
 from pydantic import TypeAdapter, ValidationError
 
 from tesserafl.core.errors import CheckpointError, ConfigError, TesseraError
-from tesserafl.core.messages import Client
 from tesserafl.data import ClientData
-from tesserafl.engines.attendance import Post
+from tesserafl.engines.attendance import Disowned, Post
+from tesserafl.engines.edge_orders import EdgeDevice, EdgeProfile
 from tesserafl.engines.federation import Federation
-from tesserafl.engines.orders import Hello
-from tesserafl.engines.parcels import MOST_BYTES
+from tesserafl.engines.orders import Hello, Profile
 from tesserafl.engines.remote import Remote
 from tesserafl.engines.seam import Engine
-from tesserafl.run.begin import first_federation
+from tesserafl.run.begin import first_federation, first_peers
+from tesserafl.run.carrying import carry
 from tesserafl.run.children import die_with_parent
+from tesserafl.run.cloud import cloud
 from tesserafl.run.costs import CostTable
+from tesserafl.run.edge_seats import EdgeSeats
 from tesserafl.run.experiment import Experiment, from_json, to_json, with_absolute_paths
 from tesserafl.run.federate import topology_of
 from tesserafl.run.files import read_json, write_json
-from tesserafl.run.live import Patient, Waiting, live
+from tesserafl.run.live import Patient, live
+from tesserafl.run.on_devices import Deployment, for_devices
 from tesserafl.run.player import Player, player_of
+from tesserafl.run.room import Room, client_of
 from tesserafl.run.runner import Listener, play
 from tesserafl.run.seats import Seats
 from tesserafl.run.setup import Setup, prepare, with_depths
 
 AT_WORK = "server-app.json"
 """A file of the run folder that is there as long as a process plays the run over Flower."""
-
-_MIB = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Deployment:
-    """How a run reaches its devices; the run folder holds it as deployment.json."""
-
-    devices: int = 2
-    """devices that the first round waits for; data.num_clients, if that is not given"""
-    own_data: bool = False
-    """devices bring data of their own (tessera join --data); else each takes a part of the
-    experiment's data (tessera join --client)"""
-    wait_seconds: float = 3600.0
-    """seconds that the first round waits for devices; then it begins with those that are there"""
-    task_seconds: float = 3600.0
-    """seconds that a device has for a task, with its transfers; then it counts as expired"""
-    under_way: int = 8
-    """tasks that are under way at once: their sub-models are in the server's memory"""
-    message_bytes: int = MOST_BYTES
-    """of tensors in one message; devices need about six times as much for the transport"""
-    waiting: Waiting = field(default_factory=Waiting)
-
-    def __post_init__(self) -> None:
-        for name in ("devices", "under_way", "message_bytes", "task_seconds"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive; got {getattr(self, name)}")
-        if self.wait_seconds < 0:
-            raise ConfigError(f"wait_seconds must be 0 or more; got {self.wait_seconds}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +64,10 @@ def begin(experiment: Experiment, deployment: Deployment, folder: Path) -> None:
         )
     experiment = for_devices(with_absolute_paths(experiment), deployment)
     setup = prepare(experiment)
-    first_federation(setup)
+    if topology_of(experiment) == "peers":
+        first_peers(setup)
+    else:
+        first_federation(setup, elsewhere=True)
     if not deployment.own_data and deployment.devices > len(setup.clients):
         raise ConfigError(
             f"the first round would wait for {deployment.devices} devices, but data.num_clients "
@@ -106,42 +84,17 @@ def is_deployed(folder: Path) -> bool:
     return (folder / "deployment.json").exists()
 
 
+def message_bytes_of(folder: Path) -> int:
+    """Bytes of tensors in one message of a run, at most."""
+    return _deployed(folder).deployment.message_bytes
+
+
 def _deployed(folder: Path) -> _Deployed:
     try:
         found = TypeAdapter(_Deployed).validate_python(read_json(folder / "deployment.json"))
     except ValidationError as error:
         raise CheckpointError(f"{folder / 'deployment.json'} is damaged: {error}") from error
     return found
-
-
-def for_devices(experiment: Experiment, deployment: Deployment) -> Experiment:
-    """The experiment as these devices can run it.
-
-    Raises:
-        ConfigError: it asks for what only a simulation has.
-    """
-    if experiment.fleet.is_there:
-        raise ConfigError(
-            "fleet.* describes simulated devices; leave it away where real ones do the work"
-        )
-    if topology_of(experiment) != "star":
-        raise ConfigError(
-            f"network.topology {topology_of(experiment)!r} is simulated: over Flower devices have "
-            f"one server, which would do their sums; set network.topology to 'star'"
-        )
-    if experiment.finetune_epochs:
-        raise ConfigError(
-            "finetune_epochs tests models where clients' data is, and the server has none of it; "
-            "set it to 0"
-        )
-    # Devices train alone, so the server must not plan for groups of them.
-    engine = replace(experiment.engine, workers=1, batching="sequential")
-    data = experiment.data
-    if deployment.own_data:  # what the server has is for its tests, not for the devices
-        data = replace(data, num_clients=deployment.devices, partition="iid")
-    # A late answer may come rounds after its task: what it began with is kept for one checkpoint.
-    every = experiment.checkpoint_every if deployment.waiting.for_all else 1
-    return replace(experiment, engine=engine, data=data, checkpoint_every=every)
 
 
 def serve_over(
@@ -163,15 +116,22 @@ def serve_over(
     deployed, experiment = _deployed(folder), from_json(read_json(folder / "config.json"))
     deployment = deployed.deployment
     setup = prepare(experiment)
-    number = deployment.devices if deployment.own_data else len(setup.clients)
     path = folder / "devices.json"
-    seats = Seats(path=path, number=number, parts=not deployment.own_data)
-    if seats.settled and deployment.own_data:
-        number = len(seats.taken)
+    seats: Seats | EdgeSeats
+    if deployment.edges:
+        clients = None if deployment.own_data else setup.clients
+        seats = EdgeSeats(path=path, clients=clients)
+    else:
+        number = deployment.devices if deployment.own_data else len(setup.clients)
+        seats = Seats(path=path, number=number, parts=not deployment.own_data)
+        if deployment.own_data:
+            room = Room(setup=setup)
+            seats.lacks, seats.deals = room.lacks, room.deals
     hello = Hello(
         run=deployed.run,
         experiment=to_json(experiment),
         spec=asdict(setup.data.spec),
+        parts=not deployment.own_data,
     )
     remote = Remote(
         post=post,
@@ -180,21 +140,33 @@ def serve_over(
         seconds=deployment.task_seconds,
         most_bytes=deployment.message_bytes,
         capacity=deployment.under_way,
+        expects=EdgeProfile if deployment.edges else Profile,
     )
     watch(remote)
-    full = number if seats.settled and deployment.own_data else deployment.devices
-    remote.gather(full, deployment.wait_seconds)
+    full = deployment.edges or deployment.devices
+    if deployment.own_data and seats.settled:
+        full = len(seats.taken)
+    remote.gather(full, deployment.wait_seconds, lambda: len(getattr(seats, "short", ())))
     remote.renumber(seats.settle())
     if deployment.own_data:
-        setup = _with_devices(setup, seats)
+        setup = _with_devices(setup, seats.taken if isinstance(seats, Seats) else seats.devices)
+
+    if topology_of(experiment) == "peers":
+        summary = carry(setup, remote, folder, listener)
+        write_json(folder / "wire.json", {"down": remote.bytes_down, "up": remote.bytes_up})
+        remote.goodbye()
+        return summary
 
     def player(setup: Setup, engine: Engine, federation: Federation, costs: CostTable) -> Player:
+        if isinstance(seats, EdgeSeats):
+            return cloud(setup, remote, federation, seats)
         if not deployment.waiting.for_all:
             return live(setup, remote, federation, costs, deployment.waiting)
         synchronous = player_of(setup, engine, federation, costs)
         return Patient(player=synchronous, setup=setup, engine=remote, federation=federation)
 
-    summary = play(setup, first_federation(setup), folder, remote, listener, player)
+    federation = first_federation(setup, elsewhere=True)
+    summary = play(setup, federation, folder, remote, listener, player)
     write_json(folder / "wire.json", {"down": remote.bytes_down, "up": remote.bytes_up})
     remote.goodbye()
     return summary
@@ -203,29 +175,31 @@ def serve_over(
 def serve_noted(post: Post, folder: Path) -> None:
     """`serve_over` for a process whose errors nobody sees: they are written into the folder.
 
-    It ends with the process that started it: a run that nobody serves would keep the folder.
+    It ends with the process that started it: a run that nobody serves would keep the folder. Of a
+    process that Flower ends or disowns nothing is written: whoever serves may begin it again.
     """
     die_with_parent(signal.SIGKILL)
     write_json(folder / AT_WORK, {"process": os.getpid()})
     try:
         serve_over(post, folder)
-    except TesseraError as error:
-        write_json(folder / "error.json", {"text": str(error)})
+    except Disowned:
+        raise
+    except Exception as error:
+        text = str(error)
+        if not isinstance(error, TesseraError):
+            text = (
+                f"the run's process failed: {error!r:.2000}; {folder}/flower/superlink.log has "
+                f"more\nTo go on: tessera resume {folder}"
+            )
+        write_json(folder / "error.json", {"text": text})
         raise
     finally:  # also after the devices heard that the run is over
         (folder / AT_WORK).unlink(missing_ok=True)
 
 
-def _with_devices(setup: Setup, seats: Seats) -> Setup:
-    """The setup, whose clients are the devices that have a seat."""
-    clients = tuple(
-        Client(
-            id=client,
-            num_examples=profile.num_examples,
-            memory_bytes=None if profile.memory_mib is None else int(profile.memory_mib * _MIB),
-        )
-        for client, profile in sorted(seats.taken.items())
-    )
+def _with_devices(setup: Setup, devices: Mapping[int, Profile | EdgeDevice]) -> Setup:
+    """The setup, whose clients are these devices."""
+    clients = tuple(client_of(client, profile) for client, profile in sorted(devices.items()))
     asked = min(setup.experiment.clients_per_round, len(clients))
     # Of a client's examples the server needs the shape alone, to count costs with.
     stand_in = setup.data.clients[0]

@@ -20,20 +20,31 @@ def topology_of(experiment: Experiment) -> Topology:
     """The experiment's own choice, or what its fleet and its method are made for.
 
     Raises:
-        ConfigError: a tree has no edges, or edges have no tree.
+        ConfigError: a method is made for a tree, and the fleet has no edges.
     """
-    asked, fleet = experiment.network.topology, experiment.fleet
-    has_edges = fleet.edges > 0 or (fleet.file is not None and names_edges(fleet.file))
-    found = experiment.method.topology if asked == "auto" else asked
-    if asked == "auto" and has_edges:
-        found = "tree"
-    if found == "tree" and not has_edges:
-        raise ConfigError(
-            f"method {name_of('method', experiment.method)!r} on a tree needs edges and devices; "
-            f"add fleet.profiles and fleet.edges, or a fleet.file with edges (see "
-            f"docs/howto/fleets.md)"
-        )
-    return found
+    asked = experiment.network.topology
+    if asked != "auto":
+        return asked
+    if has_edges(experiment):
+        return "tree"
+    if experiment.method.topology == "tree":
+        raise no_edges(experiment)
+    return experiment.method.topology
+
+
+def has_edges(experiment: Experiment) -> bool:
+    """Whether the experiment's fleet has edges."""
+    fleet = experiment.fleet
+    return fleet.edges > 0 or (fleet.file is not None and names_edges(fleet.file))
+
+
+def no_edges(experiment: Experiment) -> ConfigError:
+    """A tree without edges."""
+    return ConfigError(
+        f"method {name_of('method', experiment.method)!r} on a tree needs edges and devices; add "
+        f"fleet.profiles and fleet.edges, or a fleet.file with edges (docs/howto/fleets.md), or "
+        f"serve it to real ones (docs/howto/edge-tier.md)"
+    )
 
 
 def exchange_of(experiment: Experiment) -> Exchange:
@@ -67,7 +78,9 @@ def federate(setup: Setup, state: State) -> Federation:
                 "network.* describes the links between peers, and this run has a server; add "
                 "--network.topology peers, or leave the others away"
             )
-        return Star(model=setup.model, method=method, state=state)
+        return Star(
+            model=setup.model, method=method, state=state, compression=experiment.compression
+        )
     network, exchange = network_of(setup), exchange_of(experiment)
     if exchange != "gossip" and not network.connected:
         raise ConfigError(

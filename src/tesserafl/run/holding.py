@@ -53,7 +53,7 @@ def hold(local: Local, values: Mapping[str, Any], spec_values: Mapping[str, Any]
     Raises:
         TesseraError: they are no experiment, or the device lacks what it needs.
     """
-    experiment = _here(from_json(values), local)
+    experiment = here(from_json(values), local)
     try:
         spec = TypeAdapter(Spec).validate_python(spec_values)
     except ValidationError as error:
@@ -91,8 +91,8 @@ def hold(local: Local, values: Mapping[str, Any], spec_values: Mapping[str, Any]
     return Holding(experiment=experiment, data=data, setup=setup, worker=worker)
 
 
-def _here(experiment: Experiment, local: Local) -> Experiment:
-    """The experiment, with the paths of this device."""
+def here(experiment: Experiment, local: Local, data: bool = True) -> Experiment:
+    """The experiment, with the paths of this device; `data` says whether it must have data."""
     changes: dict[str, Any] = {}
     if local.data is not None:
         changes["path"] = local.data.absolute()
@@ -111,7 +111,7 @@ def _here(experiment: Experiment, local: Local) -> Experiment:
         "--data": experiment.data.path,
         "--tokenizer": experiment.data.tokenizer,
     }.items():
-        if path is not None and not path.exists():
+        if data and path is not None and not path.exists():
             raise DataError(
                 f"the experiment's {path} is not on this device; name its place here with {what}"
             )

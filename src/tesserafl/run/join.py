@@ -23,10 +23,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Protocol, cast
 
 from tesserafl.core.errors import ConfigError, MessageError
-from tesserafl.engines.orders import read_envelope, write_envelope
+from tesserafl.engines.attendance import Disowned
+from tesserafl.engines.orders import Envelope, read_envelope, write_envelope
 from tesserafl.run import certs
 from tesserafl.run.addresses import check_address, check_name
 from tesserafl.run.children import child, end, free_port, program, tail_of
@@ -117,24 +118,31 @@ def join(
         ConfigError: Flower is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    supernode = program("flower-supernode")
+    command = supernode(line)
     resident = Resident(name=name, folder=folder, local=local, memory_mib=memory_mib)
-    with alone_in(folder), listening(resident) as path, _stopped_by_signals() as stop:
-        command = [supernode, "--superlink", line.address, "--host", "127.0.0.1"]
-        if line.keys is None:
-            command.append("--insecure")
-        else:
-            command += ["--root-certificates", str(line.keys.ca)]
-            command += ["--auth-supernode-private-key", str(line.keys.key)]
-        command += ["--node-config", f"resident={json.dumps(str(path))}"]
+    with alone_in(folder), listening(resident) as path, stopped_by_signals() as stop:
 
         def over() -> bool:
             return stop.is_set() or (once and resident.over)
 
-        _keep_up(command, folder, over, again_seconds)
+        keep_up([*command, *asking(path)], folder, over, again_seconds)
 
 
-def _keep_up(
+def supernode(line: Line) -> list[str]:
+    """The command that keeps the line to the server; ConfigError if Flower is not installed."""
+    command = [program("flower-supernode"), "--superlink", line.address, "--host", "127.0.0.1"]
+    if line.keys is None:
+        return [*command, "--insecure"]
+    command += ["--root-certificates", str(line.keys.ca)]
+    return [*command, "--auth-supernode-private-key", str(line.keys.key)]
+
+
+def asking(resident: Path) -> list[str]:
+    """Arguments by which a SuperNode's messages go to the resident that listens there."""
+    return ["--node-config", f"resident={json.dumps(str(resident))}"]
+
+
+def keep_up(
     command: list[str], folder: Path, over: Callable[[], bool], again_seconds: float
 ) -> None:
     """Start the SuperNode, and again when it has ended."""
@@ -175,7 +183,7 @@ def listening(resident: Resident) -> Iterator[Path]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
             server.bind(str(path))
             server.listen(8)
-            thread = threading.Thread(target=_serve, args=(server, resident), daemon=True)
+            thread = threading.Thread(target=answer_at, args=(server, resident), daemon=True)
             thread.start()
             yield path
             with contextlib.suppress(OSError):
@@ -183,7 +191,16 @@ def listening(resident: Resident) -> Iterator[Path]:
             thread.join(5.0)
 
 
-def _serve(server: socket.socket, resident: Resident) -> None:
+class Answers(Protocol):
+    """Somebody who answers orders: a device's resident, or an edge's."""
+
+    def answer(self, envelope: Envelope) -> Envelope:
+        """The answer to an order."""
+        ...
+
+
+def answer_at(server: socket.socket, resident: Answers) -> None:
+    """Answer who connects, one after another, until the socket is closed."""
     while True:
         try:
             connection, _ = server.accept()
@@ -192,18 +209,21 @@ def _serve(server: socket.socket, resident: Resident) -> None:
         with connection, connection.makefile("rwb") as both:
             pipe = cast(IO[bytes], both)
             try:
-                if (envelope := read_envelope(pipe)) is not None:
-                    write_envelope(pipe, resident.answer(envelope))
+                # In a list, so that nobody keeps its parcels while it is answered.
+                if orders := [order for order in [read_envelope(pipe)] if order is not None]:
+                    write_envelope(pipe, resident.answer(orders.pop()))
             except MessageError as error:
                 _log.warning("a message was refused: %s", error)
             except OSError as error:  # who asked was ended; it is asked again
                 _log.warning("nobody waits for an answer any more: %s", error)
+            except Disowned:
+                raise
             except Exception:
                 _log.exception("this device failed at a message; the server hears that it crashed")
 
 
 @contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[threading.Event]:
+def stopped_by_signals() -> Iterator[threading.Event]:
     """An event that SIGINT and SIGTERM set."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

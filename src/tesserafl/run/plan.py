@@ -12,7 +12,7 @@ from tesserafl.core.messages import Task
 from tesserafl.core.method import State
 from tesserafl.core.params import num_entries
 from tesserafl.core.submodel import SubModel
-from tesserafl.engines.compression import answer_bytes
+from tesserafl.engines.compression import answer_bytes, task_bytes
 from tesserafl.models.costs import frozen_entries
 from tesserafl.run.classes import classes_of
 from tesserafl.run.costs import CostTable
@@ -35,9 +35,10 @@ class PlannedClass:
     """Parameters that a client holds."""
     share: float
     """Of the global model's parameters."""
-    bytes_each_way: int
+    bytes_down: int
+    """Of a task as it is sent."""
     bytes_up: int
-    """Of an answer as it is sent."""
+    """Of its answer."""
     flops_per_step: float
     """Of one optimiser step on a full batch."""
     activation_bytes: int
@@ -109,7 +110,7 @@ def _classes(setup: Setup, state: State, whole: int, costs: CostTable) -> list[P
                 num_clients=len(kind.members),
                 num_entries=cost.num_entries,
                 share=cost.num_entries / whole,
-                bytes_each_way=cost.bytes_each_way,
+                bytes_down=task_bytes(kind.task, experiment.compression),
                 bytes_up=answer_bytes(kind.task, experiment.compression),
                 flops_per_step=cost.flops_per_example * experiment.training.batch_size,
                 activation_bytes=cost.activation_bytes,
@@ -156,7 +157,7 @@ def described(plan: Plan) -> Iterator[str | Table]:
             f"Under them {plan.frozen:,} frozen numbers; at first a client trains at most "
             f"{most:,}, that is {most / plan.frozen:.3%}"
         )
-    both = all(kind.bytes_up == kind.bytes_each_way for kind in plan.classes)
+    both = all(kind.bytes_up == kind.bytes_down for kind in plan.classes)
     sizes = ("MB each way",) if both else ("MB down", "MB up")
     table = Table("ratio", "clients", "parameters", "share", *sizes, "MFLOP a step")
     for column in ("peak MiB", "has MiB", "fits"):
@@ -168,7 +169,7 @@ def described(plan: Plan) -> Iterator[str | Table]:
             str(kind.num_clients),
             f"{kind.num_entries:,}",
             f"{kind.share:.1%}",
-            f"{kind.bytes_each_way / 1e6:.3g}",
+            f"{kind.bytes_down / 1e6:.3g}",
             *([] if both else [f"{kind.bytes_up / 1e6:.3g}"]),
             f"{kind.flops_per_step / 1e6:.3g}",
             f"{kind.peak_bytes / 2**20:.2f}",

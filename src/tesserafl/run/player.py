@@ -15,7 +15,7 @@ from tesserafl.engines.fleet import Fleet
 from tesserafl.engines.fleet_file import fleet_of
 from tesserafl.engines.seam import Engine
 from tesserafl.run.costs import CostTable
-from tesserafl.run.federate import topology_of
+from tesserafl.run.federate import has_edges, no_edges, topology_of
 from tesserafl.run.rounds import Notes, play_round
 from tesserafl.run.setup import Setup, evaluator_of
 from tesserafl.run.timed import Timed
@@ -108,9 +108,11 @@ def fleet_for(setup: Setup, federation: Federation) -> Fleet | None:
     """The devices that an experiment's rounds are played with; None: it has none.
 
     Raises:
-        ConfigError: peers have no clock, or the fleet does not fit the experiment.
+        ConfigError: peers have no clock, a tree no edges, or the fleet does not fit.
     """
     experiment = setup.experiment
+    if topology_of(experiment) == "tree" and not has_edges(experiment):
+        raise no_edges(experiment)
     if not experiment.fleet.is_there:
         return None
     if not isinstance(federation, Star):

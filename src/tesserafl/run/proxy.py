@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import math
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ from tesserafl.core.errors import ConfigError
 from tesserafl.run.addresses import check_address
 from tesserafl.run.certs import ServerFiles
 from tesserafl.run.keyfiles import private_folder
+from tesserafl.run.nginx import CONFIGURATION, LOCATION
 
 FLEET_PATHS = (
     "activate-node",
@@ -43,73 +45,15 @@ FLEET_PATHS = (
 """What a registered device calls, below /v1/fleet/ (flwr 1.41.0). `register-node` and
 `unregister-node` are of devices without a key and stay closed."""
 
-_TEMPLATE = """\
-# Written by `tessera certs`: devices reach the fleet path of a SuperLink that listens on loopback.
-# Start it as the user that owns the keys:  nginx -p {runtime}/ -c FOLDER/nginx.conf -e stderr
-daemon off;
-pid {runtime}/nginx.pid;
-error_log stderr warn;
-worker_processes auto;
-events {{ worker_connections 4096; }}
-
-http {{
-    access_log off;
-    server_tokens off;
-    default_type application/octet-stream;
-    client_body_temp_path {runtime}/body;
-    proxy_temp_path {runtime}/proxy;
-    fastcgi_temp_path {runtime}/fastcgi;
-    uwsgi_temp_path {runtime}/uwsgi;
-    scgi_temp_path {runtime}/scgi;
-    limit_conn_zone $binary_remote_addr zone=per_address:10m;
-
-    upstream superlink {{
-        server {superlink};
-        keepalive 32;
-        # Shorter than the 5 s of the SuperLink's server, or requests meet a connection that closes.
-        keepalive_timeout 4s;
-    }}
-
-    server {{
-        listen {listen} ssl;
-        ssl_certificate {certificate};
-        ssl_certificate_key {key};
-        ssl_protocols TLSv1.3;
-        ssl_session_tickets off;
-
-        # One object of a message; arrays travel in parts of 5 MiB. Larger is refused unread.
-        client_max_body_size {body}m;
-        client_header_timeout 15s;
-        client_body_timeout 60s;
-        send_timeout 60s;
-        keepalive_timeout 75s;
-        # Many devices may share an address. 503 is tried again by a device, 403 and 429 are not.
-        limit_conn per_address 256;
-        limit_conn_status 503;
-        merge_slashes off;
-
-        # $uri is decoded and normalised, and can only be one of these. Arguments are dropped.
-        location ~ ^/v1/fleet/(?:{paths})$ {{
-            limit_except POST {{ deny all; }}
-            proxy_pass https://superlink$uri;
-            proxy_http_version 1.1;
-            proxy_set_header Host localhost;
-            proxy_set_header Connection "";
-            proxy_set_header X-Forwarded-For $remote_addr;
-            proxy_set_header X-Forwarded-Proto https;
-            proxy_ssl_protocols TLSv1.3;
-            proxy_ssl_trusted_certificate {ca};
-            proxy_ssl_verify on;
-            proxy_ssl_name localhost;
-            proxy_connect_timeout 5s;
-            proxy_read_timeout 120s;
-            # A request is read to its end before the SuperLink hears of it: no slow senders there.
-            proxy_request_buffering on;
-        }}
-        location / {{ return 403; }}
-    }}
-}}
-"""
+_PARTS, _REPLIES = "push-object", "push-messages"
+"""The calls that bring a reply: its list of parts first, then each part. The list bounds the rest:
+a SuperLink takes no part that is not on it, and one reply to a message."""
+_SMALL_KIB = 64
+"""Largest request of any other kind, which has a few hundred bytes."""
+_PART_MIB, _MORE_PARTS = 5, 12
+"""Of what Flower makes an array, and parts of a reply that are none of that: its records."""
+_LIST_BYTES, _NAME_BYTES = 1024, 96
+"""Of a list of parts at most: without its parts, and for each (64 letters and what frames them)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +65,9 @@ class ProxySettings:
     listen: str = "0.0.0.0"
     """address of this machine on which devices are served; :: for IPv6"""
     max_body_mib: int = 16
-    """largest request that is read, in MiB"""
+    """largest request that is read, in MiB: a part of a reply"""
+    message_mib: float = 32.0
+    """largest message of the run (--message-bytes); a reply has as many parts as that needs"""
 
 
 def render(files: ServerFiles, runtime: Path, settings: ProxySettings) -> str:
@@ -143,17 +89,27 @@ def render(files: ServerFiles, runtime: Path, settings: ProxySettings) -> str:
             f"max_body_mib: {settings.max_body_mib} given; 6 (a part of 5 MiB and its frame) to "
             f"1024 are allowed"
         )
+    if not 0 < settings.message_mib <= 1 << 20:
+        raise ConfigError(f"message_mib must be positive; got {settings.message_mib}")
+    ca = _quoted(files.ca)
+    bodies = {_PARTS: f"{settings.max_body_mib}m", _REPLIES: f"{_list_bytes(settings)}"}
+    others = "|".join(path for path in FLEET_PATHS if path not in bodies)
+    bodies[others] = f"{_SMALL_KIB}k"
+    locations = [LOCATION.format(paths=p, body=size, ca=ca) for p, size in bodies.items()]
     listen = f"[{settings.listen}]" if ":" in settings.listen else settings.listen
-    return _TEMPLATE.format(
+    return CONFIGURATION.format(
         runtime=_quoted(runtime, bare=True),
         superlink=settings.superlink,
         listen=f"{listen}:{files.port}",
         certificate=_quoted(files.certificate),
         key=_quoted(files.key),
-        ca=_quoted(files.ca),
-        body=settings.max_body_mib,
-        paths="|".join(FLEET_PATHS),
+        locations="".join(locations),
     )
+
+
+def _list_bytes(settings: ProxySettings) -> int:
+    parts = math.ceil(settings.message_mib / _PART_MIB) + _MORE_PARTS
+    return _LIST_BYTES + _NAME_BYTES * parts
 
 
 def write(files: ServerFiles, settings: ProxySettings) -> Path:

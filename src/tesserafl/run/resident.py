@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tesserafl.core.errors import MessageError, TesseraError
 from tesserafl.core.messages import Memory
@@ -36,8 +38,11 @@ from tesserafl.engines.orders import (
 )
 from tesserafl.engines.parcels import Letter, Outgoing, letter_of, read_letter
 from tesserafl.engines.process import threads
+from tesserafl.engines.turns import Examine, Fold, Standing, Turn
+from tesserafl.run.children import give_back_memory
 from tesserafl.run.files import read_json, write_json
 from tesserafl.run.holding import Holding, Local, hold
+from tesserafl.run.peer_device import PeerDevice, inlined, peer_device
 from tesserafl.run.personal import personal_accuracy
 from tesserafl.run.spool import Spool, digest_of
 
@@ -58,6 +63,8 @@ class Resident:
     """Whether the server has said goodbye."""
     _run: str | None = None
     _holding: Holding | None = field(default=None)
+    _peer: PeerDevice | None = field(default=None)
+    """Of a run among peers."""
 
     def answer(self, envelope: Envelope) -> Envelope:
         """Do what an envelope orders; an order that cannot be done is answered by a Refusal."""
@@ -71,6 +78,7 @@ class Resident:
                 return sealed(Stranger())
             spool = self._spool(order.run)
             spool.store(envelope.parcels)
+            del envelope  # its parcels are on the disk
             if isinstance(order, Offer):
                 return sealed(Missing(parcels=spool.missing(order.parcels)))
             if isinstance(order, Store):
@@ -79,7 +87,11 @@ class Resident:
                 return self._work(order, spool)
             if isinstance(order, Judge):
                 return self._judge(order, spool)
-            return _fetched(order, spool)
+            if isinstance(order, Fetch):
+                return fetched(order, spool)
+            if isinstance(order, Turn | Fold | Examine):
+                return self._among_peers(order, spool)
+            raise TesseraError(f"this is a device; it knows no order {order.kind!r}")
         except TesseraError as error:
             _log.warning("refused: %s", error)
             return sealed(Refusal(text=str(error)[:10_000]))
@@ -130,16 +142,12 @@ class Resident:
             self._train(order, asked, spool)
             kept = spool.answer(asked)
             assert kept is not None
-        answered = letter_of(kept["letter"])
-        inline = {}
-        if answered.num_bytes <= order.most_bytes:
-            inline = {note.sha256: spool.answered(note.sha256) or b"" for note in answered.parcels}
-        return sealed(Answer(letter=kept["letter"], seconds=kept["seconds"]), inline)
+        return answer_kept(kept, spool, order.most_bytes)
 
     def _train(self, order: Work, asked: str, spool: Spool) -> None:
         holding = self._known(order.run)
         assert holding is not None, "asked before"
-        task, _ = task_of(*_read(letter_of(order.letter), spool))
+        task, _ = task_of(*read_kept(letter_of(order.letter), spool))
         if task.client.id != order.client:
             raise TesseraError(f"the task is client {task.client.id}'s, the order {order.client}'s")
         if self.local.client not in (None, order.client):
@@ -149,12 +157,15 @@ class Resident:
         with threads(holding.experiment.engine.threads):
             update, memory = holding.worker.work(task, memory)
         seconds = time.perf_counter() - begun
+        task = replace(task, params={}, extra={})  # nobody needs them while the answer is written
         outgoing = Outgoing(parts=update_parts(update, {}), most_bytes=order.most_bytes)
         # The memory first: an answer says that it is there.
         every = holding.experiment.checkpoint_every
-        spool.remember(order.remembers, task.round, memory, every)
+        spool.remember(order.remembers, task.round, memory, every, order.keeps)
         spool.write_answer(asked, outgoing, seconds)
         _log.info("round %d: %d steps in %.2f s", task.round, update.num_steps, seconds)
+        del outgoing, update, memory
+        give_back_memory()  # the next task may come in an hour
 
     def _judge(self, order: Judge, spool: Spool) -> Envelope:
         holding = self._known(order.run)
@@ -164,22 +175,56 @@ class Resident:
             return sealed(Missing(parcels=missing))
         if not len(holding.data.test):
             raise TesseraError("this device keeps no test examples of its own")
-        parts = _read(letter, spool)
+        parts = read_kept(letter, spool)
         with threads(holding.experiment.engine.threads):
             accuracy, share = personal_accuracy(
                 holding.setup, parts, _recalled(order, spool), holding.data.test
             )
         return sealed(Judged(accuracy=accuracy, share=share))
 
+    def _among_peers(self, order: Turn | Fold | Examine, spool: Spool) -> Envelope:
+        peer = self._peer_of(order, spool)
+        if isinstance(order, Examine):
+            kept = self.folder / f"model-{order.run[:8]}" if order.keep else None
+            return sealed(peer.examine(kept))
+        if order.round != peer.round:
+            return sealed(Standing(round=peer.round))
+        if isinstance(order, Turn):
+            turned = peer.turn(order.round, order.most_bytes)
+            return sealed(turned, inlined(turned, spool, order.most_bytes))
+        letters = [letter_of(passed.letter) for passed in order.letters]
+        names = [note.sha256 for letter in letters for note in letter.parcels]
+        spool.drop_damaged(names)
+        if missing := spool.missing(names):
+            return sealed(Missing(parcels=missing))
+        self._peer = None  # until the end of the round lies on the disk
+        peer.fold(order)
+        self._peer = peer
+        return sealed(Standing(round=peer.round))
+
+    def _peer_of(self, order: Turn | Fold | Examine, spool: Spool) -> PeerDevice:
+        holding, parts = self._known(order.run), self.local.client is not None
+        assert holding is not None, "asked before"
+        if self.local.client not in (None, order.client):
+            raise TesseraError(f"this device is client {self.local.client}, not {order.client}")
+        known = self._peer
+        if known is None or known.holding is not holding or known.client != order.client:
+            self._peer = peer_device(holding, order.client, order.roster, spool, parts)
+        assert self._peer is not None, "made above"
+        return self._peer
+
     def _bye(self, order: Bye) -> Envelope:
-        self.over = True
+        if order.text:
+            _log.warning("the server has no seat for this device: %s", order.text)
+        self.over = not order.text
         if self._run == order.run:
-            self._run, self._holding = None, None
+            self._run, self._holding, self._peer = None, None, None
         shutil.rmtree(self.folder / order.run, ignore_errors=True)
         return sealed(Missing(parcels=[]))
 
 
-def _read(letter: Letter, spool: Spool) -> Parts:
+def read_kept(letter: Letter, spool: Spool) -> Parts:
+    """The message of a letter, all of whose parcels are on the disk."""
     try:
         return read_letter(letter, spool.fetch)
     except MessageError:
@@ -195,7 +240,17 @@ def _recalled(order: Work | Judge, spool: Spool) -> Memory:
     return memory
 
 
-def _fetched(order: Fetch, spool: Spool) -> Envelope:
+def answer_kept(kept: Mapping[str, Any], spool: Spool, most_bytes: int) -> Envelope:
+    """An answer that lies on the disk; with its parcels, if they are not larger than that."""
+    answered = letter_of(kept["letter"])
+    inline = {}
+    if answered.num_bytes <= most_bytes:
+        inline = {note.sha256: spool.answered(note.sha256) or b"" for note in answered.parcels}
+    return sealed(Answer(letter=kept["letter"], seconds=kept["seconds"]), inline)
+
+
+def fetched(order: Fetch, spool: Spool) -> Envelope:
+    """Parcels of the answer that is kept."""
     found = {name: spool.answered(name) for name in order.parcels}
     if missing := [name for name, data in found.items() if data is None]:
         return sealed(Missing(parcels=missing))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -126,8 +126,7 @@ def check_answered(round: int, notes: Notes) -> None:
 
 def training_of(setup: Setup, federation: Federation) -> Training:
     """How clients train in the next round."""
-    training = setup.experiment.training
-    return replace(training, lr=training.lr_at(federation.round, federation.rounds))
+    return setup.training_at(federation.round, federation.rounds)
 
 
 def fold(

@@ -33,6 +33,7 @@ from tesserafl.run.experiment import (
 from tesserafl.run.export import export_model
 from tesserafl.run.federate import links_of
 from tesserafl.run.files import alone_in, read_json, write_json
+from tesserafl.run.ledger import Ledger
 from tesserafl.run.personal import personal_accuracies
 from tesserafl.run.player import Player, player_of
 from tesserafl.run.report import write_partition, write_report
@@ -115,16 +116,12 @@ class _Run:
     log: EventLog
     listener: Listener | None
     player: MakePlayer
-    totals: dict[str, float] = field(
-        default_factory=lambda: {
-            "bytes_down": 0,
-            "bytes_up": 0,
-            "flops": 0.0,
-            "seconds": 0.0,
-            "params_largest_client": 0,
-            "params_trained": 0,
-        }
-    )
+    ledger: Ledger = field(default_factory=Ledger)
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """What the rounds add up to."""
+        return self.ledger.totals
 
     def to_the_end(self) -> dict[str, Any]:
         experiment, federation = self.setup.experiment, self.federation
@@ -134,28 +131,10 @@ class _Run:
         coverage = self._begin(player)
         while not player.over:
             notes = player.play(coverage)
-            for key, amount in notes.amounts.items():
-                self.totals[key] = self.totals.get(key, 0.0) + amount
-            self.totals["params_largest_client"] = max(
-                self.totals["params_largest_client"], costs.largest_client
-            )
-            trained = [row["trained_entries"] for row in notes.clients]
-            self.totals["params_trained"] = max([self.totals["params_trained"], *trained])
-            self._emit(
-                {
-                    "kind": "round",
-                    "round": federation.round,
-                    "asked": len(notes.clients) + len(notes.failures),
-                    "answered": len(notes.clients),
-                    "loss": notes.loss,
-                    "coverage": coverage.share,
-                    **notes.exchange,
-                    **({} if notes.structure is None else {"structure": notes.structure}),
-                    **self.totals,
-                    "clients": sorted(notes.clients, key=lambda row: int(row["client"])),
-                    "failures": sorted(notes.failures, key=lambda row: int(row["client"])),
-                }
-            )
+            self.ledger.add(notes)
+            largest = max(self.totals["params_largest_client"], costs.largest_client)
+            self.totals["params_largest_client"] = largest
+            self._emit(self.ledger.event(federation.round, notes, coverage))
             last = player.over
             if last or federation.round % experiment.evaluate_every == 0:
                 self._evaluate(federation.assembled(), evaluator)
@@ -182,7 +161,7 @@ class _Run:
         else:
             self.log.cut(checkpoint.events_bytes)
             self.engine.restore(checkpoint.memories)
-            self.totals |= checkpoint.totals
+            self.ledger.totals |= checkpoint.totals
             self._refuse_other_shapes(checkpoint.coverage)
             player.restore(
                 (checkpoint.states, dict(checkpoint.federation), dict(checkpoint.tensors))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,8 +27,14 @@ class Seats:
     """of seats"""
     parts: bool
     """Devices take parts of the experiment's data, and say which; else they have their own."""
+    lacks: Callable[[int, Profile], str | None] = lambda number, profile: None
+    """Why a device with data of its own cannot be the client of a number; None: it can."""
+    deals: int = 1
+    """Clients whose numbers differ by so many are dealt alike."""
     taken: dict[int, Profile] = field(default_factory=dict)
     """Client -> its device."""
+    short: dict[str, str] = field(default_factory=dict)
+    """Name of a device that cannot be a client of this run -> what it lacks."""
     settled: bool = False
     """Whether the rounds have begun: clients' numbers do not change any more."""
     _told: dict[str, str] = field(default_factory=dict)
@@ -48,12 +55,16 @@ class Seats:
         told is written beside the seats, once, for who watches the run.
         """
         client = self._seat(voucher, profile)
-        text = client if isinstance(client, str) else f"has joined, as client {client}"
+        self._tell(
+            profile, client if isinstance(client, str) else f"has joined, as client {client}"
+        )
+        return client
+
+    def _tell(self, profile: Profile, text: str) -> None:
         if self._told.get(profile.name) != text:
             self._told[profile.name] = text
             with self.path.with_name(GUESTS).open("a", encoding="utf-8") as book:
                 book.write(json.dumps({"device": profile.name, "text": text}) + "\n")
-        return client
 
     def _seat(self, voucher: str, profile: Profile) -> int | str:
         if voucher and voucher != profile.name:
@@ -81,26 +92,37 @@ class Seats:
             self.save()
         return client
 
-    def settle(self) -> dict[int, int]:
-        """End the time of seating; returns old number -> new.
+    def settle(self) -> dict[int, int | str]:
+        """End the time of seating; returns old number -> new, or why the device has none any more.
 
         Devices with data of their own are numbered by their names: who came first must not matter.
+        One that has not the memory for what its number is dealt loses its seat.
 
         Raises:
             ConfigError: no device has a seat.
         """
+        found: dict[int, int | str] = {client: client for client in self.taken}
+        if not self.parts and not self.settled:
+            new = 0
+            for old in sorted(self.taken, key=lambda client: self.taken[client].name):
+                found[old] = self.lacks(new, self.taken[old]) or new
+                new += isinstance(found[old], int)
+        for old, why in found.items():
+            if isinstance(why, str):
+                self.short[self.taken[old].name] = why
+                self._tell(self.taken.pop(old), why)
+        if not self.taken and self.short:
+            name, why = min(self.short.items())
+            raise ConfigError(f"no device that has joined can take part; {name!r}: {why}")
         if not self.taken:
             raise ConfigError("no device has joined; start some with: tessera join ADDRESS")
-        numbers = {client: client for client in self.taken}
-        if not self.parts and not self.settled:
-            ordered = sorted(self.taken, key=lambda client: self.taken[client].name)
-            numbers = {old: new for new, old in enumerate(ordered)}
+        numbers = {old: new for old, new in found.items() if isinstance(new, int)}
         self.taken = {numbers[old]: profile for old, profile in self.taken.items()}
         self.settled = True
         if not self.parts:
             self.number = len(self.taken)
         self.save()
-        return numbers
+        return found
 
     def save(self) -> None:
         """Write who sits where."""
@@ -124,4 +146,10 @@ class Seats:
                 return client
         if self.settled or len(self.taken) >= self.number:
             return f"all {self.number} seats are taken; this device may join the next run"
+        # Which number it will have is not known yet.
+        why = [self.lacks(number, profile) for number in range(self.deals)]
+        self.short.pop(profile.name, None)
+        if all(why):
+            self.short[profile.name] = str(why[-1])
+            return self.short[profile.name]
         return len(self.taken)

@@ -27,18 +27,18 @@ import tesserafl.engines.flower
 from tesserafl.core.errors import CheckpointError, ConfigError, TesseraError
 from tesserafl.run import certs, proxy
 from tesserafl.run.children import free_port, program, running, tail_of
-from tesserafl.run.deployed import AT_WORK
+from tesserafl.run.deployed import AT_WORK, message_bytes_of
 from tesserafl.run.files import read_json, write_json
 from tesserafl.run.flower_env import SUPERLINK_FLAGS, environment
+from tesserafl.run.follow import Following, num_events
 from tesserafl.run.runner import Listener
-from tesserafl.run.seats import GUESTS
 
 _LINK = "tessera"
 """Flower's name of our SuperLink."""
 _START_SECONDS = 60.0
 _PAUSE = 0.5
-_LOOK_SECONDS = 15.0
-"""Between two questions to Flower how the run stands; each starts a process."""
+_CALL_SECONDS = 300.0
+"""That a command of Flower's has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,20 +77,20 @@ def serve(folder: Path, link: Link, listener: Listener | None = None) -> dict[st
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     for left in ("error.json", AT_WORK):
         (folder / left).unlink(missing_ok=True)
-    with contextlib.ExitStack() as stack:
-        superlink, address = stack.enter_context(_superlink(home, link))
-        flower = _Flower(home=home)
-        if link.keys is not None:
-            for name, key in certs.device_keys(link.keys).items():
-                flower.register(name, key)
-            stack.enter_context(_doors(link, address, flower))
+    with opened(home, link, message_bytes_of(folder)) as (superlink, flower):
         if listener is not None:
-            listener({"kind": "open", "text": _invitation(link)})
-        seen = len(_lines(folder / "events.jsonl"))
+            listener({"kind": "open", "text": invitation(link)})
+        seen = num_events(folder)
         if seen and listener is not None:
             listener({"kind": "resume", "experiment": read_json(folder / "config.json")})
-        run = flower.start(folder)
-        _follow(folder, superlink, flower, run, seen, listener)
+        Following(
+            folder=folder,
+            superlink=superlink,
+            log=home / "superlink.log",
+            flower=flower,
+            seen=seen,
+            listener=listener,
+        ).to_the_end()
     return dict(read_json(summary))
 
 
@@ -106,6 +106,27 @@ def resume_serving(folder: Path, listener: Listener | None = None) -> dict[str, 
     except ValidationError as error:
         raise CheckpointError(f"{folder / 'link.json'} is damaged: {error}") from error
     return serve(folder, link, listener)
+
+
+@contextlib.contextmanager
+def opened(
+    home: Path, link: Link, message_bytes: int
+) -> Iterator[tuple[subprocess.Popen[bytes], Flower]]:
+    """Flower's server with all that devices reach, for the block.
+
+    `message_bytes`: of tensors in one message, at most.
+
+    Raises:
+        TesseraError: Flower is not installed, or a port is taken.
+    """
+    with contextlib.ExitStack() as stack:
+        superlink, address = stack.enter_context(_superlink(home, link))
+        flower = Flower(home=home)
+        if link.keys is not None:
+            for name, key in certs.device_keys(link.keys).items():
+                flower.register(name, key)
+            stack.enter_context(_doors(link, address, flower, message_bytes))
+        yield superlink, flower
 
 
 @contextlib.contextmanager
@@ -138,7 +159,8 @@ def _superlink(home: Path, link: Link) -> Iterator[tuple[subprocess.Popen[bytes]
         yield process, address
 
 
-def _invitation(link: Link) -> str:
+def invitation(link: Link) -> str:
+    """Where devices may join."""
     if link.keys is None:
         return f"Devices of this machine may join: tessera join 127.0.0.1:{link.port}"
     address = certs.server_files(link.keys).address
@@ -146,7 +168,7 @@ def _invitation(link: Link) -> str:
 
 
 @contextlib.contextmanager
-def _doors(link: Link, address: str, flower: _Flower) -> Iterator[None]:
+def _doors(link: Link, address: str, flower: Flower, message_bytes: int) -> Iterator[None]:
     """What devices reach: the proxy, and the desk for those with a token."""
     from tesserafl.run.enrolment import Enrolment
 
@@ -154,7 +176,9 @@ def _doors(link: Link, address: str, flower: _Flower) -> Iterator[None]:
     files = certs.server_files(link.keys)
     with contextlib.ExitStack() as stack:
         if link.through_proxy:
-            settings = proxy.ProxySettings(superlink=address, listen=link.listen)
+            settings = proxy.ProxySettings(
+                superlink=address, listen=link.listen, message_mib=message_bytes / (1 << 20)
+            )
             stack.enter_context(proxy.running(files, settings))
         if (link.keys / "tokens.json").exists():
             host = link.listen if link.through_proxy else "127.0.0.1"
@@ -167,7 +191,7 @@ def _doors(link: Link, address: str, flower: _Flower) -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Flower:
+class Flower:
     """Flower's command line, for our SuperLink."""
 
     home: Path
@@ -199,7 +223,16 @@ class _Flower:
 
     def _call(self, *arguments: str) -> dict[str, Any]:
         command = [program("flwr"), *arguments, "--format", "json"]
-        done = subprocess.run(command, env=environment(self.home), capture_output=True, text=True)
+        try:
+            done = subprocess.run(
+                command,
+                env=environment(self.home),
+                capture_output=True,
+                text=True,
+                timeout=_CALL_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return {"success": False, "error-message": f"no answer within {_CALL_SECONDS:g} s"}
         begin = done.stdout.find("{")
         try:
             answer: dict[str, Any] = json.JSONDecoder().raw_decode(done.stdout[max(begin, 0) :])[0]
@@ -207,66 +240,6 @@ class _Flower:
             said = (done.stdout + done.stderr).strip()[-2000:]
             answer = {"success": False, "error-message": said}
         return answer
-
-
-def _follow(
-    folder: Path,
-    superlink: subprocess.Popen[bytes],
-    flower: _Flower,
-    run: str,
-    seen: int,
-    listener: Listener | None,
-) -> None:
-    """Pass the run's events on until it ends and its devices know."""
-    log, looked = flower.home / "superlink.log", time.monotonic()
-    over: float | None = None
-    guests = len(_lines(folder / GUESTS))
-    while True:
-        guests = _welcome(folder, guests, listener)
-        seen = _pass_on(folder, seen, listener)
-        if (folder / "summary.json").exists():
-            over = over or time.monotonic()
-            if not (folder / AT_WORK).exists() or time.monotonic() - over > _START_SECONDS:
-                _pass_on(folder, seen, listener)
-                return
-        elif (folder / "error.json").exists():
-            raise TesseraError(str(read_json(folder / "error.json")["text"]))
-        elif superlink.poll() is not None:
-            raise TesseraError(
-                f"Flower's SuperLink ended: {tail_of(log)}\nTo go on: tessera resume {folder}"
-            )
-        elif time.monotonic() - looked > _LOOK_SECONDS:
-            looked = time.monotonic()
-            status = flower.status(run)
-            if status.startswith("finished") and not (folder / "summary.json").exists():
-                raise TesseraError(
-                    f"the run ended as {status!r}: {tail_of(log)}\n"
-                    f"To go on: tessera resume {folder}"
-                )
-        time.sleep(_PAUSE)
-
-
-def _lines(path: Path) -> list[bytes]:
-    """The whole lines of a file that another process writes."""
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-
-
-def _pass_on(folder: Path, seen: int, listener: Listener | None) -> int:
-    """Pass on what was written after so many events; a run that goes on does some again."""
-    lines = _lines(folder / "events.jsonl")
-    if listener is not None:
-        for line in lines[seen:]:
-            listener(json.loads(line))
-    return len(lines)
-
-
-def _welcome(folder: Path, seen: int, listener: Listener | None) -> int:
-    """Tell who came after so many others."""
-    lines = _lines(folder / GUESTS)
-    if listener is not None:
-        for line in lines[seen:]:
-            listener({"kind": "guest", **json.loads(line)})
-    return len(lines)
 
 
 def _listens(port: int) -> bool:

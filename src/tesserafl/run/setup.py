@@ -13,6 +13,7 @@ import torch
 from tesserafl import __version__
 from tesserafl.core import seeds
 from tesserafl.core.errors import ConfigError
+from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client
 from tesserafl.core.model import Model
 from tesserafl.data import load
@@ -60,6 +61,11 @@ class Setup:
         draw = seeds.generator(self.experiment.seed, round, "cohort")
         numbers: list[int] = torch.randperm(len(self.clients), generator=draw).tolist()
         return numbers
+
+    def training_at(self, round: int, rounds: int) -> Training:
+        """How clients train in a round, of so many."""
+        training = self.experiment.training
+        return replace(training, lr=training.lr_at(round, rounds))
 
     def answers(self, round: int, client: Client) -> bool:
         """Whether a client that was asked answers."""

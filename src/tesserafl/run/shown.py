@@ -31,8 +31,11 @@ def show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
         console.print(f"Comparison: {folder / 'comparison.html'}", soft_wrap=True, markup=False)
         return
     share = summary["params_largest_client"] / summary["params_full"]
+    accuracy = summary["accuracy"]
+    reached = "not tested, since nobody holds the whole model" if accuracy is None else ""
+    reached = reached or f"accuracy {accuracy:.4f}"
     console.print(
-        f"{summary['method']}: accuracy {summary['accuracy']:.4f} after {summary['rounds']} "
+        f"{summary['method']}: {reached} after {summary['rounds']} "
         f"rounds; the largest client held {summary['params_largest_client']:,} of "
         f"{summary['params_full']:,} parameters ({share:.1%}){_frozen(summary)}",
         soft_wrap=True,

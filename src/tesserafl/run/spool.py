@@ -12,7 +12,7 @@ from typing import Any
 from tesserafl.core.errors import CheckpointError, MessageError
 from tesserafl.core.messages import Memory
 from tesserafl.core.wire import pack, unpack
-from tesserafl.engines.parcels import Outgoing, letter_of
+from tesserafl.engines.parcels import Outgoing
 from tesserafl.run.files import read_json, write_atomic, write_json
 
 
@@ -31,6 +31,13 @@ class Spool:
     def missing(self, parcels: Iterable[str]) -> list[str]:
         """Those of these parcels that are not here."""
         return [name for name in parcels if not self._parcel(name).exists()]
+
+    def drop_damaged(self, parcels: Iterable[str]) -> None:
+        """Let those of these parcels go that are not what their names say: they are sent again."""
+        for name in parcels:
+            path = self._parcel(name)
+            if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() != name:
+                path.unlink()
 
     def store(self, parcels: Mapping[str, bytes]) -> None:
         """Keep parcels; raises MessageError if one is not what its name says."""
@@ -54,27 +61,34 @@ class Spool:
 
     def write_answer(self, task: str, outgoing: Outgoing, seconds: float) -> None:
         """Keep the answer to the task of this digest, in the place of the one before."""
-        folder = self.folder / "answer"
+        letter = outgoing.letter.model_dump()
+        self.write_letters(task, [outgoing], {"seconds": seconds, "letter": letter})
+
+    def write_letters(
+        self, task: str, outgoing: Iterable[Outgoing], values: Mapping[str, Any]
+    ) -> None:
+        """The same, of an answer in several letters: their parcels, and plain values."""
+        folder, parcels = self.folder / "answer", {}
         for path in folder.iterdir():
             path.unlink()
-        for number, note in enumerate(outgoing.letter.parcels):
-            _put(folder / note.sha256, outgoing.parcel(number))
+        for each in outgoing:
+            for number, note in enumerate(each.letter.parcels):
+                _put(folder / note.sha256, each.parcel(number))
+                parcels[note.sha256] = note.bytes
         # Last: without it there is no answer.
-        value = {"task": task, "seconds": seconds, "letter": outgoing.letter.model_dump()}
-        write_json(folder / "letter.json", value)
+        write_json(folder / "letter.json", {**values, "task": task, "parcels": parcels})
 
     def answer(self, task: str | None = None) -> dict[str, Any] | None:
-        """Letter and seconds of the answer that is kept; None: it is of another task, or none that
-        is whole."""
+        """The values of the answer that is kept; None: it is of another task, or none that is
+        whole."""
         path = self.folder / "answer" / "letter.json"
         if not path.exists():
             return None
         try:
             value: dict[str, Any] = read_json(path)
-            notes = letter_of(value["letter"]).parcels
-        except (CheckpointError, MessageError, KeyError, TypeError):
+            whole = all(self._answered(*note) for note in value["parcels"].items())
+        except (CheckpointError, KeyError, TypeError, AttributeError):
             return None  # damaged: it can be trained for again
-        whole = all(self._answered(note.sha256, note.bytes) for note in notes)
         return value if whole and task in (None, value["task"]) else None
 
     def answered(self, name: str) -> bytes | None:
@@ -88,15 +102,23 @@ class Spool:
 
     # What the client remembers, after each round that it answered.
 
-    def remember(self, begun: int | None, round: int, memory: Memory, every: int = 1) -> None:
+    def remember(
+        self,
+        begun: int | None,
+        round: int,
+        memory: Memory,
+        every: int = 1,
+        keeps: int | None = None,
+    ) -> None:
         """Keep a round's memory, and those that the server may ask for yet.
 
         That is the one that this round began with, since the server may not have heard of it; and
         what the server knew at its last checkpoint, of which there is one `every` so many rounds.
+        `keeps` is one that an edge may ask for.
         """
         write_atomic(self._memory(round), pack({"round": round}, {"memory": memory}))
         saved = round // every * every  # the first round after the last checkpoint
-        kept = {begun, round}
+        kept = {begun, round, keeps}
         if begun is not None and begun >= saved:
             # Only one is left of before: the round that was begun with it removed the others.
             kept.add(max((each for each in self._rounds() if each < saved), default=None))

@@ -14,31 +14,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tesserafl.core.coverage import Coverage
-from tesserafl.core.errors import ConfigError
-from tesserafl.core.messages import Client, Task
+from tesserafl.core.messages import Client
 from tesserafl.core.method import State
-from tesserafl.core.model import Model
 from tesserafl.core.params import Params, num_bytes
-from tesserafl.core.schedule import Periods, Report, Seen, Situation, Sketch
+from tesserafl.core.schedule import Periods, Report, Situation, Sketch
+from tesserafl.engines.compression import as_sent
 from tesserafl.engines.federation import Folded, Star
 from tesserafl.engines.fleet import CLOUD, Edge, Fleet
 from tesserafl.engines.seam import Engine
-from tesserafl.engines.sums import Covered, Sums, sums_of
+from tesserafl.engines.sums import Sums, sums_of
+from tesserafl.run.averages import Schedule, Several, decided, numbered, report_of, turns
 from tesserafl.run.costs import CostTable
 from tesserafl.run.flights import Flight, fly
 from tesserafl.run.job import Job
 from tesserafl.run.roster import deserted
 from tesserafl.run.rounds import Notes, check_answered, count, training_of
 from tesserafl.run.setup import Setup
-
-MOST_ROUNDS = 1000
-"""Averages of an edge in a round of the node above are fewer."""
-Schedule = Callable[[Model, State, Situation], Mapping[str, Periods]]
-"""Decides on the periods of a round of the cloud."""
 
 
 @dataclass(kw_only=True)
@@ -108,7 +103,7 @@ class Tree:
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Params]) -> None:
         """Go on from a checkpoint."""
         self.now, self.accuracy = values["now"], values["accuracy"]
-        self.reports = {edge: _report_of(report) for edge, report in values["reports"].items()}
+        self.reports = {edge: report_of(report) for edge, report in values["reports"].items()}
 
     def _periods(self, state: State, cohort: Mapping[int, Client]) -> Mapping[str, Periods]:
         if self.schedule is None:
@@ -127,14 +122,7 @@ class Tree:
             edges={edge: clients for edge, clients in below.items() if clients},
             reports=self.reports,
         )
-        periods = self.schedule(self.setup.model, state, situation)
-        for edge, each in periods.items():
-            if not 1 <= each.rounds < MOST_ROUNDS or min(each.steps.values(), default=1) < 1:
-                raise ConfigError(
-                    f"edge {edge!r}: periods are positive, and an edge averages fewer than "
-                    f"{MOST_ROUNDS} times in a round; the schedule says {each}"
-                )
-        return periods
+        return decided(self.schedule, self.setup.model, state, situation)
 
     def _average(
         self, node: str, state: State, start: float, number: int, job: Job
@@ -202,16 +190,17 @@ class Tree:
         Returns when it is there.
         """
         begin = now = start + edge.link.seconds_down(num_bytes(state.params))
-        model, covered, before = state, Covered(), len(job.flights)
-        for turn in range(job.rounds(edge)):
-            total, now = self._average(edge.name, model, now, number * MOST_ROUNDS + turn, job)
-            model = replace(total.finish(model), round=state.round)
-            covered |= total.reported()
+        several, before = Several(model=state), len(job.flights)
+        for turn in turns(job.rounds(edge), number):
+            total, now = self._average(edge.name, several.model, now, turn, job)
+            several.average(total)
+        model = several.model
         if self.sketch is not None:
             job.models[edge.name] = self.sketch.model(model.params)
         heard = {flight.client for flight in job.flights[before:] if flight.answered}
         if heard:
-            above.add_change(state, model, covered, [job.cohort[c] for c in sorted(heard)])
+            clients = [job.cohort[c] for c in sorted(heard)]
+            above.add_change(state, model, several.covered, clients)
         size = num_bytes(model.params)
         self._took(edge, job, state, begin, now, size)
         return now + edge.link.seconds_up(size)
@@ -233,21 +222,14 @@ class Tree:
         number: int,
         job: Job,
     ) -> Iterator[Flight]:
-        method, model = self.setup.experiment.method, self.setup.model
-        training = training_of(self.setup, self.federation)
-
-        def tasks() -> Iterator[Task]:
-            for task in method.configure(model, state, clients, training):
-                own = task.training
-                if task.client.id in job.steps:
-                    own = replace(own, steps=job.steps[task.client.id])
-                # In a star, and where edges hand on, a round has its own number.
-                round = state.round if number == 1 else state.round + number * state.rounds
-                yield replace(task, round=round, training=own)
-
+        method, training = self.setup.experiment.method, training_of(self.setup, self.federation)
+        tasks = method.configure(self.setup.model, state, clients, training)
+        compression = self.setup.experiment.compression
+        tasks = numbered(tasks, state, job.steps, number)
+        tasks = (as_sent(task, compression) for task in tasks)
         begin = {client.id: starts[self.fleet.homes[client.id]] for client in clients}
         large = state.params
-        return fly(self.setup, self.engine, self.fleet, tasks(), begin, large, self.costs)
+        return fly(self.setup, self.engine, self.fleet, tasks, begin, large, self.costs)
 
     def _note(self, job: Job, begin: float, notes: Notes) -> None:
         """The round's rows; between its works, and until the round ends, a device waits."""
@@ -267,9 +249,3 @@ class Tree:
         if job.periods:
             notes.periods = {edge: asdict(each) for edge, each in job.periods.items()}
         notes.folded = Folded(traffic=notes.traffic)
-
-
-def _report_of(values: Mapping[str, Any]) -> Report:
-    """From plain values, which have lists where we have tuples."""
-    devices = tuple(Seen(**{**s, "sketch": tuple(s["sketch"])}) for s in values["devices"])
-    return Report(**{**values, "devices": devices, "sketch": tuple(values["sketch"])})

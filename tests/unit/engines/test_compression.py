@@ -14,7 +14,15 @@ from tesserafl.core.errors import ConfigError, UpdateError
 from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Memory, Task, Update, Wanted
 from tesserafl.core.submodel import Index, SubModel, View
-from tesserafl.engines.compression import CompressionSettings, answer_bytes, apart, compressed
+from tesserafl.core.wire import decode_task, encode_task
+from tesserafl.engines.compression import (
+    CompressionSettings,
+    answer_bytes,
+    apart,
+    as_sent,
+    compressed,
+    task_bytes,
+)
 from tesserafl.methods import METHODS, FedAsync, FedAvg, FLoRA, Local
 
 WHOLE = (slice(0, 4), slice(0, 3))
@@ -149,7 +157,53 @@ def test_bytes_are_known_before_anything_is_sent() -> None:
     assert answer_bytes(one, CompressionSettings(deltas="bfloat16")) == 8 + 12
 
 
+def task_of(params: dict[str, torch.Tensor], **more: Any) -> Task:
+    views = {name: View(name, tuple(slice(0, n) for n in t.shape)) for name, t in params.items()}
+    return Task(
+        round=0,
+        client=Client(id=0, num_examples=4),
+        submodel=SubModel({"n": 1}, views),
+        params=params,
+        training=Training(),
+        **more,
+    )
+
+
+def test_what_goes_down_is_what_the_client_begins_with() -> None:
+    """Rounded, in half the bytes, and the same after it was sent."""
+    draw = seeds.generator(0, "compression")
+    params = {"w": torch.randn(40, 30, generator=draw), "half": torch.ones(2, dtype=torch.bfloat16)}
+    extra = {"e": torch.tensor([1.0 + 2**-20])}
+    settings = CompressionSettings(params="bfloat16")
+    given = task_of(params, extra=extra)
+    task = as_sent(given, settings)
+    assert torch.equal(task.params["w"], params["w"].bfloat16().float())
+    assert not torch.equal(task.params["w"], params["w"])
+    assert task.params["half"] is params["half"] and task.extra["e"] is extra["e"]
+    assert given.num_bytes == 4 * 1200 + 2 * 2 + 4
+    assert task.num_bytes == 2 * 1200 + 2 * 2 + 4
+    assert task_bytes(given, settings) == task.num_bytes
+    assert task_bytes(given, CompressionSettings()) == given.num_bytes
+    message = encode_task(task, {})
+    assert len(message) < len(encode_task(given, {})) - 2000
+    found, _ = decode_task(message)
+    assert found.num_bytes == task.num_bytes
+    for name, tensor in task.params.items():
+        assert torch.equal(found.params[name], tensor)
+        assert found.params[name].dtype == params[name].dtype
+
+
+def test_what_goes_down_exactly_is_not_rounded() -> None:
+    given = task_of({"w": torch.rand(4, 3)}, wanted=Wanted(exact=True))
+    assert as_sent(given, CompressionSettings(params="bfloat16")) is given
+    given = task_of({"w": torch.rand(4, 3)})
+    assert as_sent(given, CompressionSettings(deltas="int8")) is given
+
+
 def test_what_cannot_be_compressed_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"peers have none: set compression\.params to none"):
+        CompressionSettings(params="bfloat16").check(FedAvg(), "peers")
+    CompressionSettings(params="bfloat16").check(FedAsync(), "star")
     settings = CompressionSettings(deltas="topk")
     for method in (FedAsync(), Local()):
         with pytest.raises(ConfigError, match="sends none"):

@@ -13,7 +13,7 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install 'tesser
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
 
 from tesserafl.core.errors import MessageError
-from tesserafl.engines.attendance import Undelivered
+from tesserafl.engines.attendance import Disowned, Undelivered
 from tesserafl.engines.flower import client
 from tesserafl.engines.flower import post as flower_post
 from tesserafl.engines.flower.post import FlowerPost
@@ -74,6 +74,7 @@ class Grid:
 
     replies: list[Any] = field(default_factory=list)
     fails: int = 0
+    error: Exception = field(default_factory=lambda: OSError("database is locked"))
     sent: list[Sent] = field(default_factory=list)
     names: list[str | None] = field(default_factory=lambda: ["first"])
 
@@ -93,7 +94,7 @@ class Grid:
     def _try(self):
         self.fails -= 1
         if self.fails >= 0:
-            raise OSError("database is locked")
+            raise self.error
 
 
 def reply(name, *, code=None, content=None):
@@ -154,6 +155,18 @@ def test_a_grid_that_does_not_answer_is_asked_again_for_a_minute(call):
     assert waits == [0.5, 1, 2, 4, 8, 16, 32]
     with pytest.raises(OSError, match="locked"):
         getattr(post(Grid(fails=8)), call)(*arguments)
+
+
+def test_a_process_that_flower_has_given_up_asks_no_more():
+    """Its token is not good any more; it would not become good by asking."""
+
+    class Refused(Exception):
+        response = SimpleNamespace(status_code=401)
+
+    waits: list[float] = []
+    with pytest.raises(Disowned, match="Flower refuses this process"):
+        post(Grid(fails=1, error=Refused()), waits).pull(["m"])
+    assert waits == []
 
 
 def test_the_client_app_says_who_is_missing(tmp_path):

@@ -252,6 +252,7 @@ def test_a_cohort_trains_against_references_to_another_result_than_without() -> 
         assert not torch.allclose(left.params["layers.0.weight"], right.params["layers.0.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in itself
 def test_a_compiled_cohort_reads_references_too() -> None:
     model = MLP(hidden=(8,)).build_model(VECTORS)

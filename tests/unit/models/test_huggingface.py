@@ -213,7 +213,14 @@ FULL = {
 }
 
 
-@pytest.mark.parametrize("family", FULL)
+SLOW = {"bert", "vit"}
+"""Of these names and layouts are tested with tiny models too, as those of the others are."""
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FULL],
+)
 def test_real_sizes_are_probed_without_their_memory(family):
     options, spec, entries = FULL[family]
     model = HuggingFace(config=family, options=options).build_model(spec)

@@ -11,6 +11,8 @@ from rich.console import Console
 from tesserafl.core.errors import CheckpointError
 from tesserafl.run.compare import compare
 
+pytestmark = pytest.mark.usefixtures("figures")
+
 DATA = {
     "source": "digits",
     "path": None,

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
-from devices_at_hand import PostAtHand, parts, prepare_once
+from devices_at_hand import PostAtHand, experiment_for_four, parts, prepare_once, remote_at_hand
 
 from tesserafl.core.errors import CheckpointError, ConfigError, UpdateError
 from tesserafl.data import DataSettings
-from tesserafl.engines.attendance import Undelivered
+from tesserafl.engines.attendance import Disowned, Undelivered
 from tesserafl.engines.fleet import FleetSettings
-from tesserafl.engines.network import NetworkSettings
 from tesserafl.engines.remote import Remote
 from tesserafl.methods import FedAvg, FedBRB, FedRolex
-from tesserafl.models import MLP
+from tesserafl.run import deployed
+from tesserafl.run.begin import first_federation
 from tesserafl.run.deployed import Deployment, begin, serve_over
-from tesserafl.run.experiment import EngineSettings, Experiment
 from tesserafl.run.runner import start
+from tesserafl.run.setup import prepare
 
 ALL = range(4)
 
@@ -26,19 +27,6 @@ ALL = range(4)
 @pytest.fixture(autouse=True)
 def _prepared_once(monkeypatch):
     prepare_once(monkeypatch)
-
-
-def _experiment(**changes):
-    settings = {
-        "data": DataSettings(num_clients=4, max_train=120, max_test=50),
-        "model": MLP(hidden=(16, 16)),
-        "method": FedBRB(ratio=(0.25, 0.5)),
-        "engine": EngineSettings(batching="sequential"),
-        "rounds": 3,
-        "clients_per_round": 4,
-        "checkpoint_every": 1,
-    }
-    return Experiment(**(settings | changes))
 
 
 def _served(tmp_path, experiment, post=None, watch=lambda _: None, **deployment):
@@ -50,7 +38,7 @@ def _served(tmp_path, experiment, post=None, watch=lambda _: None, **deployment)
 
 @pytest.mark.parametrize("method", [FedAvg(), FedBRB(ratio=(0.25, 0.5)), FedRolex(ratio=(0.5,))])
 def test_devices_elsewhere_give_the_bits_of_this_process(tmp_path, method):
-    experiment = _experiment(method=method)
+    experiment = experiment_for_four(method=method)
     here = start(experiment, tmp_path / "here")
     served, _ = _served(tmp_path, experiment)
     assert served["state_sha256"] == here["state_sha256"]
@@ -59,7 +47,7 @@ def test_devices_elsewhere_give_the_bits_of_this_process(tmp_path, method):
 
 
 def test_small_messages_give_the_same_bits(tmp_path):
-    experiment = _experiment(method=FedAvg())
+    experiment = experiment_for_four()
     here = start(experiment, tmp_path / "here")
     served, post = _served(tmp_path, experiment, message_bytes=4000)
     assert served["state_sha256"] == here["state_sha256"]
@@ -70,7 +58,7 @@ def test_small_messages_give_the_same_bits(tmp_path):
 
 def test_parcels_that_a_device_has_are_not_sent_again(tmp_path):
     """In the second round only what changed: the device lost nothing of the first."""
-    experiment = _experiment(method=FedAvg(), rounds=1)
+    experiment = experiment_for_four(rounds=1)
     lost = []
 
     def loses_the_first_work(node, order):
@@ -99,7 +87,7 @@ def test_a_device_that_fails_changes_only_who_took_part(tmp_path):
             return Undelivered(left.pop(0), "as a test wants it")
         return None
 
-    experiment = _experiment(method=FedAvg(), rounds=4)
+    experiment = experiment_for_four(rounds=4)
     post = PostAtHand(residents=parts(tmp_path / "devices", ALL), loss=fails)
     served, _ = _served(tmp_path, experiment, post)
     lines = (tmp_path / "served/events.jsonl").read_text().splitlines()
@@ -126,7 +114,7 @@ def test_a_device_that_comes_late_takes_part_from_then_on(tmp_path):
             if len(rounds) == 2:
                 post.away.clear()
 
-    experiment = _experiment(method=FedAvg(), rounds=5)
+    experiment = experiment_for_four(rounds=5)
     begin(experiment, Deployment(devices=3), tmp_path / "served")
 
     def at_once(remote: Remote) -> None:  # looks at who is there with every task
@@ -139,7 +127,7 @@ def test_a_device_that_comes_late_takes_part_from_then_on(tmp_path):
 
 def test_a_server_that_is_cut_off_goes_on_with_the_same_bits(tmp_path):
     """Devices have done a round that the server never heard of; it asks for it again."""
-    experiment = _experiment(method=FedBRB(ratio=(0.25, 0.5)), rounds=5)
+    experiment = experiment_for_four(method=FedBRB(ratio=(0.25, 0.5)), rounds=5)
     here = start(experiment, tmp_path / "here")
     post = PostAtHand(residents=parts(tmp_path / "devices", ALL))
 
@@ -159,36 +147,24 @@ def test_a_server_that_is_cut_off_goes_on_with_the_same_bits(tmp_path):
     assert summary["state_sha256"] == here["state_sha256"]
 
 
-def test_devices_that_start_anew_go_on_from_their_disks(tmp_path):
-    experiment = _experiment(method=FedAvg(), training=replace(_experiment().training, epochs=1))
+@pytest.mark.parametrize(
+    ("disks", "greetings"), [("devices", 4), ("others", 8)], ids=["their disks", "disks lost"]
+)
+def test_devices_that_start_anew_go_on(tmp_path, disks, greetings):
+    """From their disks; those that lost them are greeted again."""
+    experiment = experiment_for_four()
     here = start(experiment, tmp_path / "here")
     residents = parts(tmp_path / "devices", ALL)
     post = PostAtHand(residents=residents)
 
     def listen(event):
         if event["kind"] == "round" and event["round"] == 2:
-            residents.update(parts(tmp_path / "devices", ALL))
+            residents.update(parts(tmp_path / disks, ALL))
 
     begin(experiment, Deployment(devices=4), tmp_path / "served")
     summary = serve_over(post, tmp_path / "served", listen)
     assert summary["state_sha256"] == here["state_sha256"]
-    assert [kind for _, kind, _ in post.log].count("hello") == 4
-
-
-def test_devices_that_lost_their_disks_are_greeted_again(tmp_path):
-    experiment = _experiment(method=FedAvg())
-    here = start(experiment, tmp_path / "here")
-    residents = parts(tmp_path / "devices", ALL)
-    post = PostAtHand(residents=residents)
-
-    def listen(event):
-        if event["kind"] == "round" and event["round"] == 2:
-            residents.update(parts(tmp_path / "other disks", ALL))
-
-    begin(experiment, Deployment(devices=4), tmp_path / "served")
-    summary = serve_over(post, tmp_path / "served", listen)
-    assert summary["state_sha256"] == here["state_sha256"]
-    assert [kind for _, kind, _ in post.log].count("hello") == 8
+    assert [kind for _, kind, _ in post.log].count("hello") == greetings
 
 
 def test_a_round_waits_for_a_device_that_it_asks(tmp_path):
@@ -206,7 +182,7 @@ def test_a_round_waits_for_a_device_that_it_asks(tmp_path):
             rounds.append((event["answered"], len(looks)))
 
     post.nodes = nodes
-    begin(_experiment(method=FedAvg()), Deployment(devices=4), tmp_path / "served")
+    begin(experiment_for_four(), Deployment(devices=4), tmp_path / "served")
 
     def at_once(remote: Remote) -> None:
         remote.clock, remote.pause = iter(range(10**6)).__next__, lambda _: None
@@ -231,7 +207,7 @@ def test_a_device_has_one_seat(tmp_path):
     def at_once(remote: Remote) -> None:
         remote.clock, remote.pause = iter(range(10**6)).__next__, lambda _: None
 
-    begin(_experiment(method=FedAvg(), rounds=6), Deployment(devices=4), tmp_path / "served")
+    begin(experiment_for_four(rounds=6), Deployment(devices=4), tmp_path / "served")
     serve_over(post, tmp_path / "served", listen, at_once)
     guests = (tmp_path / "served/guests.jsonl").read_text().splitlines()
     assert json.loads(guests[-1]) == {
@@ -244,17 +220,58 @@ def test_a_device_has_one_seat(tmp_path):
     assert {f["client"]: f["reason"] for f in last["failures"]} == {0: "offline", 1: "offline"}
 
 
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ConfigError("no device has joined"), "no device has joined"),
+        (
+            RuntimeError("a fault"),
+            r"process failed: RuntimeError\('a fault'\).*To go on: tessera resume",
+        ),
+        (Disowned("by Flower"), None),
+        (SystemExit(1), None),
+    ],
+)
+def test_who_serves_hears_why_a_run_ended(tmp_path, monkeypatch, error, text):
+    """Of a process that Flower ended it hears nothing: the run may be begun again."""
+
+    def fails(*_):
+        assert (tmp_path / deployed.AT_WORK).exists()
+        raise error
+
+    monkeypatch.setattr(deployed, "serve_over", fails)
+    monkeypatch.setattr(deployed, "die_with_parent", lambda _: None)
+    with pytest.raises(type(error)):
+        deployed.serve_noted(PostAtHand(residents={}), tmp_path)
+    assert not (tmp_path / deployed.AT_WORK).exists()
+    told = tmp_path / "error.json"
+    assert told.exists() == (text is not None)
+    if text is not None:
+        assert re.search(text, json.loads(told.read_text())["text"], re.DOTALL)
+
+
 def test_what_devices_cannot_run_is_refused_before_a_folder_is_made(tmp_path):
     for changes, text in (
         ({"fleet": FleetSettings(profiles=("phone",))}, "leave it away"),
-        ({"network": NetworkSettings(topology="peers")}, "set network.topology to 'star'"),
         ({"finetune_epochs": 1, "data": DataSettings(num_clients=4, test=0.2)}, "set it to 0"),
     ):
         with pytest.raises(ConfigError, match=text):
-            begin(_experiment(**changes), Deployment(devices=4), tmp_path / "served")
+            begin(experiment_for_four(**changes), Deployment(devices=4), tmp_path / "served")
     with pytest.raises(ConfigError, match="deals out 4 parts"):
-        begin(_experiment(), Deployment(devices=5), tmp_path / "served")
+        begin(experiment_for_four(), Deployment(devices=5), tmp_path / "served")
     assert not (tmp_path / "served").exists()
-    begin(_experiment(), Deployment(devices=4), tmp_path / "served")
+    begin(experiment_for_four(), Deployment(devices=4), tmp_path / "served")
     with pytest.raises(CheckpointError, match="is not empty"):
-        begin(_experiment(), Deployment(devices=4), tmp_path / "served")
+        begin(experiment_for_four(), Deployment(devices=4), tmp_path / "served")
+
+
+def test_no_errand_lasts_longer_than_who_asks_has(tmp_path):
+    """Of an edge, whose cloud waits for all of its devices together."""
+    setup = prepare(experiment_for_four())
+    remote = remote_at_hand(setup, tmp_path)
+    remote.post.at_once = 0  # no answer is ever found
+    remote.until = remote.clock() + 0.1
+    tasks = first_federation(setup).tasks(setup.clients[:1], setup.experiment.training)
+    remote.submit(list(tasks))
+    (failed,) = remote.poll()
+    assert failed.reason == "expired"

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import pyarrow as pa
 import pytest
 from devices_at_hand import prepare_once
+from own_data import write
 from pyarrow import parquet
 
 from tesserafl.core.errors import ConfigError, DataError, MessageError, TesseraError
@@ -16,16 +17,6 @@ from tesserafl.models import MLP
 from tesserafl.run.experiment import EngineSettings, Experiment, to_json
 from tesserafl.run.holding import Local, hold
 from tesserafl.run.setup import prepare
-
-
-def write(folder, labels, shape=(6, 6), column="image"):
-    """A folder of images, each with a label."""
-    image = [[[7 * label for _ in range(shape[1])] for _ in range(shape[0])] for label in range(9)]
-    rows = {column: [image[number % 9] for number in range(len(labels))], "label": labels}
-    folder.mkdir()
-    parquet.write_table(pa.table(rows), folder / "train.parquet")
-    return folder
-
 
 CLASSES = ["ant", "bee", "cat"]
 

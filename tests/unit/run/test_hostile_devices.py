@@ -153,6 +153,22 @@ def instead(hostile: Hostile, order: Order, honest: Envelope) -> Envelope:
     return sealed(Parcels(), {FOREIGN: b"x"}) if order.kind == "fetch" else honest
 
 
+def besides(hostile: Hostile, order: Order, honest: Envelope) -> Envelope:
+    """What was asked for, and more, which nobody would read."""
+    if not isinstance(reply_of(honest), Answer):
+        return honest
+    return Envelope(head=honest.head, parcels={**honest.parcels, FOREIGN: b"x"})
+
+
+def smuggled(hostile: Hostile, order: Order, honest: Envelope) -> Envelope:
+    return sealed(Missing(parcels=[]), {FOREIGN: b"x"})
+
+
+def wordy(hostile: Hostile, order: Order, honest: Envelope) -> Envelope:
+    """JSON that is many times as large when it is read."""
+    return changed(honest, lambda v: v["header"].update(metrics=[[]] * (1 << 19)))
+
+
 def huge(hostile: Hostile, order: Order, honest: Envelope) -> Envelope:
     """A terabyte in one tensor."""
     return changed(honest, lambda v: v["entries"][0].update(shape=[1 << 38]))
@@ -233,7 +249,10 @@ ATTACKS: dict[Attack, str] = {
     torn: "head is wrong",
     flipped: "send it again",
     unasked: "answers nothing",
-    instead: "do not come",
+    instead: "parcels of no answer",
+    besides: "parcels of no answer",
+    smuggled: "sent parcels with its",
+    wordy: "a message's head has",
     huge: "claims",
     endless: "answer to its task has",
     of_another: "answered for client 1",

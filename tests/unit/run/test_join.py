@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,22 @@ def test_the_socket_answers_its_owner_and_outlives_bad_callers(tmp_path):
         resident.answer = answer
         assert reply_of(asked(path, sealed(Bye(run=RUN)))) == Missing(parcels=[])
         assert resident.over
+
+
+def test_who_hands_an_order_over_does_not_keep_it():
+    """Its parcels would take the device's memory while it trains."""
+    kept = []
+
+    class Forgetful:
+        def answer(self, envelope):
+            seen = weakref.ref(envelope)
+            del envelope
+            kept.append(seen())
+            return sealed(Stranger())
+
+    with listening(Forgetful()) as path:
+        assert reply_of(asked(path, sealed(Offer(run=RUN, parcels=[])))) == Stranger()
+    assert kept == [None]
     assert not path.exists()
 
 

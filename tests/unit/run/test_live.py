@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from devices_at_hand import PostAtHand, parts, prepare_once
+from devices_at_hand import PostAtHand, experiment_for_four, parts, prepare_once
 
 from tesserafl.core.errors import ConfigError
 from tesserafl.data import DataSettings
 from tesserafl.engines.attendance import Undelivered
 from tesserafl.engines.orders import Work
-from tesserafl.methods import FedAvg, FedBRB
-from tesserafl.models import MLP
+from tesserafl.methods import FedBRB
 from tesserafl.run.deployed import Deployment, begin, serve_over
-from tesserafl.run.experiment import EngineSettings, Experiment
 from tesserafl.run.live import Waiting
 from tesserafl.run.runner import start
 
@@ -22,19 +20,6 @@ from tesserafl.run.runner import start
 @pytest.fixture(autouse=True)
 def _prepared_once(monkeypatch):
     prepare_once(monkeypatch)
-
-
-def _experiment(**changes):
-    settings = {
-        "data": DataSettings(num_clients=4, max_train=120, max_test=50),
-        "model": MLP(hidden=(12, 12)),
-        "method": FedAvg(),
-        "engine": EngineSettings(batching="sequential"),
-        "rounds": 3,
-        "clients_per_round": 4,
-        "checkpoint_every": 1,
-    }
-    return Experiment(**(settings | changes))
 
 
 class Slow(PostAtHand):
@@ -75,7 +60,7 @@ def _answered(rounds):
 
 
 def test_a_quorum_of_all_gives_the_bits_of_a_synchronous_run(tmp_path):
-    experiment = _experiment(method=FedBRB(ratio=(0.5,)))
+    experiment = experiment_for_four(method=FedBRB(ratio=(0.5,)))
     here = start(experiment, tmp_path / "here")
     post = PostAtHand(residents=parts(tmp_path / "devices", range(4)))
     served, rounds = _served(tmp_path, experiment, post, Waiting(round_seconds=1e6))
@@ -90,7 +75,7 @@ def test_at_a_quorum_a_round_ends_and_who_is_late_counts_later(tmp_path):
     def listen(event):
         post.free = event["kind"] == "round" and event["round"] >= 2
 
-    served, rounds = _served(tmp_path, _experiment(), post, Waiting(quorum=0.75), listen)
+    served, rounds = _served(tmp_path, experiment_for_four(), post, Waiting(quorum=0.75), listen)
     answered = _answered(rounds)
     assert answered[:2] == [[(0, 0), (1, 0), (2, 0)]] * 2
     assert (3, 2) in answered[2]
@@ -105,21 +90,21 @@ def test_who_is_late_may_be_refused(tmp_path):
         post.free = event["kind"] == "round" and event["round"] >= 2
 
     waiting = Waiting(quorum=0.75, late="refuse")
-    _, rounds = _served(tmp_path, _experiment(), post, waiting, listen)
+    _, rounds = _served(tmp_path, experiment_for_four(), post, waiting, listen)
     assert all(staleness == 0 for row in _answered(rounds) for _, staleness in row)
     assert [(f["client"], f["reason"]) for f in rounds[2]["failures"]] == [(3, "expired")]
 
 
 def test_at_its_deadline_a_round_ends_with_what_it_has(tmp_path):
     post = Slow(residents=parts(tmp_path / "devices", range(4)))
-    _, rounds = _served(tmp_path, _experiment(), post, Waiting(round_seconds=60.0))
+    _, rounds = _served(tmp_path, experiment_for_four(), post, Waiting(round_seconds=60.0))
     assert [[c for c, _ in row] for row in _answered(rounds)] == [[0, 1, 2]] * 3
 
 
 def test_a_task_that_expires_frees_its_device_for_the_next(tmp_path):
     post = Slow(residents=parts(tmp_path / "devices", range(4)))
     waiting = Waiting(quorum=0.5)
-    _, rounds = _served(tmp_path, _experiment(rounds=30), post, waiting, task_seconds=5.0)
+    _, rounds = _served(tmp_path, experiment_for_four(rounds=30), post, waiting, task_seconds=5.0)
     failed = [(f["client"], f["reason"]) for event in rounds for f in event["failures"]]
     assert failed.count((3, "expired")) >= 2  # asked again after the first
 
@@ -127,7 +112,7 @@ def test_a_task_that_expires_frees_its_device_for_the_next(tmp_path):
 def test_a_round_may_begin_with_an_answer_that_is_late(tmp_path):
     """All devices are late: nobody can be asked before one of them has answered."""
     post = Slow(residents=parts(tmp_path / "devices", [3]), away=set())
-    experiment = _experiment(
+    experiment = experiment_for_four(
         data=DataSettings(num_clients=4, max_train=120, max_test=50), clients_per_round=1
     )
     folder = tmp_path / "served"
@@ -152,7 +137,7 @@ def test_a_round_may_begin_with_an_answer_that_is_late(tmp_path):
 
 def test_more_are_asked_than_a_round_needs(tmp_path):
     post = PostAtHand(residents=parts(tmp_path / "devices", range(4)))
-    experiment = _experiment(clients_per_round=2)
+    experiment = experiment_for_four(clients_per_round=2)
     waiting = Waiting(over_selection=0.5)
     _served(tmp_path, experiment, post, waiting)
     asked = [node for node, kind, _ in post.log if kind == "work"]
@@ -169,7 +154,9 @@ def test_rounds_wait_for_a_device_that_can_be_asked(tmp_path):
         return {} if 10 < len(looks) < 20 else there
 
     post.nodes = nodes
-    served, rounds = _served(tmp_path, _experiment(rounds=6), post, Waiting(round_seconds=30.0))
+    served, rounds = _served(
+        tmp_path, experiment_for_four(rounds=6), post, Waiting(round_seconds=30.0)
+    )
     assert len(looks) > 20
     assert served["rounds"] == 6 and all(event["answered"] for event in rounds)
 
@@ -177,17 +164,17 @@ def test_rounds_wait_for_a_device_that_can_be_asked(tmp_path):
 def test_who_answers_is_all_that_changes_the_bits(tmp_path):
     """The same three in each round: whether the fourth was late or lost is the same."""
     post = Slow(residents=parts(tmp_path / "devices", range(4)))
-    late, _ = _served(tmp_path, _experiment(), post, Waiting(quorum=0.75))
+    late, _ = _served(tmp_path, experiment_for_four(), post, Waiting(quorum=0.75))
 
     def lost(node, order):
         is_work = isinstance(order, Work) and node == 103
         return Undelivered("crashed", "as a test wants it") if is_work else None
 
     post = PostAtHand(residents=parts(tmp_path / "others", range(3)))
-    begin(_experiment(), Deployment(devices=3), tmp_path / "three")
+    begin(experiment_for_four(), Deployment(devices=3), tmp_path / "three")
     three = serve_over(post, tmp_path / "three")
     post = PostAtHand(residents=parts(tmp_path / "more", range(4)), loss=lost)
-    begin(_experiment(), Deployment(devices=4), tmp_path / "four")
+    begin(experiment_for_four(), Deployment(devices=4), tmp_path / "four")
     four = serve_over(post, tmp_path / "four")
     assert three["state_sha256"] == four["state_sha256"]
     assert late["accuracy"] == three["accuracy"]
@@ -203,7 +190,7 @@ def test_what_makes_no_sense_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=text):
             Waiting(**values)
     begin(
-        _experiment(dropout=0.1),
+        experiment_for_four(dropout=0.1),
         Deployment(devices=4, waiting=Waiting(quorum=0.5)),
         tmp_path / "dropout",
     )

@@ -45,6 +45,21 @@ def test_nothing_can_be_written_into_the_configuration() -> None:
     for size in (0, 5, 1025):
         with pytest.raises(ConfigError, match="max_body_mib"):
             render(FILES, Path("/r"), ProxySettings(max_body_mib=size))
+    with pytest.raises(ConfigError, match="message_mib must be positive"):
+        render(FILES, Path("/r"), ProxySettings(message_mib=0.0))
+
+
+def test_larger_messages_have_longer_lists_of_parts() -> None:
+    def bound(mib: float) -> int:
+        found = re.search(
+            r"\(\?:push-messages\)\$ \{\s*client_max_body_size (\d+);",
+            render(FILES, Path("/r"), ProxySettings(message_mib=mib)),
+        )
+        assert found is not None
+        return int(found[1])
+
+    assert bound(32.0) == 1024 + 96 * (7 + 12)
+    assert bound(0.001) < bound(32.0) < bound(500.0) == 1024 + 96 * (100 + 12)
 
 
 def test_the_open_paths_are_those_that_a_device_of_flower_calls() -> None:

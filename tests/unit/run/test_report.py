@@ -16,6 +16,8 @@ from tesserafl.run.page import svg_of
 from tesserafl.run.plots import Line, Panel, graph_figure, human, panels_figure, partition_figure
 from tesserafl.run.report import write_partition, write_report
 
+pytestmark = pytest.mark.usefixtures("figures")
+
 CONFIG = {
     "data": {
         "source": "digits",

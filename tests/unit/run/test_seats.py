@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 
@@ -83,3 +84,30 @@ def test_without_a_device_there_is_no_run(tmp_path):
     with pytest.raises(ConfigError, match="tessera join"):
         seats(tmp_path, parts=True).settle()
     assert not (tmp_path / "devices.json").exists()
+
+
+def test_who_lacks_memory_has_no_seat_and_takes_none(tmp_path):
+    """Here the odd numbers are dealt more than device b has, and all more than device c has."""
+    found = seats(tmp_path, parts=False, number=4)
+    found.deals = 2
+    found.lacks = lambda number, profile: (
+        "too little" if profile.name == "c" or (profile.name == "b" and number % 2) else None
+    )
+    given = {name: found.seat("", device(name)) for name in "cbad"}
+    assert given == {"c": "too little", "b": 0, "a": 1, "d": 2}
+    assert found.short == {"c": "too little"}
+    assert found.settle() == {1: 0, 0: "too little", 2: 1}
+    assert {client: found.taken[client].name for client in found.taken} == {0: "a", 1: "d"}
+    assert found.number == 2 and found.short == {"c": "too little", "b": "too little"}
+    told = (tmp_path / "guests.jsonl").read_text().splitlines()
+    assert json.loads(told[-1]) == {"device": "b", "text": "too little"}
+
+
+def test_where_all_lack_memory_there_is_no_run(tmp_path):
+    found = seats(tmp_path, parts=False)
+    found.lacks = lambda number, profile: "too little"
+    found.seat("", device("a"))
+    with pytest.raises(ConfigError, match="can take part; 'a': too little"):
+        found.settle()
+    found.lacks = lambda number, profile: None  # it came back with more
+    assert found.seat("", device("a")) == 0 and not found.short

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from tesserafl.core.errors import CheckpointError, ConfigError, TesseraError
-from tesserafl.run import serve
+from tesserafl.run import follow, serve
 from tesserafl.run.children import child, end, tail_of
-from tesserafl.run.files import write_json
+from tesserafl.run.files import alone_in, write_json
 from tesserafl.run.serve import Link, resume_serving
 
 
@@ -29,7 +29,8 @@ def programs(tmp_path, monkeypatch):
     for name in ("flower-superlink", "flwr"):
         put(name)
     monkeypatch.setattr(serve, "program", lambda name: str(tmp_path / name))
-    monkeypatch.setattr(serve, "_PAUSE", 0.01)
+    for module in (serve, follow):
+        monkeypatch.setattr(module, "_PAUSE", 0.01)
     return put
 
 
@@ -38,6 +39,7 @@ def folder(tmp_path):
     found = tmp_path / "run"
     found.mkdir()
     write_json(found / "config.json", {})
+    write_json(found / "deployment.json", {"run": "0" * 32, "deployment": {}})
     return found
 
 
@@ -92,12 +94,96 @@ def test_a_superlink_that_ends_in_the_run_tells_how_to_go_on(programs, folder):
         serve.serve(folder, Link(port=free()))
 
 
-def test_a_server_app_that_ends_without_a_word_tells_how_to_go_on(programs, folder, monkeypatch):
-    monkeypatch.setattr(serve, "_LOOK_SECONDS", 0.0)
+@pytest.fixture
+def looks_all_the_time(monkeypatch):
+    monkeypatch.setattr(follow, "_LOOK_SECONDS", 0.0)
+
+
+def counting(folder, then):
+    """A `flwr` that counts its runs into a file and then does what is given, with their number."""
+    return f"""
+book = {str(folder / "book")!r}
+if sys.argv[1] == "run":
+    open(book, "a").write("x")
+runs = len(open(book).read())
+status = "running"
+{then}
+print(json.dumps({{"success": True, "run-id": runs, "runs": [{{"status": status}}]}}))
+"""
+
+
+def test_a_run_that_is_lost_again_and_again_tells_how_to_go_on(
+    programs, folder, looks_all_the_time
+):
     programs("flower-superlink", LISTENS + "time.sleep(60)")
-    programs("flwr", STARTS.replace("STATUS", "'finished:failed'"))
-    with pytest.raises(TesseraError, match="ended as 'finished:failed'"):
+    programs("flwr", counting(folder, "status = 'finished:failed'"))
+    with pytest.raises(TesseraError, match=r"lost .* 4 times .*finished:failed") as error:
         serve.serve(folder, Link(port=free()))
+    assert str(error.value).endswith(f"To go on: tessera resume {folder}")
+    assert (folder / "book").read_text() == "xxxx"
+
+
+def test_a_run_that_flower_loses_goes_on_where_it_was(
+    programs, folder, looks_all_the_time, monkeypatch
+):
+    """Once before a round, twice after one; its process left a note that it is at work."""
+    events = folder / "events.jsonl"
+    then = f"""
+if sys.argv[1] == "run":
+    if runs in (1, 3):
+        open({str(events)!r}, "a").write(json.dumps({{"kind": "round", "round": runs}}) + "\\n")
+    open({str(folder / serve.AT_WORK)!r}, "w").write("killed")
+    if runs == 6:
+        open({str(folder / "summary.json")!r}, "w").write("{{}}")
+elif runs < 6:
+    status = "finished:failed"
+"""
+    programs("flower-superlink", LISTENS + "time.sleep(60)")
+    programs("flwr", counting(folder, then))
+    heard = []
+    monkeypatch.setattr(follow, "_BYE_SECONDS", 0.0)
+    assert serve.serve(folder, Link(port=free()), heard.append) == {}
+    assert (folder / "book").read_text() == "x" * 6
+    told = [event["text"] for event in heard if event["kind"] == "open"]
+    assert sum("goes on where it was" in text for text in told) == 5
+    assert [event["round"] for event in heard if event["kind"] == "round"] == [1, 3]
+
+
+def test_a_run_that_was_stopped_is_not_begun_again(programs, folder, looks_all_the_time):
+    programs("flower-superlink", LISTENS + "time.sleep(60)")
+    programs("flwr", counting(folder, "status = 'finished:stopped'"))
+    with pytest.raises(TesseraError, match=r"stopped by Flower's command.*\nTo go on"):
+        serve.serve(folder, Link(port=free()))
+    assert (folder / "book").read_text() == "x"
+
+
+def test_a_process_that_does_not_begin_is_told_of(
+    programs, folder, looks_all_the_time, monkeypatch
+):
+    monkeypatch.setattr(follow, "_SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(follow, "_MOST_SECONDS", 0.5)
+    programs("flower-superlink", LISTENS + "time.sleep(60)")
+    programs("flwr", counting(folder, "status = 'starting'"))
+    heard = []
+    with pytest.raises(TesseraError, match=r"has not got the run's process to work.*\nTo go on"):
+        serve.serve(folder, Link(port=free()), heard.append)
+    assert any("status: starting" in event.get("text", "") for event in heard)
+
+
+def test_a_process_that_is_given_up_and_does_not_end_is_an_error(
+    programs, folder, looks_all_the_time, monkeypatch
+):
+    monkeypatch.setattr(follow, "_END_SECONDS", 0.05)
+    programs("flower-superlink", LISTENS + "time.sleep(60)")
+    programs("flwr", counting(folder, "status = 'finished:failed'"))
+    with alone_in(folder), pytest.raises(TesseraError, match="it does not end"):
+        serve.serve(folder, Link(port=free()))
+
+
+def test_a_command_of_flowers_that_hangs_is_no_answer(programs, tmp_path, monkeypatch):
+    monkeypatch.setattr(serve, "_CALL_SECONDS", 0.05)
+    programs("flwr", "time.sleep(60)")
+    assert serve.Flower(home=tmp_path).status("7") == "unknown"
 
 
 def test_the_error_of_a_run_is_its_servers(programs, folder):
@@ -152,7 +238,7 @@ class Spoken:
 def test_a_device_may_be_registered_twice(programs, tmp_path, monkeypatch):
     spoken = Spoken()
     monkeypatch.setattr(serve.subprocess, "run", spoken)
-    serve._Flower(home=tmp_path).register("alice", tmp_path / "alice.pub")
+    serve.Flower(home=tmp_path).register("alice", tmp_path / "alice.pub")
     assert "--name" in spoken.commands[0] and "alice" in spoken.commands[0]
 
 

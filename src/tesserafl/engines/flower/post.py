@@ -12,7 +12,7 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from tesserafl.core.errors import MessageError
-from tesserafl.engines.attendance import Undelivered
+from tesserafl.engines.attendance import Disowned, Undelivered
 from tesserafl.engines.flower.records import from_record, to_record
 from tesserafl.engines.orders import Envelope
 from tesserafl.engines.seam import Reason
@@ -24,6 +24,10 @@ _REASONS: dict[int, Reason] = {1: "crashed", 2: "crashed", 3: "expired", 4: "exp
 _REASONS |= {5: "offline", 8: "crashed"}
 """Flower's error codes; all others are errors. A client app that raises (1, 2) found no resident:
 what a resident cannot do it says in its answer."""
+_REFUSED = (401, 403)
+"""HTTP's codes for a token that is not good: Flower has given this process up as lost."""
+_AT_ONCE = 8
+"""Messages that are asked for together: Flower brings all of their replies into memory."""
 _TRIES = 8
 """Of one call of the grid; the pauses between them double from half a second, so a minute."""
 
@@ -51,7 +55,13 @@ class FlowerPost:
 
     def pull(self, names: Collection[str]) -> list[tuple[str, Envelope | Undelivered]]:
         """The replies to these messages that have come by now."""
-        replies = self._patiently(lambda: list(self.grid.pull_messages(list(names))))
+        asked, found = list(names), list[tuple[str, Envelope | Undelivered]]()
+        for first in range(0, len(asked), _AT_ONCE):
+            found += self._pull(asked[first : first + _AT_ONCE])
+        return found
+
+    def _pull(self, names: list[str]) -> list[tuple[str, Envelope | Undelivered]]:
+        replies = self._patiently(lambda: list(self.grid.pull_messages(names)))
         found: list[tuple[str, Envelope | Undelivered]] = []
         for reply in replies:
             name = reply.metadata.reply_to_message_id
@@ -66,11 +76,18 @@ class FlowerPost:
         return found
 
     def _patiently(self, call: Callable[[], _Found]) -> _Found:
-        """What a call gives; a database that is locked or a link that restarts takes a moment."""
+        """What a call gives; a database that is locked or a link that restarts takes a moment.
+
+        Raises:
+            Disowned: this process is not the run's any more.
+        """
         for attempt in range(_TRIES):
             try:
                 return call()
             except Exception as error:  # of whatever kind Flower's transport raises
+                answer = getattr(error, "response", None)
+                if getattr(answer, "status_code", None) in _REFUSED:
+                    raise Disowned(f"Flower refuses this process: {error}") from error
                 if attempt == _TRIES - 1:
                     raise
                 _log.warning("Flower did not answer (%s); asking again", error)

@@ -1,0 +1,83 @@
+"""What a cloud asks of an edge beyond what it asks of a device, and who an edge says it is.
+
+    Hello   here is the experiment             -> EdgeProfile, Refusal
+    Sweep   play this round with your devices  -> Answer, Missing, Stranger, Refusal
+
+All other orders are those of devices (orders.py): parcels go to and fro in the same way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tesserafl.core.messages import Client
+from tesserafl.engines.heads import Natural, RunId, Strict
+
+
+class EdgeDevice(Strict):
+    """A device below an edge."""
+
+    name: Annotated[str, Field(max_length=200)]
+    client: Natural | None
+    """The client that it is; None: the cloud gives it a number."""
+    num_examples: Annotated[int, Field(ge=1, lt=1 << 40)]
+    memory_mib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+
+
+class EdgeProfile(Strict):
+    """Who an edge is, and who is below it."""
+
+    kind: Literal["edge"] = "edge"
+    name: Annotated[str, Field(max_length=200)]
+    devices: list[EdgeDevice]
+
+
+class Member(Strict):
+    """A client that takes part in the round, here or elsewhere; see `core.messages.Client`."""
+
+    id: Natural
+    num_examples: Natural
+    memory_bytes: Natural | None
+    depth: Natural | None
+    mixing: Natural
+
+    @property
+    def client(self) -> Client:
+        """The client."""
+        return Client(**self.model_dump())
+
+
+class Sweep(Strict):
+    """A round of the cloud, for one edge."""
+
+    kind: Literal["sweep"] = "sweep"
+    run: RunId
+    letter: dict[str, Any]
+    """Of the cloud's state."""
+    cohort: list[Member]
+    """All that take part, in the round's order: the grid of exact sums goes by them."""
+    together: list[Natural]
+    """Those of them whom the method deals parts to at once."""
+    own: list[Natural]
+    """Those below the edge."""
+    numbers: dict[str, Natural]
+    """Device -> the client that it is, of all below the edge."""
+    rounds: Annotated[int, Field(ge=1)]
+    """Averages of the edge."""
+    steps: list[Annotated[list[Natural], Field(min_length=2, max_length=2)]]
+    """Clients and their steps, those that do not train as the experiment says."""
+    heard: list[Annotated[list[Natural], Field(min_length=2, max_length=2)]]
+    """Own clients, and the rounds of the tasks that they answered last: with what they kept then
+    they begin."""
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Until the cloud gives the edge up."""
+    most_bytes: Natural
+    """Of tensors in a parcel of the answer."""
+
+
+def member_of(client: Client) -> Member:
+    """A client as it is sent."""
+    return Member(**asdict(client))

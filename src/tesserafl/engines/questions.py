@@ -1,0 +1,150 @@
+"""An order on its way to a device, until it is answered: parcels go along or when they are missed.
+
+    small   the order with its parcels          -> the reply with its parcels
+    large   the order -> Missing, Store... ->   -> the reply, Fetch... -> Parcels
+
+Like an errand (errands.py) it sends nothing itself; but it opens nothing either: parcels come from
+where they are kept, and go there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pydantic import BaseModel
+
+from tesserafl.core.errors import MessageError
+from tesserafl.engines.errands import Step
+from tesserafl.engines.orders import (
+    Envelope,
+    Fetch,
+    Missing,
+    Parcels,
+    Refusal,
+    Store,
+    Stranger,
+    reply_of,
+    sealed,
+)
+from tesserafl.engines.parcels import ParcelNote, check_parcel, letter_of
+from tesserafl.engines.turns import Turned
+
+_MOST_REPEATS = 5
+"""Of one step, after which the device is given up."""
+_MOST_HEAD_BYTES = 1 << 20
+
+
+def nowhere(note: ParcelNote, data: bytes) -> None:
+    """Keep nothing: for questions whose answers have no parcels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What a client replied to something that was no task."""
+
+    client: int
+    reply: BaseModel
+
+
+@dataclass(kw_only=True)
+class Question:
+    """One order to one device."""
+
+    run: str
+    client: int
+    order: BaseModel
+    parcels: Sequence[ParcelNote] = ()
+    """What the device needs for it."""
+    read: Callable[[str], bytes] = lambda name: b""
+    """Gives one of these parcels."""
+    most_bytes: int
+    """of parcels in one message"""
+    largest: int = 0
+    """Bytes of the parcels of an answer, at most."""
+    most_head_bytes: int = _MOST_HEAD_BYTES
+    """Of a reply's head: JSON takes many times its size when it is read."""
+    kept: Callable[[str], bool] = lambda name: False
+    """Whether a parcel of the answer was kept."""
+    keep: Callable[[ParcelNote, bytes], None] = nowhere
+    """Keeps one."""
+    waiting: int = 0
+    """Messages under way."""
+    _repeats: int = 0
+    _turned: Turned | None = None
+    _lacks: list[str] = field(default_factory=list)
+    """Parcels that the device has not got, and was not sent yet."""
+
+    def begin(self) -> Step:
+        """The first message."""
+        small = sum(note.bytes for note in self.parcels) <= self.most_bytes
+        notes = self.parcels if small else ()
+        return self._sending(sealed(self.order, {n.sha256: self.read(n.sha256) for n in notes}))
+
+    def replied(self, envelope: Envelope) -> Step:
+        """What a reply leads to.
+
+        Raises:
+            MessageError: it is damaged, answers nothing that was asked, or the device refuses.
+        """
+        self.waiting -= 1
+        reply = reply_of(envelope, self.most_head_bytes)
+        if isinstance(reply, Refusal):
+            raise MessageError(reply.text)
+        if isinstance(reply, Stranger):
+            self._repeat(f"the device of client {self.client} forgets the run again and again")
+            return Step(greet=not self.waiting)
+        if isinstance(reply, Missing):
+            return self._missed(reply.parcels)
+        if isinstance(reply, Turned):
+            self._turned = reply
+        if self._turned is None:
+            return Step(result=reply)
+        if not isinstance(reply, Turned | Parcels):
+            raise MessageError(f"a device answered {reply.kind!r} where that answers nothing")
+        return self._collected(self._turned, envelope.parcels)
+
+    def _missed(self, parcels: Sequence[str]) -> Step:
+        if self._turned is not None:
+            raise MessageError(f"the device of client {self.client} has lost its letters")
+        if parcels:
+            self._repeat(f"the device of client {self.client} keeps losing parcels")
+            self._lacks = sorted({note.sha256 for note in self.parcels} & set(parcels))
+            if not self._lacks:
+                raise MessageError(
+                    f"the device of client {self.client} wants parcels of another round"
+                )
+        if self._lacks:  # one at a time: all letters to all peers would fill this memory
+            name = self._lacks.pop()
+            return self._sending(sealed(Store(run=self.run), {name: self.read(name)}))
+        return self._sending(sealed(self.order))
+
+    def _collected(self, turned: Turned, parcels: Mapping[str, bytes]) -> Step:
+        """Keep what came of letters, and ask for the rest of them."""
+        letters = [letter_of(addressed.letter) for addressed in turned.letters]
+        notes = {note.sha256: note for letter in letters for note in letter.parcels}
+        if (size := sum(note.bytes for note in notes.values())) > self.largest:
+            raise MessageError(
+                f"the device of client {self.client} wants to send {size} bytes; its letters have "
+                f"{self.largest} at most"
+            )
+        for name, data in parcels.items():
+            if name in notes:
+                check_parcel(data, notes[name])
+                self.keep(notes[name], data)
+        missing = [name for name in notes if not self.kept(name)]
+        if not missing:
+            return Step(result=turned)
+        if self.waiting:
+            return Step()
+        self._repeat(f"parcels of client {self.client}'s letters do not come")
+        return self._sending(*(sealed(Fetch(run=self.run, parcels=[name])) for name in missing))
+
+    def _sending(self, *envelopes: Envelope) -> Step:
+        self.waiting += len(envelopes)
+        return Step(send=envelopes)
+
+    def _repeat(self, text: str) -> None:
+        self._repeats += 1
+        if self._repeats > _MOST_REPEATS:
+            raise MessageError(text)

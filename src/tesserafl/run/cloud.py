@@ -1,0 +1,172 @@
+"""Rounds of a tree whose edges are machines elsewhere, at the cloud.
+
+The same as run/tree.py does in virtual time. What a node took is measured, so a schedule that goes
+by it differs from run to run; the periods that it chose are in the round's event.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from tesserafl.core.coverage import Coverage
+from tesserafl.core.messages import Client
+from tesserafl.core.method import State
+from tesserafl.core.schedule import Periods, Report, Situation
+from tesserafl.engines.federation import Federation, Folded, Held, Star, Traffic
+from tesserafl.engines.remote import Remote
+from tesserafl.engines.sums import relay_of, sums_of
+from tesserafl.run.averages import Schedule, decided, report_of
+from tesserafl.run.cloud_round import CloudRound
+from tesserafl.run.edge_seats import EdgeSeats
+from tesserafl.run.personal import state_parts
+from tesserafl.run.player import accuracy_of
+from tesserafl.run.rounds import Notes, check_answered, count, failure
+from tesserafl.run.setup import Setup
+
+_log = logging.getLogger(__name__)
+
+_EDGES = "edges"
+"""What a checkpoint calls what is known of the edges, beside the federation's."""
+
+
+@dataclass(kw_only=True)
+class Cloud:
+    """A server whose clients are below edges."""
+
+    setup: Setup
+    engine: Remote
+    """The way to the edges."""
+    federation: Star
+    seats: EdgeSeats
+    schedule: Schedule | None
+    """Decides on the periods; None: all train as `Training` says, and edges average once."""
+    watches: bool
+    """Whether the schedule looks at the model's accuracy."""
+    seconds: float = 0.0
+    """Of all rounds so far."""
+    heard: dict[int, int] = field(default_factory=dict)
+    """Client -> the round of the task that it answered last."""
+    reports: dict[str, Report] = field(default_factory=dict)
+    accuracy: float | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether all rounds are done."""
+        return self.federation.round >= self.federation.rounds
+
+    def play(self, coverage: Coverage) -> Notes:
+        """The next round.
+
+        Raises:
+            ConfigError: the method's schedule asks for what the tree cannot do.
+            UpdateError: the work of every client that answered was refused.
+        """
+        state, notes = self.federation.state, Notes()
+        cohort = {client.id: client for client in self.setup.cohort(state.round)}
+        below = {
+            seat: [cohort[client] for client in clients if client in cohort]
+            for seat, clients in self.seats.below.items()
+        }
+        below = {seat: clients for seat, clients in below.items() if clients}
+        if below:
+            self.engine.gather_any(below)
+        begun = time.perf_counter()
+        periods = self._periods(state, below)
+        sweep = CloudRound(
+            setup=self.setup,
+            federation=self.federation,
+            cohort=cohort,
+            below=below,
+            names=self.seats.names,
+            numbers={seat: self.seats.numbers(seat) for seat in below},
+            periods=periods,
+            heard=self.heard,
+            seconds=self.engine.seconds,
+        )
+        total = sums_of(self.setup.model, self.setup.experiment.method, cohort, state.params)()
+        for answer in self.engine.ask(sweep.asks(), state_parts(state)):
+            took = time.perf_counter() - begun
+            report = sweep.take(answer, total, took, notes)
+            if report is not None:
+                self.reports[self.seats.names[answer.client]] = report
+        served = {client.id for clients in below.values() for client in clients}
+        for client in sorted(cohort.keys() - served):
+            notes.failures.append(failure(client, "offline", "no edge serves it"))
+        self.federation.state = total.finish(state)
+        self.heard = {**self.heard, **sweep.answered}
+        notes.backhaul = sweep.backhaul
+        if periods:
+            notes.periods = {edge: asdict(each) for edge, each in periods.items()}
+        notes.folded = Folded(traffic=_traffic(notes))
+        check_answered(state.round, notes)
+        count(self.federation, coverage, notes)
+        notes.seconds = time.perf_counter() - begun
+        self.seconds += notes.seconds
+        return notes
+
+    def held(self) -> Held:
+        """The federation's, and what is known of the edges."""
+        states, values, tensors = self.federation.held()
+        known = {
+            "seconds": self.seconds,
+            "heard": {str(client): round for client, round in self.heard.items()},
+            "reports": {edge: asdict(report) for edge, report in self.reports.items()},
+            "accuracy": self.accuracy,
+        }
+        return states, {**values, _EDGES: known}, tensors
+
+    def restore(self, held: Held) -> None:
+        """Go on from a checkpoint."""
+        states, values, tensors = held
+        known = values[_EDGES]
+        rest = {name: value for name, value in values.items() if name != _EDGES}
+        self.federation.restore((states, rest, tensors))
+        self.seconds, self.accuracy = known["seconds"], known["accuracy"]
+        self.heard = {int(client): round for client, round in known["heard"].items()}
+        self.reports = {edge: report_of(report) for edge, report in known["reports"].items()}
+
+    def _periods(
+        self, state: State, below: Mapping[int, Sequence[Client]]
+    ) -> Mapping[str, Periods]:
+        if self.schedule is None:
+            return {}
+        if self.watches:
+            self.accuracy = accuracy_of(self.setup)(state)
+        situation = Situation(
+            round=state.round,
+            seconds=self.seconds,
+            horizon=None,
+            accuracy=self.accuracy,
+            edges={self.seats.names[seat]: tuple(clients) for seat, clients in below.items()},
+            reports=self.reports,
+        )
+        periods = decided(self.schedule, self.setup.model, state, situation)
+        method = self.setup.experiment.method
+        if not method.entrywise and any(each.rounds > 1 for each in periods.values()):
+            relay_of(method)
+        return periods
+
+
+def cloud(setup: Setup, engine: Remote, federation: Federation, seats: EdgeSeats) -> Cloud:
+    """Plays the rounds of an experiment whose clients are below edges."""
+    assert isinstance(federation, Star), "a tree has a cloud"
+    method = setup.experiment.method
+    return Cloud(
+        setup=setup,
+        engine=engine,
+        federation=federation,
+        seats=seats,
+        schedule=getattr(method, "periods", None),
+        watches=getattr(method, "watches_accuracy", False),
+    )
+
+
+def _traffic(notes: Notes) -> dict[int, Traffic]:
+    traffic: dict[int, Traffic] = {}
+    for row in notes.clients:
+        sent, received = traffic.get(row["client"], Traffic(0, 0))
+        traffic[row["client"]] = Traffic(sent + row["bytes_up"], received + row["bytes_down"])
+    return traffic

@@ -1,0 +1,186 @@
+"""The processes of an edge, with scripts in the place of Flower's programs."""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from devices_at_hand import PostAtHand, parts
+
+from tesserafl.core.errors import CheckpointError, TesseraError
+from tesserafl.engines.attendance import Disowned
+from tesserafl.engines.orders import Bye, Offer, reply_of, sealed
+from tesserafl.run import edge_host, join, serve
+from tesserafl.run.edge import EdgeResident, Hosting
+from tesserafl.run.edge_host import edge_noted, host, is_edge
+from tesserafl.run.files import read_json
+from tesserafl.run.holding import Local
+from tesserafl.run.join import Line
+from tesserafl.run.serve import Link
+
+RUN = "b" * 32
+LISTENS = """
+port = int(sys.argv[sys.argv.index("--port") + 1])
+server = socket.create_server(("127.0.0.1", port))
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Scripts in the place of Flower's programs: a link that listens, a run that is started."""
+
+    def put(name, text):
+        path = tmp_path / name
+        path.write_text(f"#!{sys.executable}\nimport sys, json, time, socket\n{text}\n")
+        path.chmod(0o755)
+
+    put("flower-superlink", LISTENS)
+    put("flower-supernode", "time.sleep(60)")
+    put("flwr", "print(json.dumps({'success': True, 'run-id': 7}))")
+    for module in (serve, join):
+        monkeypatch.setattr(module, "program", lambda name: str(tmp_path / name))
+        monkeypatch.setattr(module, "_PAUSE", 0.01)
+    monkeypatch.setattr(edge_host, "_PAUSE", 0.01)
+    monkeypatch.setattr(edge_host, "die_with_parent", lambda how: None)
+    return put
+
+
+@pytest.fixture
+def hosted(tmp_path):
+    """Starts an edge in a thread; what it ended with."""
+    ends = []
+
+    def start(**changes):
+        line, folder = Line(address="127.0.0.1:1", keys=None), tmp_path / "edge-a"
+        link = Link(port=_free())
+
+        def work():
+            try:
+                host(line, "edge-a", folder, link, Hosting(), Local(), once=True, **changes)
+                ends.append(None)
+            except TesseraError as error:
+                ends.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        return thread, folder, ends
+
+    return start
+
+
+def _free():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _until(there):
+    for _ in range(3000):
+        if there():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to that")
+
+
+def test_an_edge_answers_the_cloud_at_its_socket_until_the_run_is_over(programs, hosted, tmp_path):
+    thread, folder, ends = hosted()
+    _until(lambda: is_edge(folder))
+    post = PostAtHand(residents=parts(tmp_path, (0,)))
+    app = threading.Thread(target=edge_noted, args=(post, folder), daemon=True)
+    app.start()
+    path = read_json(folder / "edge.json")["socket"]
+    _until(lambda: Path(path).exists())
+    assert thread.is_alive()
+
+    def ask(order):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.connect(path)
+            with connection.makefile("rwb") as pipe:
+                join.write_envelope(pipe, sealed(order))
+                return reply_of(join.read_envelope(pipe))
+
+    assert ask(Offer(run=RUN, parcels=[])).kind == "stranger"
+    assert not (folder / "over.json").exists()
+    assert ask(Bye(run=RUN)).kind == "missing"
+    thread.join(30)
+    assert ends == [None]
+    assert not Path(path).exists()  # its place went with it
+
+
+def test_what_the_server_app_cannot_do_ends_the_edge(programs, hosted, tmp_path):
+    thread, folder, ends = hosted()
+    _until(lambda: is_edge(folder))
+    (folder / "edge.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"edge\.json is damaged"):
+        edge_noted(PostAtHand(residents={}), folder)
+    thread.join(30)
+    assert "edge.json is damaged" in str(ends[0])
+
+
+def test_a_server_app_that_flower_loses_is_started_again(programs, hosted, tmp_path):
+    starts = tmp_path / "starts"
+    programs(
+        "flwr",
+        f"open({str(starts)!r}, 'a').write('x')\n"
+        "print(json.dumps({'success': True, 'run-id': 7}))",
+    )
+    thread, folder, ends = hosted()
+    _until(lambda: is_edge(folder))
+    path = Path(read_json(folder / "edge.json")["socket"])
+    _until(starts.exists)
+    for count in (2, 3):
+        with (folder / "app.lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            path.touch()  # somebody listens
+            time.sleep(0.5)
+        _until(lambda count=count: len(starts.read_text()) == count)
+    assert thread.is_alive() and not ends
+    (folder / "over.json").write_text("{}")
+    thread.join(30)
+    assert ends == [None]
+
+
+def test_a_server_app_whose_post_is_another_s_ends_without_an_error_of_the_edge(tmp_path):
+    class Lost(PostAtHand):
+        def nodes(self):
+            raise Disowned("Flower refuses this process")
+
+    lost = Lost(residents={})
+    resident = EdgeResident(name="edge-a", folder=tmp_path, post=lost)
+    resident.answer = lambda envelope: lost.nodes()
+    with tempfile.TemporaryDirectory() as place:
+        path = f"{place}/edge"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+            server.bind(path)
+            server.listen(1)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.connect(path)
+                with connection.makefile("rwb") as pipe:
+                    join.write_envelope(pipe, sealed(Offer(run=RUN, parcels=[])))
+                    pipe.flush()
+                    with pytest.raises(Disowned):
+                        join.answer_at(server, resident)
+
+
+def test_an_edge_that_has_no_seat_keeps_what_it_has(tmp_path):
+    (tmp_path / RUN).mkdir()
+    post = PostAtHand(residents=parts(tmp_path, (0,)))
+    resident = EdgeResident(name="edge-a", folder=tmp_path, post=post)
+    resident.answer(sealed(Bye(run=RUN, text="it came back with other devices")))
+    assert not resident.over and (tmp_path / RUN).exists() and not post.log
+    resident.answer(sealed(Bye(run=RUN)))
+    assert resident.over and not (tmp_path / RUN).exists()
+
+
+def test_a_link_that_ends_is_told(programs, hosted):
+    programs("flower-superlink", LISTENS.replace("time.sleep(60)", "time.sleep(1); print('full')"))
+    thread, _, ends = hosted()
+    thread.join(30)
+    assert "SuperLink ended" in str(ends[0]) and "full" in str(ends[0])
