@@ -9,12 +9,14 @@ All other orders are those of devices (orders.py): parcels go to and fro in the 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from tesserafl.core.messages import Client
 from tesserafl.engines.heads import Natural, RunId, Strict
+
+if TYPE_CHECKING:  # a client app reads orders, and has no torch
+    from tesserafl.core.messages import Client
 
 
 class EdgeDevice(Strict):
@@ -43,11 +45,6 @@ class Member(Strict):
     memory_bytes: Natural | None
     depth: Natural | None
     mixing: Natural
-
-    @property
-    def client(self) -> Client:
-        """The client."""
-        return Client(**self.model_dump())
 
 
 class Sweep(Strict):

@@ -1,7 +1,8 @@
 """One device's task on its way: what to send next, until its answer is whole.
 
     small   Work with its parcels                  -> Answer with its parcels
-    large   Offer -> Missing, Store... -> Work     -> Answer, Fetch... -> Parcels
+    large   Work with the first -> Missing,
+            Store..., Work with the last           -> Answer with the first, Fetch... -> Parcels
 
 An errand sends nothing itself, and knows neither post nor clock.
 """
@@ -27,7 +28,6 @@ from tesserafl.engines.orders import (
     Judge,
     Judged,
     Missing,
-    Offer,
     Parcels,
     Refusal,
     Store,
@@ -101,6 +101,8 @@ class Errand:
     waiting: int = 0
     """Messages under way."""
     _repeats: int = 0
+    _last: Sequence[int] = ()
+    """Parcels that go with the order, when the others have arrived."""
     _answer: Answer | None = None
     _letter: Letter | None = None
     """Of the answer."""
@@ -108,11 +110,7 @@ class Errand:
 
     def begin(self) -> Step:
         """The first message."""
-        letter = self.outgoing.letter
-        if letter.num_bytes <= self.outgoing.most_bytes:
-            return self._sending(self._work(range(len(letter.parcels))))
-        parcels = [note.sha256 for note in letter.parcels]
-        return self._sending(sealed(Offer(run=self.run, parcels=parcels)))
+        return self._sending(self._work(self._fitting(range(len(self.outgoing.letter.parcels)))))
 
     def replied(self, envelope: Envelope) -> Step:
         """What a reply leads to.
@@ -172,14 +170,30 @@ class Errand:
         if self._letter is not None:
             raise MessageError(f"the device of client {self.client} has lost its answer")
         if not parcels:
-            return Step() if self.waiting else self._sending(self._work(()))
+            return Step() if self.waiting else self._sending(self._work(self._last))
         self._repeat(f"the device of client {self.client} keeps losing parcels")
         letter, wanted = self.outgoing.letter, set(parcels)
         numbers = [n for n, note in enumerate(letter.parcels) if note.sha256 in wanted]
         if not numbers:
             raise MessageError(f"the device of client {self.client} wants parcels of another task")
-        stores = [sealed(Store(run=self.run), self._of_task([number])) for number in numbers]
-        return self._sending(*stores)
+        self._last = self._fitting(numbers[::-1])
+        stores = [
+            sealed(Store(run=self.run), self._of_task([number]))
+            for number in numbers
+            if number not in self._last
+        ]
+        return self._sending(*(stores or [self._work(self._last)]))
+
+    def _fitting(self, numbers: Sequence[int]) -> Sequence[int]:
+        """The first of these parcels, as many as one message may hold."""
+        found: list[int] = []
+        room = self.outgoing.most_bytes
+        for number in numbers:
+            room -= self.outgoing.letter.parcels[number].bytes
+            if found and room < 0:
+                break
+            found.append(number)
+        return found
 
     def _collected(self, letter: Letter | None, parcels: Mapping[str, bytes]) -> Step:
         """Take what came of an answer, and ask for the rest of it."""

@@ -1,7 +1,6 @@
 """What a server asks of a device, and what a device answers: JSON heads, with parcels beside them.
 
     Hello   here is the experiment       -> Profile, Refusal
-    Offer   this is what a task needs    -> Missing
     Store   keep these parcels           -> Missing (of nothing)
     Work    do the task of this letter   -> Answer, Missing, Stranger, Refusal
     Fetch   send parcels of your answer  -> Parcels, Missing
@@ -47,14 +46,6 @@ class Hello(Strict):
     """What a model must know of the data; see `data.examples.Spec`."""
     parts: bool = True
     """Whether devices take parts of the experiment's data; else they have their own."""
-
-
-class Offer(Strict):
-    """What a task will need."""
-
-    kind: Literal["offer"] = "offer"
-    run: RunId
-    parcels: list[Digest]
 
 
 class Store(Strict):
@@ -167,7 +158,7 @@ class Judged(Strict):
 
 
 Order = Annotated[
-    Hello | Offer | Store | Work | Fetch | Judge | Bye | Sweep | Turn | Fold | Examine,
+    Hello | Store | Work | Fetch | Judge | Bye | Sweep | Turn | Fold | Examine,
     Field(discriminator="kind"),
 ]
 Reply = Annotated[

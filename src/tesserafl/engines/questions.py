@@ -1,7 +1,8 @@
 """An order on its way to a device, until it is answered: parcels go along or when they are missed.
 
-    small   the order with its parcels          -> the reply with its parcels
-    large   the order -> Missing, Store... ->   -> the reply, Fetch... -> Parcels
+    small   the order with its parcels             -> the reply with its parcels
+    large   the order with the first -> Missing,
+            Store..., the order with the last      -> the reply with the first, Fetch... -> Parcels
 
 Like an errand (errands.py) it sends nothing itself; but it opens nothing either: parcels come from
 where they are kept, and go there.
@@ -77,9 +78,8 @@ class Question:
 
     def begin(self) -> Step:
         """The first message."""
-        small = sum(note.bytes for note in self.parcels) <= self.most_bytes
-        notes = self.parcels if small else ()
-        return self._sending(sealed(self.order, {n.sha256: self.read(n.sha256) for n in notes}))
+        self._lacks = [note.sha256 for note in self.parcels]
+        return self._sending(self._with_order())
 
     def replied(self, envelope: Envelope) -> Step:
         """What a reply leads to.
@@ -114,10 +114,21 @@ class Question:
                 raise MessageError(
                     f"the device of client {self.client} wants parcels of another round"
                 )
-        if self._lacks:  # one at a time: all letters to all peers would fill this memory
-            name = self._lacks.pop()
-            return self._sending(sealed(Store(run=self.run), {name: self.read(name)}))
-        return self._sending(sealed(self.order))
+        size = sum(note.bytes for note in self.parcels if note.sha256 in self._lacks)
+        if size <= self.most_bytes or len(self._lacks) == 1:
+            return self._sending(self._with_order())
+        # One at a time: all letters to all peers would fill this memory.
+        name = self._lacks.pop()
+        return self._sending(sealed(Store(run=self.run), {name: self.read(name)}))
+
+    def _with_order(self) -> Envelope:
+        """The order, with as many of the parcels that the device lacks as a message may hold."""
+        sizes, room = {note.sha256: note.bytes for note in self.parcels}, self.most_bytes
+        found: list[str] = []
+        while self._lacks and (not found or sizes[self._lacks[0]] <= room):
+            room -= sizes[self._lacks[0]]
+            found.append(self._lacks.pop(0))
+        return sealed(self.order, {name: self.read(name) for name in found})
 
     def _collected(self, turned: Turned, parcels: Mapping[str, bytes]) -> Step:
         """Keep what came of letters, and ask for the rest of them."""

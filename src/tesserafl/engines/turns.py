@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tesserafl.core.places import PartHeader
 from tesserafl.engines.heads import Digest, Natural, RunId, Strict
 
 
@@ -84,7 +83,7 @@ class Turned(Strict):
     """What is noted of its training; None: it did not train, or not well."""
     lapse: Lapse | None = None
     """Why not, if it was asked."""
-    part: PartHeader | None
+    part: dict[str, Any] | None
     """Of the model, the sub-model that it trained."""
     letters: list[Addressed]
 

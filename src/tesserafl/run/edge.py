@@ -29,7 +29,6 @@ from tesserafl.engines.orders import (
     Fetch,
     Hello,
     Missing,
-    Offer,
     Profile,
     Refusal,
     Store,
@@ -127,8 +126,6 @@ class EdgeResident:
                 return sealed(Stranger())
             spool = Spool(folder=self.folder / order.run)
             spool.store(envelope.parcels)
-            if isinstance(order, Offer):
-                return sealed(Missing(parcels=spool.missing(order.parcels)))
             if isinstance(order, Store):
                 return sealed(Missing(parcels=[]))
             if isinstance(order, Fetch):

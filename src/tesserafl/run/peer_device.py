@@ -21,8 +21,7 @@ from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.metrics import Metrics
 from tesserafl.core.params import num_entries, sha256
-from tesserafl.core.places import PartHeader, part_to_json
-from tesserafl.core.submodel import SubModel
+from tesserafl.core.places import part_to_json
 from tesserafl.core.wire import Parts, decode_update, encode_update
 from tesserafl.engines.lean import Lean, store_of
 from tesserafl.engines.lean_peer import LeanPeer
@@ -144,7 +143,7 @@ class PeerDevice:
             round=round,
             row=row,
             lapse=lapse,
-            part=None if update is None else _part(update.submodel),
+            part=None if update is None else part_to_json(update.submodel),
             letters=[
                 Addressed(receivers=receivers, letter=out.letter.model_dump())
                 for (receivers, _), out in zip(letters, outgoing, strict=True)
@@ -233,11 +232,9 @@ def peer_device(
 
 
 def inlined(turned: Turned, spool: Spool, most_bytes: int) -> dict[str, bytes]:
-    """The parcels that fit beside a turn's head; the others must be fetched."""
+    """The parcels that go with a turn; the others must be fetched."""
     notes = {n.sha256: n for each in turned.letters for n in letter_of(each.letter).parcels}
-    if sum(note.bytes for note in notes.values()) > most_bytes:
-        return {}
-    return {name: spool.answered(name) or b"" for name in notes}
+    return spool.answered_within(list(notes.values()), most_bytes)
 
 
 def with_roster(setup: Setup, roster: Sequence[Place]) -> Setup:
@@ -252,10 +249,6 @@ def with_roster(setup: Setup, roster: Sequence[Place]) -> Setup:
         data = replace(data, clients=data.clients[:1] * len(clients), elsewhere=True)
     experiment = replace(setup.experiment, clients_per_round=asked)
     return with_depths(replace(setup, experiment=experiment, data=data, clients=clients))
-
-
-def _part(submodel: SubModel) -> PartHeader:
-    return PartHeader.model_validate(part_to_json(submodel))
 
 
 def _digest(round: int) -> str:

@@ -26,7 +26,6 @@ from tesserafl.engines.orders import (
     Judge,
     Judged,
     Missing,
-    Offer,
     Parcels,
     Profile,
     Refusal,
@@ -79,8 +78,6 @@ class Resident:
             spool = self._spool(order.run)
             spool.store(envelope.parcels)
             del envelope  # its parcels are on the disk
-            if isinstance(order, Offer):
-                return sealed(Missing(parcels=spool.missing(order.parcels)))
             if isinstance(order, Store):
                 return sealed(Missing(parcels=[]))
             if isinstance(order, Work):
@@ -241,11 +238,8 @@ def _recalled(order: Work | Judge, spool: Spool) -> Memory:
 
 
 def answer_kept(kept: Mapping[str, Any], spool: Spool, most_bytes: int) -> Envelope:
-    """An answer that lies on the disk; with its parcels, if they are not larger than that."""
-    answered = letter_of(kept["letter"])
-    inline = {}
-    if answered.num_bytes <= most_bytes:
-        inline = {note.sha256: spool.answered(note.sha256) or b"" for note in answered.parcels}
+    """An answer that lies on the disk, with as many of its parcels as that."""
+    inline = spool.answered_within(letter_of(kept["letter"]).parcels, most_bytes)
     return sealed(Answer(letter=kept["letter"], seconds=kept["seconds"]), inline)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from tesserafl.core.errors import CheckpointError, MessageError
 from tesserafl.core.messages import Memory
 from tesserafl.core.wire import pack, unpack
-from tesserafl.engines.parcels import Outgoing
+from tesserafl.engines.parcels import Outgoing, ParcelNote
 from tesserafl.run.files import read_json, write_atomic, write_json
 
 
@@ -95,6 +95,16 @@ class Spool:
         """A parcel of the answer."""
         path = self.folder / "answer" / name
         return path.read_bytes() if path.exists() else None
+
+    def answered_within(self, notes: Sequence[ParcelNote], most_bytes: int) -> dict[str, bytes]:
+        """The first of these parcels of the answer, as many as one message may hold."""
+        found: dict[str, bytes] = {}
+        for note in notes:
+            most_bytes -= note.bytes
+            if found and most_bytes < 0:
+                break
+            found[note.sha256] = self.answered(note.sha256) or b""
+        return found
 
     def _answered(self, name: str, num_bytes: int) -> bool:
         path = self.folder / "answer" / name

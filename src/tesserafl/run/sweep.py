@@ -49,7 +49,7 @@ class Sweeping:
     def play(self, state: State) -> Parts:
         """The averages; what the edge hands on, and what it says of its devices."""
         order, method = self.order, self.setup.experiment.method
-        cohort = {member.id: member.client for member in order.cohort}
+        cohort = {member.id: Client(**member.model_dump()) for member in order.cohort}
         together = [cohort[client] for client in order.together]
         empty = sums_of(self.setup.model, method, cohort, state.params)
         if order.rounds == 1:

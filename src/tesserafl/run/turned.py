@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from tesserafl.core.answers import MAX_METRIC, MAX_METRICS
-from tesserafl.core.errors import TesseraError, UpdateError
+from tesserafl.core.errors import MessageError, TesseraError, UpdateError
 from tesserafl.core.messages import Client
 from tesserafl.core.params import Params
 from tesserafl.core.places import PartHeader, part_from_json
@@ -50,9 +52,12 @@ def judged(
     return turned
 
 
-def part_of(header: PartHeader, shapes: Params) -> SubModel:
+def part_of(header: Mapping[str, Any], shapes: Params) -> SubModel:
     """The sub-model that a peer says it has trained; raises MessageError or UpdateError."""
-    part = part_from_json(header)
+    try:
+        part = part_from_json(PartHeader.model_validate(header))
+    except (ValidationError, RecursionError) as error:
+        raise MessageError(f"what a peer says it has trained is wrong: {error}"[:1000]) from error
     for view in part.views.values():
         if view.name not in shapes or not view.fits(tuple(shapes[view.name].shape)):
             raise UpdateError(f"a peer says it trained {view.name[:80]!r}, as no model here has it")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -172,3 +174,10 @@ def test_a_process_that_flower_has_given_up_asks_no_more():
 def test_the_client_app_says_who_is_missing(tmp_path):
     with pytest.raises(OSError):
         client.forward(str(tmp_path / "nobody"), sealed(Stranger()))
+
+
+def test_the_client_app_loads_no_torch():
+    """It starts anew for every message: seconds, and memory on the device."""
+    code = "import sys, tesserafl.engines.flower.client; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

@@ -18,7 +18,6 @@ from tesserafl.engines.orders import (
     Judge,
     Judged,
     Missing,
-    Offer,
     Parcels,
     Profile,
     Refusal,
@@ -35,7 +34,6 @@ from tesserafl.engines.orders import (
 RUN, NAME = "0123456789abcdef" * 2, "f" * 64
 ORDERS = [
     Hello(run=RUN, experiment={"a": 1}, spec={}),
-    Offer(run=RUN, parcels=[NAME]),
     Store(run=RUN),
     Work(run=RUN, client=3, remembers=None, letter={}, most_bytes=10),
     Fetch(run=RUN, parcels=[NAME]),
@@ -57,7 +55,7 @@ def test_orders_and_replies_come_out_as_they_went_in():
     assert [order_of(sealed(order)) for order in ORDERS] == ORDERS
     assert [reply_of(sealed(reply)) for reply in REPLIES] == REPLIES
     assert {order.kind for order in ORDERS} | {reply.kind for reply in REPLIES} == {
-        *("hello", "offer", "store", "work", "fetch", "judge", "bye"),
+        *("hello", "store", "work", "fetch", "judge", "bye"),
         *("profile", "missing", "stranger", "refusal", "answer", "parcels", "judged"),
     }
 

@@ -49,30 +49,31 @@ def test_devices_elsewhere_give_the_bits_of_this_process(tmp_path, method):
 def test_small_messages_give_the_same_bits(tmp_path):
     experiment = experiment_for_four()
     here = start(experiment, tmp_path / "here")
-    served, post = _served(tmp_path, experiment, message_bytes=4000)
+    served, post = _served(tmp_path, experiment, message_bytes=1500)
     assert served["state_sha256"] == here["state_sha256"]
     kinds = {kind for _, kind, _ in post.log}
-    assert kinds == {"hello", "offer", "store", "work", "fetch", "bye"}
-    assert post.largest < 4000 + 600  # with what safetensors adds
+    assert kinds == {"hello", "store", "work", "fetch", "bye"}
+    assert post.largest < 1500 + 600  # with what safetensors adds
 
 
 def test_parcels_that_a_device_has_are_not_sent_again(tmp_path):
     """In the second round only what changed: the device lost nothing of the first."""
     experiment = experiment_for_four(rounds=1)
-    lost = []
+    works = dict.fromkeys(range(100, 104), 0)
 
-    def loses_the_first_work(node, order):
-        if order.kind == "work" and node not in lost:
-            lost.append(node)
-            return Undelivered("error", "lost")
+    def loses_the_last_work(node, order):
+        if order.kind == "work":
+            works[node] += 1
+            if works[node] == 2:  # the first brought the first parcel
+                return Undelivered("error", "lost")
         return None
 
     residents = parts(tmp_path / "devices", ALL)
-    post = PostAtHand(residents=residents, loss=loses_the_first_work)
+    post = PostAtHand(residents=residents, loss=loses_the_last_work)
     with pytest.raises(UpdateError, match="the work of every client failed"):
-        _served(tmp_path, experiment, post, message_bytes=4000)
+        _served(tmp_path, experiment, post, message_bytes=1500)
     before = [kind for _, kind, _ in post.log].count("store")
-    assert before == 8
+    assert before > 8
     summary = serve_over(post, tmp_path / "served")
     assert [kind for _, kind, _ in post.log].count("store") == before
     assert summary["state_sha256"] == start(experiment, tmp_path / "here")["state_sha256"]

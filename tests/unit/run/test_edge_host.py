@@ -15,7 +15,7 @@ from devices_at_hand import PostAtHand, parts
 
 from tesserafl.core.errors import CheckpointError, TesseraError
 from tesserafl.engines.attendance import Disowned
-from tesserafl.engines.orders import Bye, Offer, reply_of, sealed
+from tesserafl.engines.orders import Bye, Store, reply_of, sealed
 from tesserafl.run import edge_host, join, serve
 from tesserafl.run.edge import EdgeResident, Hosting
 from tesserafl.run.edge_host import edge_noted, host, is_edge
@@ -106,7 +106,7 @@ def test_an_edge_answers_the_cloud_at_its_socket_until_the_run_is_over(programs,
                 join.write_envelope(pipe, sealed(order))
                 return reply_of(join.read_envelope(pipe))
 
-    assert ask(Offer(run=RUN, parcels=[])).kind == "stranger"
+    assert ask(Store(run=RUN)).kind == "stranger"
     assert not (folder / "over.json").exists()
     assert ask(Bye(run=RUN)).kind == "missing"
     thread.join(30)
@@ -163,7 +163,7 @@ def test_a_server_app_whose_post_is_another_s_ends_without_an_error_of_the_edge(
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.connect(path)
                 with connection.makefile("rwb") as pipe:
-                    join.write_envelope(pipe, sealed(Offer(run=RUN, parcels=[])))
+                    join.write_envelope(pipe, sealed(Store(run=RUN)))
                     pipe.flush()
                     with pytest.raises(Disowned):
                         join.answer_at(server, resident)

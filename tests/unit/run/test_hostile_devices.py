@@ -90,7 +90,7 @@ def quick() -> Iterator[None]:
 
 def served(post: PostAtHand, folder: Path, devices: int) -> tuple[str, list[Any]]:
     """The model's hash, and who failed in each round, why and with which text."""
-    begin(experiment(), Deployment(devices=devices, message_bytes=6000), folder)
+    begin(experiment(), Deployment(devices=devices, message_bytes=3000), folder)
     summary = serve_over(post, folder)
     events = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
     return summary["state_sha256"], [e["failures"] for e in events if e["kind"] == "round"]
@@ -349,7 +349,7 @@ def test_a_device_that_claims_anothers_place_has_none(
 
     residents[102] = Claiming(honest=residents[102])
     folder, refused = tmp_path / "run", {}
-    begin(experiment(), Deployment(devices=3, message_bytes=6000), folder)
+    begin(experiment(), Deployment(devices=3, message_bytes=3000), folder)
 
     def watch(engine: remote.Remote) -> None:
         refused["by"] = engine.refused

@@ -17,8 +17,8 @@ from tesserafl.engines.orders import (
     Bye,
     Envelope,
     Missing,
-    Offer,
     Refusal,
+    Store,
     Stranger,
     read_envelope,
     reply_of,
@@ -99,12 +99,12 @@ def test_the_socket_answers_its_owner_and_outlives_bad_callers(tmp_path):
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.connect(str(path))
                 connection.sendall(junk)
-        assert reply_of(asked(path, sealed(Offer(run=RUN, parcels=[])))) == Stranger()
+        assert reply_of(asked(path, sealed(Store(run=RUN)))) == Stranger()
         refusal = reply_of(asked(path, Envelope(head=b"junk")))
         assert isinstance(refusal, Refusal) and "head is wrong" in refusal.text
         # A fault of ours ends one answer and not the device.
         resident.answer, answer = None, resident.answer
-        assert asked(path, sealed(Offer(run=RUN, parcels=[]))) is None
+        assert asked(path, sealed(Store(run=RUN))) is None
         resident.answer = answer
         assert reply_of(asked(path, sealed(Bye(run=RUN)))) == Missing(parcels=[])
         assert resident.over
@@ -122,7 +122,7 @@ def test_who_hands_an_order_over_does_not_keep_it():
             return sealed(Stranger())
 
     with listening(Forgetful()) as path:
-        assert reply_of(asked(path, sealed(Offer(run=RUN, parcels=[])))) == Stranger()
+        assert reply_of(asked(path, sealed(Store(run=RUN)))) == Stranger()
     assert kept == [None]
     assert not path.exists()
 
