@@ -31,12 +31,12 @@ def show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
         console.print(f"Comparison: {folder / 'comparison.html'}", soft_wrap=True, markup=False)
         return
     share = summary["params_largest_client"] / summary["params_full"]
-    accuracy = summary["accuracy"]
-    reached = "not tested, since nobody holds the whole model" if accuracy is None else ""
-    reached = reached or f"accuracy {accuracy:.4f}"
+    accuracy, rounds = summary["accuracy"], f"{summary['rounds']} rounds"
+    reached = f"{rounds}; nobody holds the whole model, so it was not tested"
+    if accuracy is not None:
+        reached = f"accuracy {accuracy:.4f} after {rounds}"
     console.print(
-        f"{summary['method']}: {reached} after {summary['rounds']} "
-        f"rounds; the largest client held {summary['params_largest_client']:,} of "
+        f"{summary['method']}: {reached}; the largest client held {summary['params_largest_client']:,} of "
         f"{summary['params_full']:,} parameters ({share:.1%}){_frozen(summary)}",
         soft_wrap=True,
         highlight=False,
