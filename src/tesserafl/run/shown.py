@@ -37,7 +37,8 @@ def show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
         reached = f"accuracy {accuracy:.4f} after {rounds}"
     console.print(
         f"{summary['method']}: {reached}; the largest client held "
-        f"{summary['params_largest_client']:,} of {summary['params_full']:,} parameters ({share:.1%}){_frozen(summary)}",
+        f"{summary['params_largest_client']:,} of {summary['params_full']:,} parameters "
+        f"({share:.1%}){_frozen(summary)}",
         soft_wrap=True,
         highlight=False,
         markup=False,
