@@ -198,7 +198,7 @@ def test_without_validation_examples_the_training_loss_decides() -> None:
     assert after.notes["log"] == [[1, "keep", 1, 1, {"keep": None, "wider": None, "deeper": 0.5}]]
 
 
-def test_the_last_three_rounds_of_a_window_are_judged() -> None:
+def test_three_groups_are_judged_for_three_rounds() -> None:
     method, model = replace(SMALL, window=5), tower()
     state, judged = begun(method, model), []
     for right in (9, 9, 1, 2, 3):
@@ -210,6 +210,19 @@ def test_the_last_three_rounds_of_a_window_are_judged() -> None:
     assert judged == [{False}, {False}, {True}, {True}, {True}]
     (entry,) = state.notes["log"]
     assert entry == [4, "wider", 1, 3, {"keep": 0.1, "wider": 0.2, "deeper": 0.0}]
+
+
+def test_two_groups_are_judged_for_two_rounds_so_that_either_has_every_client() -> None:
+    method, model = replace(SMALL, window=5, most_width=1), tower()
+    state, judged = begun(method, model), []
+    for _ in range(5):
+        tasks = tasks_of(method, model, state, [1, 1])
+        judged.append({task.options["judged"] for task in tasks})
+        # Client 0 answers 9 of 10 rightly and client 1 one, whatever they are sent.
+        updates = [measuring(answer(t, 0.0), (9, 1)[t.client.id], 10) for t in tasks]
+        state = method.aggregate(model, state, clients(1, 1), updates)
+    assert judged == [{False}, {False}, {False}, {True}, {True}]
+    assert state.notes["log"] == [[4, "keep", 1, 1, {"keep": 0.5, "deeper": 0.5}]]
 
 
 def test_scores_by_hand() -> None:

@@ -20,9 +20,6 @@ from tesserafl.core.params import Params
 from tesserafl.core.submodel import SubModel, Units
 from tesserafl.methods._activation import most_blocks
 
-_JUDGED = 3
-"""Rounds at a window's end that are judged: a client that takes part in all is in every group."""
-
 
 class Group(NamedTuple):
     """A configuration under trial."""
@@ -135,8 +132,12 @@ class Trials:
         return _with_params(model, state, dict.fromkeys(groups, state.params))
 
     def is_judged(self, state: State) -> bool:
-        """Whether the next round's measurements count; in a window's first groups are equal."""
-        return self.in_groups(state) and state.notes["since"] >= max(1, self.window - _JUDGED)
+        """Whether the next round's measurements count; in a window's first groups are equal.
+
+        As many rounds as there are groups: who takes part in all is in every group once.
+        """
+        judged = self.window - len(state.notes["groups"])
+        return self.in_groups(state) and state.notes["since"] >= max(1, judged)
 
     def in_groups(self, state: State) -> bool:
         """Whether the next round's clients train from unequal parameters, without one mean."""
