@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from tesserafl.core.answers import MAX_METRIC, MAX_METRICS, NOTED
 from tesserafl.core.buffers import shown
@@ -14,38 +14,34 @@ from tesserafl.core.messages import Client
 from tesserafl.core.params import Params
 from tesserafl.core.places import PartHeader, part_from_json
 from tesserafl.core.submodel import SubModel
+from tesserafl.engines.heads import Natural, Strict
 from tesserafl.engines.seam import Reason
 
-_Natural = Annotated[int, Field(ge=0, lt=1 << 62)]
 _Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Coordinates = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(max_length=4096)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class Row(_Strict):
+class Row(Strict):
     """One device's answer in one of the edge's averages."""
 
-    client: _Natural
-    round: _Natural
+    client: Natural
+    round: Natural
     """Of its task."""
-    examples: _Natural
-    steps: _Natural
-    trained_entries: _Natural
-    entries: _Natural
+    examples: Natural
+    steps: Natural
+    trained_entries: Natural
+    entries: Natural
     flops: _Amount
     seconds: _Amount
     """Of its computing."""
     link_seconds: _Amount
     """From its task to its answer, without its computing."""
-    bytes_up: _Natural
-    bytes_down: _Natural
+    bytes_up: Natural
+    bytes_down: Natural
     change: _Amount
     """L2 norm of what it changed."""
     sketch: _Coordinates
-    part: _Natural
+    part: Natural
     """What it trained, as a number among `Swept.parts`."""
     metrics: dict[str, Annotated[float, Field(ge=-MAX_METRIC, le=MAX_METRIC)]]
 
@@ -56,15 +52,15 @@ class Row(_Strict):
         return {**self.metrics, **known}
 
 
-class Loss(_Strict):
+class Loss(Strict):
     """One device that did not answer."""
 
-    client: _Natural
+    client: Natural
     reason: Reason
     text: Annotated[str, Field(max_length=10_000)]
 
 
-class Swept(_Strict):
+class Swept(Strict):
     """The header of an edge's answer."""
 
     handed: dict[str, Any]
@@ -110,7 +106,7 @@ def swept_of(header: Mapping[str, Any], clients: Mapping[int, Client], rounds: i
         bad = [n for n in row.metrics if not n.isidentifier() or n in NOTED or len(n) > MAX_METRICS]
         if bad or len(row.metrics) > MAX_METRICS or row.part >= len(swept.parts):
             raise MessageError(f"an edge's row of client {row.client} is wrong in what it measured")
-        if row.examples > clients[row.client].num_examples or not row.steps < 1 << 48:
+        if row.examples > clients[row.client].num_examples:
             raise MessageError(
                 f"an edge says that client {row.client} saw {row.examples} examples; it has "
                 f"{clients[row.client].num_examples}"
