@@ -67,12 +67,12 @@ class Carrier:
             UpdateError: the work of every peer that answered was refused.
             TesseraError: a peer of a lean run cannot go on, and nobody else has its part.
         """
-        begun, turns = time.perf_counter(), self.bag.turns(round)
-        if turns is None:
-            turns = self._turns(round)
-            check_answered(round, noted(turns, self.setup.clients, self.shapes))
-            self.bag.close(round, turns)
+        begun, closed = time.perf_counter(), self.bag.turns(round)
+        turns = self._turns(round) if closed is None else closed
         notes = noted(turns, self.setup.clients, self.shapes)
+        if closed is None:
+            check_answered(round, notes)
+            self.bag.close(round, turns)
         coverage.add(notes.trained)
         alone = Coverage({name: tuple(t.shape) for name, t in self.shapes.items()})
         alone.add(notes.trained)
@@ -161,7 +161,8 @@ class Carrier:
             if self._waits:
                 left = self.remote.gather_any(left)
             ends = {c: self.stands.get(c, target - 1) for c in sorted(left)}
-            questions = {client: self._fold(client, round) for client, round in ends.items()}
+            turns = {round: self.bag.turns(round) for round in set(ends.values())}
+            questions = {c: self._fold(c, round, turns[round]) for c, round in ends.items()}
             for client, reply in self._ask(questions).items():
                 known = self.stands.get(client, -1)
                 if isinstance(reply, Standing) and reply.round <= known:
@@ -225,8 +226,7 @@ class Carrier:
             keep=partial(self.bag.keep, round),
         )
 
-    def _fold(self, client: int, round: int) -> Question:
-        turns = self.bag.turns(round)
+    def _fold(self, client: int, round: int, turns: Turns | None) -> Question:
         assert turns is not None, "letters are kept until all have ended the round"
         letters = turns.letters_to(client)
         order = Fold(
