@@ -32,6 +32,9 @@ BODY_BYTES = 2048
 """Longest request that is read; a key and a secret are about 300 bytes."""
 CONNECTIONS = 16
 """Served at once; more are closed unanswered."""
+PATIENCE_SECONDS = 0.5
+"""How long a connection waits for a place. A device makes two, one after the other, and the first
+one's place is free only a moment after the device has its answer."""
 REQUEST_SECONDS = 15.0
 """From the first byte of a connection to the last of its request."""
 PER_MINUTE_OF_ADDRESS = 60
@@ -144,7 +147,7 @@ class Enrolment:
             except OSError:
                 time.sleep(0.1)  # out of descriptors, or the peer has gone already
                 continue
-            if not self._pace.in_all() or not self._slots.acquire(blocking=False):
+            if not self._pace.in_all() or not self._slots.acquire(timeout=PATIENCE_SECONDS):
                 connection.close()
                 continue
             thread = threading.Thread(target=self._serve, args=(connection, address), daemon=True)

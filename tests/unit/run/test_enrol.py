@@ -339,37 +339,47 @@ def test_garbage_ends_nothing(folder: Path, served: Enrolment, tmp_path: Path) -
 def test_silent_and_slow_peers_stop_nobody(
     folder: Path, told: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(enrolment, "REQUEST_SECONDS", 1.0)
     token = create_token(folder, "alice")
     files = certs.server_files(folder)
     context = ssl.create_default_context(cafile=files.ca)
-    with (
-        Enrolment(folder, "127.0.0.1", None, lambda name, path: None),
-        contextlib.ExitStack() as stack,
-    ):
-        silent = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", files.enrol_port)))
-            for _ in range(enrolment.CONNECTIONS - 1)
-        ]
-        began = time.monotonic()
-        assert enrol(token, tmp_path / "device").name == "alice"
-        assert time.monotonic() - began < 0.9  # it did not wait for the others' end
-        # One byte now and then keeps no place: the time is of the request, not of a byte.
-        slow = stack.enter_context(
-            context.wrap_socket(
-                socket.create_connection(("127.0.0.1", files.enrol_port)),
-                server_hostname="127.0.0.1",
-            )
-        )
-        began = time.monotonic()
-        with pytest.raises(OSError):
-            while time.monotonic() - began < 8:
-                slow.sendall(b"G")
-                time.sleep(0.1)
-        assert time.monotonic() - began < 6
-        for peer in silent:
-            peer.settimeout(5)
+
+    def connected(stack: contextlib.ExitStack) -> socket.socket:
+        address = ("127.0.0.1", files.enrol_port)
+        return stack.enter_context(socket.create_connection(address))
+
+    with Enrolment(folder, "127.0.0.1", None, lambda name, path: None):
+        monkeypatch.setattr(enrolment, "REQUEST_SECONDS", 300.0)
+        with contextlib.ExitStack() as stack:
+            silent = [connected(stack) for _ in range(enrolment.CONNECTIONS - 1)]
+            assert enrol(token, tmp_path / "device").name == "alice"
+            for peer in silent:  # it did not wait for the others' end
+                peer.setblocking(False)
+                with pytest.raises(BlockingIOError):
+                    peer.recv(1)
+        monkeypatch.setattr(enrolment, "REQUEST_SECONDS", 3.0)
+        with contextlib.ExitStack() as stack:
+            peer = connected(stack)
+            peer.settimeout(60)
             assert peer.recv(1) == b""
+            # One byte now and then keeps no place: the time is of the request, not of a byte.
+            slow = context.wrap_socket(connected(stack), server_hostname="127.0.0.1")
+            with stack.enter_context(slow), pytest.raises(OSError):
+                for _ in range(600):
+                    slow.sendall(b"G")
+                    time.sleep(0.1)
+
+
+def test_a_device_finds_a_place_that_is_free_in_a_moment(
+    folder: Path, told: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    token = create_token(folder, "alice")
+    with Enrolment(folder, "127.0.0.1", None, lambda name, path: None) as served:
+        for _ in range(enrolment.CONNECTIONS):
+            served._slots.acquire()
+        freed = [threading.Timer(0.2, served._slots.release) for _ in range(enrolment.CONNECTIONS)]
+        for timer in freed:
+            timer.start()
+        assert enrol(token, tmp_path / "device").name == "alice"
 
 
 def test_an_address_that_asks_too_often_waits(
