@@ -235,7 +235,9 @@ class Fit:
                 f"Fit.reference_logits has {', '.join(sorted(unknown))}; the references are "
                 f"{', '.join(self.references) or 'none'}"
             )
-        own = {name: tensor for name, tensor in self.params.items() if name not in self.beside}
+        own: Params = {}
+        if self.references:  # of what lies on a disk every look is a reading
+            own = {name: tensor for name, tensor in self.params.items() if name not in self.beside}
         for name, reference in self.references.items():
             if name in taken:
                 raise ConfigError(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tesserafl.core.layout import Shape
+from tesserafl.core.stored import Stored
 
 Params = dict[str, Tensor]
 """Parameter name -> tensor. Never changed in place by a hook."""
@@ -164,6 +165,8 @@ def subtract(left: Params, right: Params) -> Params:
     """`left - right`, entry by entry; `right` holds the names of `left`, or more."""
     if isinstance(left, Packed) and isinstance(right, Packed) and left.packing is right.packing:
         return Packed(left.flat - right.flat, left.packing)
+    if isinstance(right, Stored):
+        return {name: right.taken_from(name, tensor) for name, tensor in left.items()}
     return {name: left[name] - right[name] for name in left}
 
 

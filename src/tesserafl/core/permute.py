@@ -7,6 +7,7 @@ smallest unit and the plainest layout that pass both tiny and at the axis's own 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import re
@@ -163,7 +164,9 @@ class PermutationTest:
             size, q = self.sizes[axis], self.quanta.get(axis)
             sizes = [_TINY_SIZE << shift for shift in range(size.bit_length())]
             if axis not in outputs:
-                sizes = [TINY_UNITS * q] if q else [d for d in divisors(size) if d >= _TINY_SIZE]
+                whole = [d for d in divisors(size) if d >= _TINY_SIZE]
+                small = bisect.bisect(whole, 8 * _TINY_SIZE)  # a prime has none: take others
+                sizes = [TINY_UNITS * q] if q else [*whole[:small], *sizes[:4], *whole[small:]]
             for small in (s for s in sizes if s < size):
                 # The same parameters: a shortcut where two widths differ must not vanish.
                 shapes = self._shapes({**self.tiny, axis: small})

@@ -23,6 +23,7 @@ from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Memory, Task, Update, Wanted
 from tesserafl.core.params import Params
 from tesserafl.core.places import PartHeader, part_from_json, part_to_json
+from tesserafl.core.stored import Stored
 from tesserafl.core.submodel import SubModel
 
 _Natural = Annotated[int, Field(ge=0, lt=1 << 62)]
@@ -208,6 +209,8 @@ def _decoded(
     main = _group(groups, group)
     if how is None:
         return main
+    if isinstance(main, Stored) and how.coding == "bfloat16":
+        return main.in_float32(how.names)
     shapes = {name: view.shape for name, view in submodel.views.items()}
     return decoded(how.coding, main, _group(groups, "codes"), frozenset(how.names), shapes)
 

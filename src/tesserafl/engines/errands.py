@@ -21,6 +21,7 @@ from tesserafl.core.answers import most_header_bytes
 from tesserafl.core.errors import MessageError
 from tesserafl.core.messages import Task
 from tesserafl.core.wire import Parts, update_of
+from tesserafl.engines.incoming import read_letter
 from tesserafl.engines.orders import (
     Answer,
     Envelope,
@@ -36,7 +37,7 @@ from tesserafl.engines.orders import (
     reply_of,
     sealed,
 )
-from tesserafl.engines.parcels import Letter, Outgoing, check_parcel, letter_of, read_letter
+from tesserafl.engines.parcels import Letter, Outgoing, check_parcel, letter_of
 from tesserafl.engines.seam import Done
 
 _MOST_REPEATS = 5

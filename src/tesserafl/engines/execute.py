@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tesserafl.core.fit import HELD_OUT, Fit, Fitted, Forward
 from tesserafl.core.metrics import Metrics, measure
 from tesserafl.core.params import aligned
+from tesserafl.core.stored import Stored
 from tesserafl.data.examples import Examples
 from tesserafl.engines.batches import augment, augments, held_out_of, in_order, passes
 from tesserafl.engines.frozen import frozen_below
@@ -63,7 +64,9 @@ def execute(
     momenta = None
     if fit.momentum is not None:
         momenta = [aligned(fit.momentum[name].to(device)) for name in trainable]
-    optimiser = Optimiser(training, momenta)
+    # Copies that were made for this client alone.
+    own = isinstance(fit.params, Stored) or torch.device(device).type != "cpu"
+    optimiser = Optimiser(training, momenta, own)
     losses: list[Tensor] = []
     sizes: list[int] = []
     steps = 0

@@ -19,18 +19,21 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
 class Optimiser:
-    """The steps of one client. What it was given for the first step is not written to.
+    """The steps of one client.
 
     Args:
         training: which optimiser.
         momenta: SGD's momentum buffers to start with, one per weight; None: empty.
+        own: whether the weights of the first step may be written to; else it makes new ones.
     """
 
-    def __init__(self, training: Training, momenta: Sequence[Tensor] | None = None) -> None:
+    def __init__(
+        self, training: Training, momenta: Sequence[Tensor] | None = None, own: bool = False
+    ) -> None:
         self._training = training
         self._momenta = None if momenta is None else [tensor.clone() for tensor in momenta]
         self._adamw: torch.optim.AdamW | None = None
-        self._own = False
+        self._own = own
 
     @property
     def momenta(self) -> list[Tensor] | None:
@@ -40,7 +43,8 @@ class Optimiser:
     def step(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
         """The weights after one more step, as leaves that want a gradient.
 
-        After the first step `weights` must be what the step before returned; they are changed.
+        After the first step `weights` must be what the step before returned; they are changed. They
+        are leaves from the first step on where it may write to them.
         """
         with torch.no_grad():  # not as a decorator, which costs as much as the step of a small net
             return self._step(weights, gradients)
@@ -76,7 +80,8 @@ class Optimiser:
 
     def _step_adamw(self, weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
         if self._adamw is None:
-            weights = [weight.clone().requires_grad_() for weight in weights]
+            if not self._own:
+                weights = [weight.clone().requires_grad_() for weight in weights]
             self._adamw = torch.optim.AdamW(
                 weights, lr=self._training.lr, weight_decay=self._training.weight_decay
             )

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from tesserafl.core.errors import MessageError
-from tesserafl.core.params import Params
 from tesserafl.core.wire import Parts
 
 MOST_BYTES = 32 << 20
@@ -30,13 +27,14 @@ MOST_BYTES = 32 << 20
 _MOST_LETTER_BYTES = 1 << 38
 """Of all tensors that a letter may claim."""
 
-_DTYPES = {
+DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
         *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
     )
 }
+"""Types of tensors that a letter may name."""
 
 _Natural = Annotated[int, Field(ge=0, lt=1 << 48)]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -46,7 +44,9 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class _Entry(_Strict):
+class Entry(_Strict):
+    """What a letter says of one tensor."""
+
     group: str
     name: str
     dtype: str
@@ -68,7 +68,7 @@ class Letter(_Strict):
     header: dict[str, Any]
     groups: list[str]
     """All of the message's groups, also the empty ones."""
-    entries: list[_Entry]
+    entries: list[Entry]
     parcels: list[ParcelNote]
 
     @property
@@ -98,13 +98,13 @@ def letter_of(value: object) -> Letter:
         raise MessageError("a letter names a tensor twice")
     claimed = 0
     for entry in letter.entries:
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in DTYPES:
             raise MessageError(
-                f"a letter has a tensor of type {entry.dtype[:40]!r}; allowed: {', '.join(_DTYPES)}"
+                f"a letter has a tensor of type {entry.dtype[:40]!r}; allowed: {', '.join(DTYPES)}"
             )
         if entry.group not in letter.groups:
             raise MessageError(f"a letter has a tensor of no group: {entry.group[:40]!r}")
-        claimed += math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize
+        claimed += math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
     # Before a byte is allocated: a tensor of a terabyte must be paid for by who claims it.
     if claimed > min(letter.num_bytes, _MOST_LETTER_BYTES):
         raise MessageError(
@@ -125,7 +125,7 @@ class Outgoing:
     def letter(self) -> Letter:
         """What the parcels hold; makes each once, for its digest."""
         header, groups = self.parts
-        parcels = [self.parcel(number) for number in range(len(self._plan))]
+        parcels = map(self.parcel, range(len(self._plan)))  # one at a time in memory
         return Letter(
             header=header,
             groups=list(groups),
@@ -146,9 +146,9 @@ class Outgoing:
         ]
 
     @cached_property
-    def _entries(self) -> list[_Entry]:
+    def _entries(self) -> list[Entry]:
         return [
-            _Entry(
+            Entry(
                 group=group,
                 name=name,
                 dtype=str(tensor.dtype).removeprefix("torch."),
@@ -176,7 +176,7 @@ class Outgoing:
                 if not plan or size > room:
                     plan.append({})
                     room = self.most_bytes
-                plan[-1][_key(number, piece)] = (number, begin, end)
+                plan[-1][piece_key(number, piece)] = (number, begin, end)
                 room -= size
         return plan
 
@@ -186,33 +186,6 @@ class Outgoing:
             # A copy, since two names for one storage are refused.
             return tensor.contiguous().clone()
         return tensor.reshape(-1)[begin:end].clone()
-
-
-def read_letter(letter: Letter, fetch: Callable[[str], bytes]) -> Parts:
-    """The message, from a letter that `letter_of` accepted; `fetch` gives a parcel by its digest.
-
-    Raises:
-        MessageError: a parcel is not what the letter says.
-    """
-    whole: dict[int, Tensor] = {}
-    found: set[str] = set()
-    for note in letter.parcels:
-        pieces = _checked(fetch(note.sha256), note)
-        while pieces:  # one parcel at a time, and of it only what was not placed yet
-            key, tensor = pieces.popitem()
-            if key in found:
-                raise MessageError(f"piece {key} lies in two parcels of a letter")
-            _place(letter, key, tensor, whole)
-            found.add(key)
-            del tensor
-    if len(found) != (expected := sum(entry.pieces for entry in letter.entries)):
-        raise MessageError(
-            f"the parcels of a letter hold {len(found)} pieces; expected are {expected}"
-        )
-    groups: dict[str, Params] = {group: {} for group in letter.groups}
-    for number, entry in enumerate(letter.entries):
-        groups[entry.group][entry.name] = whole[number].reshape(entry.shape)
-    return letter.header, groups
 
 
 def check_parcel(data: bytes, note: ParcelNote) -> None:
@@ -229,50 +202,6 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _key(number: int, piece: int) -> str:
+def piece_key(number: int, piece: int) -> str:
+    """The name of a piece in its parcel: of the letter's tensor of that number."""
     return f"{number}.{piece}"
-
-
-def _checked(data: bytes, note: ParcelNote) -> dict[str, Tensor]:
-    """The pieces in the parcel of a note."""
-    check_parcel(data, note)
-    try:
-        return load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise MessageError(f"a parcel of {len(data)} bytes is no safetensors: {error}") from error
-
-
-def _place(letter: Letter, key: str, tensor: Tensor, whole: dict[int, Tensor]) -> None:
-    """Put a piece where it belongs."""
-    number, piece = _numbers(letter, key)
-    entry = letter.entries[number]
-    if str(tensor.dtype).removeprefix("torch.") != entry.dtype:
-        raise MessageError(f"{entry.name!r} is {tensor.dtype}; its letter says {entry.dtype}")
-    numel = math.prod(entry.shape)
-    length = math.ceil(numel / entry.pieces)
-    begin, end = piece * length, min((piece + 1) * length, numel)
-    if tensor.numel() != end - begin:
-        raise MessageError(
-            f"piece {piece} of {entry.name!r} has {tensor.numel()} entries; expected are "
-            f"{end - begin}"
-        )
-    if entry.pieces == 1:
-        whole[number] = tensor
-        return
-    if number not in whole:
-        whole[number] = torch.empty(numel, dtype=tensor.dtype)
-    whole[number][begin:end] = tensor.reshape(-1)
-
-
-def _numbers(letter: Letter, key: str) -> tuple[int, int]:
-    first, _, second = key.partition(".")
-    if not (first.isascii() and first.isdigit() and second.isascii() and second.isdigit()):
-        raise MessageError(f"a parcel holds {key[:40]!r}, which is no piece of a tensor")
-    number, piece = int(first[:9]), int(second[:9])
-    if (
-        _key(number, piece) != key
-        or number >= len(letter.entries)
-        or piece >= letter.entries[number].pieces
-    ):
-        raise MessageError(f"a parcel holds piece {key[:40]!r}, of which its letter knows nothing")
-    return number, piece

@@ -23,9 +23,10 @@ from tesserafl.core.metrics import Metrics
 from tesserafl.core.params import num_entries, sha256
 from tesserafl.core.places import part_to_json
 from tesserafl.core.wire import Parts, decode_update, encode_update
+from tesserafl.engines.incoming import read_letter
 from tesserafl.engines.lean import Lean, store_of
 from tesserafl.engines.lean_peer import LeanPeer
-from tesserafl.engines.parcels import Outgoing, letter_of, read_letter
+from tesserafl.engines.parcels import Outgoing, letter_of
 from tesserafl.engines.peer import CopyPeer
 from tesserafl.engines.process import threads
 from tesserafl.engines.replicas import Replicas

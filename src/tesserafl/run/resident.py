@@ -17,6 +17,7 @@ from typing import Any
 from tesserafl.core.errors import MessageError, TesseraError
 from tesserafl.core.messages import Memory
 from tesserafl.core.wire import Parts, task_of, update_parts
+from tesserafl.engines.incoming import Later, read_letter
 from tesserafl.engines.orders import (
     Answer,
     Bye,
@@ -35,7 +36,7 @@ from tesserafl.engines.orders import (
     order_of,
     sealed,
 )
-from tesserafl.engines.parcels import Letter, Outgoing, letter_of, read_letter
+from tesserafl.engines.parcels import Letter, Outgoing, letter_of
 from tesserafl.engines.process import threads
 from tesserafl.engines.turns import Examine, Fold, Standing, Turn
 from tesserafl.run.children import give_back_memory
@@ -144,12 +145,15 @@ class Resident:
     def _train(self, order: Work, asked: str, spool: Spool) -> None:
         holding = self._known(order.run)
         assert holding is not None, "asked before"
-        task, _ = task_of(*read_kept(letter_of(order.letter), spool))
+        # Its parameters stay on the disk: what is trained is the one copy in memory.
+        later = Later(groups=frozenset({"params"}), read=spool.piece)
+        task, _ = task_of(*read_kept(letter_of(order.letter), spool, later))
         if task.client.id != order.client:
             raise TesseraError(f"the task is client {task.client.id}'s, the order {order.client}'s")
         if self.local.client not in (None, order.client):
             raise TesseraError(f"this device is client {self.local.client}, not {order.client}")
         memory = _recalled(order, spool)
+        give_back_memory()  # what reading the parcels took
         begun = time.perf_counter()
         with threads(holding.experiment.engine.threads):
             update, memory = holding.worker.work(task, memory)
@@ -220,10 +224,10 @@ class Resident:
         return sealed(Missing(parcels=[]))
 
 
-def read_kept(letter: Letter, spool: Spool) -> Parts:
-    """The message of a letter, all of whose parcels are on the disk."""
+def read_kept(letter: Letter, spool: Spool, later: Later | None = None) -> Parts:
+    """The message of a letter, all of whose parcels are on the disk; `later`: what stays there."""
     try:
-        return read_letter(letter, spool.fetch)
+        return read_letter(letter, spool.fetch, later)
     except MessageError:
         spool.keep_only(())  # damaged on the disk, perhaps: let it be sent again
         raise

@@ -7,7 +7,10 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from tesserafl.core.errors import CheckpointError, MessageError
 from tesserafl.core.messages import Memory
@@ -50,6 +53,15 @@ class Spool:
     def fetch(self, name: str) -> bytes:
         """A parcel that is here."""
         return self._parcel(name).read_bytes()
+
+    def piece(self, name: str, key: str) -> Tensor:
+        """A tensor in a parcel that is here, not to be written to; its bytes are the file's, read
+        when they are looked at. Raises MessageError if it cannot be."""
+        try:
+            with safe_open(self._parcel(name), framework="pt") as parcel:
+                return cast(Tensor, parcel.get_tensor(key))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise MessageError(f"parcel {name} was damaged while it was in use: {error}") from error
 
     def keep_only(self, parcels: Collection[str]) -> None:
         """Let the parcels of earlier tasks go."""

@@ -295,3 +295,22 @@ def test_probing_leaves_torchs_random_state_alone():
     before = torch.random.get_rng_state()
     probe(linear_net, {"first": 16, "classes": 4}, vectors, outputs=("classes",))
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_prime_width_is_probed_on_small_ones():
+    built = []
+
+    def build(sizes):
+        if torch.empty(0).device.type != "meta":
+            built.append((sizes["a"], sizes["b"]))
+        return nn.Sequential(
+            nn.Linear(6, sizes["a"]),
+            nn.ReLU(),
+            nn.Linear(sizes["a"], sizes["b"]),
+            nn.ReLU(),
+            nn.Linear(sizes["b"], 2),
+        )
+
+    model = probe(build, {"a": 1009, "b": 1013}, lambda: torch.randn(2, 6))
+    assert model.units("a") == 1009 and model.units("b") == 1013
+    assert built and all(min(pair) <= 64 for pair in built)

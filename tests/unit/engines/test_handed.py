@@ -18,7 +18,8 @@ from tesserafl.core.method import State
 from tesserafl.core.params import Params, num_bytes, sha256
 from tesserafl.core.wire import Parts
 from tesserafl.engines.handed import Below, handed_change, handed_sums
-from tesserafl.engines.parcels import Outgoing, letter_of, read_letter
+from tesserafl.engines.incoming import read_letter
+from tesserafl.engines.parcels import Outgoing, letter_of
 from tesserafl.engines.sums import Sums, sums_of
 from tesserafl.engines.swept import swept_of
 from tesserafl.methods import FedBRB, FedNova, HeteroFL, HierFAVG, MethodSettings

@@ -8,9 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load
 
 from tesserafl.core.errors import MessageError
-from tesserafl.engines.parcels import Letter, Outgoing, letter_of, read_letter, sha256
+from tesserafl.core.stored import Stored
+from tesserafl.engines.incoming import Later, read_letter
+from tesserafl.engines.parcels import Letter, Outgoing, letter_of, sha256
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool)
 
@@ -49,6 +52,40 @@ def test_a_message_comes_out_as_it_went_in(most):
         found = groups["params"][name]
         assert found.dtype == tensor.dtype and found.shape == tensor.shape
         assert torch.equal(found, tensor)
+
+
+@pytest.mark.parametrize("most", [7, 64, 1 << 20])
+def test_what_stays_where_the_parcels_lie_is_read_later(most):
+    header, groups = _parts()
+    groups["extra"] = {"first.bias": torch.arange(50.0)}
+    letter, parcels = _through((header, groups), most)
+    asked = []
+
+    def read(name, key):
+        asked.append(key)
+        return load(parcels[name])[key]
+
+    later = Later(groups=frozenset({"params", "memory"}), read=read)
+    found = read_letter(letter, parcels.__getitem__, later)[1]
+    assert isinstance(found["params"], Stored) and not isinstance(found["extra"], Stored)
+    assert not asked and list(found) == ["params", "extra"]
+    for group, params in groups.items():
+        assert list(found[group]) == list(params)
+        for name, tensor in params.items():
+            value = found[group][name]
+            assert value.dtype == tensor.dtype and torch.equal(value, tensor)
+
+
+def test_what_is_read_later_is_checked_at_once():
+    letter, parcels = _through(_parts(), 1000)
+    later = Later(groups=frozenset({"params"}), read=lambda name, key: load(parcels[name])[key])
+    values = letter.model_dump()
+    values["entries"][0]["dtype"] = "int32"
+    with pytest.raises(MessageError, match="float32"):
+        read_letter(letter_of(values), parcels.__getitem__, later)
+    lacking = Letter(**{**letter.model_dump(), "parcels": letter.model_dump()["parcels"][:-1]})
+    with pytest.raises(MessageError, match="pieces"):
+        read_letter(lacking, parcels.__getitem__, later)
 
 
 @settings(max_examples=60, deadline=None)

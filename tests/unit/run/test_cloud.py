@@ -19,9 +19,10 @@ from tesserafl.core.schedule import Situation
 from tesserafl.data import DataSettings
 from tesserafl.engines.attendance import Undelivered
 from tesserafl.engines.compression import CompressionSettings
+from tesserafl.engines.incoming import read_letter
 from tesserafl.engines.network import NetworkSettings
 from tesserafl.engines.orders import Answer, order_of, reply_of, sealed
-from tesserafl.engines.parcels import Outgoing, letter_of, read_letter
+from tesserafl.engines.parcels import Outgoing, letter_of
 from tesserafl.engines.swept import Swept
 from tesserafl.methods import EqualFinish, FedAvg, FedBRB, FedNova, FedSALoRA, HierFAVG, Tomtit
 from tesserafl.models import MLP

@@ -16,6 +16,7 @@ from devices_at_hand import PostAtHand, parts, prepare_once
 from tesserafl.core.wire import Parts
 from tesserafl.data import DataSettings
 from tesserafl.engines import remote
+from tesserafl.engines.incoming import read_letter
 from tesserafl.engines.orders import (
     Answer,
     Envelope,
@@ -30,7 +31,7 @@ from tesserafl.engines.orders import (
     reply_of,
     sealed,
 )
-from tesserafl.engines.parcels import Outgoing, letter_of, read_letter
+from tesserafl.engines.parcels import Outgoing, letter_of
 from tesserafl.methods import FedAvg
 from tesserafl.models import MLP
 from tesserafl.run import runner

@@ -13,8 +13,9 @@ from peers_at_hand import ALL, events_of, experiment_of, served_to
 from tesserafl.core.errors import ConfigError
 from tesserafl.data import DataSettings
 from tesserafl.engines import questions
+from tesserafl.engines.incoming import read_letter
 from tesserafl.engines.orders import order_of, reply_of, sealed
-from tesserafl.engines.parcels import Outgoing, letter_of, read_letter
+from tesserafl.engines.parcels import Outgoing, letter_of
 from tesserafl.engines.turns import Addressed, Standing
 from tesserafl.methods import DPSGD, FedAvg
 from tesserafl.run import begin as begin_module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from tesserafl.core.errors import MessageError
 from tesserafl.engines.parcels import Outgoing, sha256
@@ -34,6 +35,19 @@ def test_a_parcel_is_kept_under_its_digest_alone(spool):
     assert spool.missing(["0" * 64]) == ["0" * 64]
     spool.keep_only([])
     assert spool.missing([name]) == [name]
+
+
+def test_a_piece_is_read_from_its_parcel(spool):
+    answer = outgoing()
+    data = answer.parcel(1)
+    name = sha256(data)
+    spool.store({name: data})
+    assert torch.equal(spool.piece(name, "0.1"), torch.ones(len(load(data)["0.1"])))
+    path = spool.folder / "parcels" / name
+    for wrong in (lambda: path.write_bytes(data[:20]), path.unlink):
+        wrong()
+        with pytest.raises(MessageError, match="damaged"):
+            spool.piece(name, "0.1")
 
 
 def test_an_answer_is_there_when_all_of_it_is(spool):
