@@ -3,6 +3,11 @@
     small   Work with its parcels                  -> Answer with its parcels
     large   Work with the first -> Missing,
             Store..., Work with the last           -> Answer with the first, Fetch... -> Parcels
+    ahead   Store..., Work with the last, Rest...  -> Missing..., Answer with the first, Parcels...
+
+Flower's node looks for a message three seconds after it found none, so the third way is the fastest
+for what is large. It sends what a device may have already, after a cut: who has not heard of the
+device yet takes the second.
 
 An errand sends nothing itself, and knows neither post nor clock.
 """
@@ -31,13 +36,14 @@ from tesserafl.engines.orders import (
     Missing,
     Parcels,
     Refusal,
+    Rest,
     Store,
     Stranger,
     Work,
     reply_of,
     sealed,
 )
-from tesserafl.engines.parcels import Letter, Outgoing, check_parcel, letter_of
+from tesserafl.engines.parcels import Letter, Outgoing, check_parcel, in_messages, letter_of
 from tesserafl.engines.seam import Done
 
 _MOST_REPEATS = 5
@@ -99,6 +105,9 @@ class Errand:
     """A further round whose memory must stay."""
     ask: Ask | None = None
     """Something else than a task or a measurement."""
+    ahead: int | None = None
+    """Messages that the answer will take, as far as anybody can tell: everything is sent at once.
+    None: first it is asked what the device has."""
     waiting: int = 0
     """Messages under way."""
     _repeats: int = 0
@@ -110,8 +119,19 @@ class Errand:
     _parcels: dict[str, bytes] = field(default_factory=dict)
 
     def begin(self) -> Step:
-        """The first message."""
-        return self._sending(self._work(self._fitting(range(len(self.outgoing.letter.parcels)))))
+        """The first messages."""
+        first, *others = in_messages(self.outgoing.letter.parcels, self.outgoing.most_bytes) or [[]]
+        if self.ahead is None:
+            return self._sending(self._work(first))
+        *before, last = [first, *others]
+        stores = [sealed(Store(run=self.run), self._of_task(group)) for group in before]
+        return self._sending(*stores, self._work(last), *self._rests(self.ahead))
+
+    @property
+    def num_messages(self) -> int:
+        """How many messages the answer took."""
+        assert self._letter is not None
+        return len(in_messages(self._letter.parcels, self.outgoing.most_bytes))
 
     def replied(self, envelope: Envelope) -> Step:
         """What a reply leads to.
@@ -126,14 +146,18 @@ class Errand:
         if isinstance(reply, Refusal):
             raise MessageError(reply.text)
         if isinstance(reply, Stranger):
+            if self.waiting:
+                return Step()
             self._repeat(f"the device of client {self.client} forgets the run again and again")
-            return Step(greet=not self.waiting)
+            return Step(greet=True)
         if isinstance(reply, Missing):
             return self._missed(reply.parcels)
         if isinstance(reply, Judged) and self.task is None and self.ask is None:
             return Step(result=reply)
         if isinstance(reply, Answer) and (self.task or self.ask) is not None:
             self._answer, self._letter = reply, self._bounded(letter_of(reply.letter))
+        elif isinstance(reply, Parcels) and self._letter is None and self.ahead:
+            return self._missed(())  # of an earlier answer
         elif not (isinstance(reply, Parcels) and self._letter is not None):
             raise MessageError(f"a device answered {reply.kind!r} where that answers nothing")
         return self._collected(self._letter, envelope.parcels)
@@ -169,15 +193,21 @@ class Errand:
 
     def _missed(self, parcels: Sequence[str]) -> Step:
         if self._letter is not None:
-            raise MessageError(f"the device of client {self.client} has lost its answer")
+            if parcels or not self.ahead:
+                raise MessageError(f"the device of client {self.client} has lost its answer")
+            return self._collected(self._letter, {})
+        if self.waiting:
+            return Step()
         if not parcels:
-            return Step() if self.waiting else self._sending(self._work(self._last))
+            return self._sending(self._work(self._last))
         self._repeat(f"the device of client {self.client} keeps losing parcels")
         letter, wanted = self.outgoing.letter, set(parcels)
         numbers = [n for n, note in enumerate(letter.parcels) if note.sha256 in wanted]
         if not numbers:
             raise MessageError(f"the device of client {self.client} wants parcels of another task")
-        self._last = self._fitting(numbers[::-1])
+        notes = self.outgoing.letter.parcels
+        back = in_messages([notes[n] for n in numbers[::-1]], self.outgoing.most_bytes)
+        self._last = [numbers[-1 - n] for n in back[0]]
         stores = [
             sealed(Store(run=self.run), self._of_task([number]))
             for number in numbers
@@ -185,21 +215,22 @@ class Errand:
         ]
         return self._sending(*(stores or [self._work(self._last)]))
 
-    def _fitting(self, numbers: Sequence[int]) -> Sequence[int]:
-        """The first of these parcels, as many as one message may hold."""
-        found: list[int] = []
-        room = self.outgoing.most_bytes
-        for number in numbers:
-            room -= self.outgoing.letter.parcels[number].bytes
-            if found and room < 0:
-                break
-            found.append(number)
-        return found
+    def _rests(self, messages: int) -> list[Envelope]:
+        """Orders for what an answer to the task has beyond its first message."""
+        if self.task is None:
+            return []
+        most_bytes, round = self.outgoing.most_bytes, self.task.round
+        return [
+            sealed(Rest(run=self.run, round=round, number=number, most_bytes=most_bytes))
+            for number in range(1, messages)
+        ]
 
     def _collected(self, letter: Letter | None, parcels: Mapping[str, bytes]) -> Step:
         """Take what came of an answer, and ask for the rest of it."""
         assert letter is not None
         notes = {note.sha256: note for note in letter.parcels}
+        if self.ahead:  # what was asked for ahead may be of an answer before this one
+            parcels = {name: data for name, data in parcels.items() if name in notes}
         if not parcels.keys() <= notes.keys():
             raise MessageError(f"the device of client {self.client} sent parcels of no answer")
         for name, data in parcels.items():

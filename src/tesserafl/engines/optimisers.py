@@ -88,6 +88,7 @@ class Optimiser:
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
         self._adamw.step()
+        self._adamw.zero_grad()  # else they lie beside the next ones
         return list(weights)
 
 

@@ -113,6 +113,18 @@ class Profile(Strict):
     memory_mib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
 
 
+class Rest(Strict):
+    """Asks for more of the answer to this round's task, before anybody knows what it consists of:
+    for the parcels that would go with the message of this number."""
+
+    kind: Literal["rest"] = "rest"
+    run: RunId
+    round: Natural
+    number: Annotated[int, Field(ge=1, lt=1 << 24)]
+    most_bytes: Natural
+    """Of tensors in one message; as in the task's order."""
+
+
 class Missing(Strict):
     """Parcels that the device has not got."""
 
@@ -158,7 +170,7 @@ class Judged(Strict):
 
 
 Order = Annotated[
-    Hello | Store | Work | Fetch | Judge | Bye | Sweep | Turn | Fold | Examine,
+    Hello | Store | Work | Fetch | Rest | Judge | Bye | Sweep | Turn | Fold | Examine,
     Field(discriminator="kind"),
 ]
 Reply = Annotated[

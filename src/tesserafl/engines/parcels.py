@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any
@@ -112,6 +113,19 @@ def letter_of(value: object) -> Letter:
             f"{_MOST_LETTER_BYTES} may be sent"
         )
     return letter
+
+
+def in_messages(notes: Sequence[ParcelNote], most_bytes: int) -> list[list[int]]:
+    """Numbers of the parcels that go together, as many as one message may hold, at least one."""
+    groups: list[list[int]] = []
+    room = 0
+    for number, note in enumerate(notes):
+        if not groups or note.bytes > room:
+            groups.append([])
+            room = most_bytes
+        groups[-1].append(number)
+        room -= note.bytes
+    return groups
 
 
 @dataclass(frozen=True, kw_only=True)

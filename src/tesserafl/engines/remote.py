@@ -71,6 +71,8 @@ class Remote:
     """On the wire, with heads and letters."""
     bytes_up: int = 0
     _errands: dict[int, Errand | Question] = field(default_factory=dict)
+    _ahead: dict[int, int] = field(default_factory=dict)
+    """Client -> messages that its last answer took; none before the first in this process."""
     _until: dict[int, float] = field(default_factory=dict)
     """Client -> when its errand expires."""
     _messages: dict[str, int] = field(default_factory=dict)
@@ -168,8 +170,6 @@ class Remote:
                 names -= {name for name, _ in self.post.pull(names)}
                 self.pause(_PAUSE)
 
-    # Who is there.
-
     def _wait(self, enough: Callable[[], bool], seconds: float = math.inf) -> None:
         """Work on until it is enough, at most so long."""
         until = self.clock() + seconds
@@ -195,8 +195,6 @@ class Remote:
         if client is not None and errand is not None and not errand.waiting:
             self._go_on(client, errand.begin())  # it did not know the run
 
-    # The errands.
-
     def _errand(
         self, client: int, task: Task | None, outgoing: Outgoing, ask: Ask | None = None
     ) -> Errand:
@@ -207,6 +205,7 @@ class Remote:
             outgoing=outgoing,
             remembers=self.heard.get(client),
             keeps=self.keeps.get(client),
+            ahead=self._ahead.get(client),
             ask=ask,
         )
 
@@ -247,9 +246,10 @@ class Remote:
         if step.greet:
             self.bytes_down += self._attendance.greet(self.post, node, self.seconds)
         if step.result is not None:
-            self._errands.pop(client)
+            errand = self._errands.pop(client)
             self._forget(client)
-            if isinstance(step.result, Done):
+            if isinstance(step.result, Done) and isinstance(errand, Errand):
+                self._ahead[client] = errand.num_messages
                 self.heard[client] = step.result.update.round
             if isinstance(step.result, Done | Told):
                 self._ended.append(step.result)

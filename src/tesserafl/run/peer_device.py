@@ -235,7 +235,7 @@ def peer_device(
 def inlined(turned: Turned, spool: Spool, most_bytes: int) -> dict[str, bytes]:
     """The parcels that go with a turn; the others must be fetched."""
     notes = {n.sha256: n for each in turned.letters for n in letter_of(each.letter).parcels}
-    return spool.answered_within(list(notes.values()), most_bytes)
+    return spool.answered_in(list(notes.values()), most_bytes)
 
 
 def with_roster(setup: Setup, roster: Sequence[Place]) -> Setup:

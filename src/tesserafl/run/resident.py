@@ -30,6 +30,7 @@ from tesserafl.engines.orders import (
     Parcels,
     Profile,
     Refusal,
+    Rest,
     Store,
     Stranger,
     Work,
@@ -87,6 +88,8 @@ class Resident:
                 return self._judge(order, spool)
             if isinstance(order, Fetch):
                 return fetched(order, spool)
+            if isinstance(order, Rest):
+                return rest_of(order, spool)
             if isinstance(order, Turn | Fold | Examine):
                 return self._among_peers(order, spool)
             raise TesseraError(f"this is a device; it knows no order {order.kind!r}")
@@ -243,7 +246,7 @@ def _recalled(order: Work | Judge, spool: Spool) -> Memory:
 
 def answer_kept(kept: Mapping[str, Any], spool: Spool, most_bytes: int) -> Envelope:
     """An answer that lies on the disk, with as many of its parcels as that."""
-    inline = spool.answered_within(letter_of(kept["letter"]).parcels, most_bytes)
+    inline = spool.answered_in(letter_of(kept["letter"]).parcels, most_bytes)
     return sealed(Answer(letter=kept["letter"], seconds=kept["seconds"]), inline)
 
 
@@ -253,3 +256,12 @@ def fetched(order: Fetch, spool: Spool) -> Envelope:
     if missing := [name for name, data in found.items() if data is None]:
         return sealed(Missing(parcels=missing))
     return sealed(Parcels(), {name: data for name, data in found.items() if data is not None})
+
+
+def rest_of(order: Rest, spool: Spool) -> Envelope:
+    """Further parcels of the answer that is kept, if it is that round's."""
+    kept = spool.answer()
+    if kept is None or kept["letter"]["header"].get("round") != order.round:
+        return sealed(Missing(parcels=[]))
+    notes = letter_of(kept["letter"]).parcels
+    return sealed(Parcels(), spool.answered_in(notes, order.most_bytes, order.number))

@@ -15,7 +15,7 @@ from torch import Tensor
 from tesserafl.core.errors import CheckpointError, MessageError
 from tesserafl.core.messages import Memory
 from tesserafl.core.wire import pack, unpack
-from tesserafl.engines.parcels import Outgoing, ParcelNote
+from tesserafl.engines.parcels import Outgoing, ParcelNote, in_messages
 from tesserafl.run.files import read_json, write_atomic, write_json
 
 
@@ -108,15 +108,13 @@ class Spool:
         path = self.folder / "answer" / name
         return path.read_bytes() if path.exists() else None
 
-    def answered_within(self, notes: Sequence[ParcelNote], most_bytes: int) -> dict[str, bytes]:
-        """The first of these parcels of the answer, as many as one message may hold."""
-        found: dict[str, bytes] = {}
-        for note in notes:
-            most_bytes -= note.bytes
-            if found and most_bytes < 0:
-                break
-            found[note.sha256] = self.answered(note.sha256) or b""
-        return found
+    def answered_in(
+        self, notes: Sequence[ParcelNote], most_bytes: int, number: int = 0
+    ) -> dict[str, bytes]:
+        """These parcels of the answer, those that go with its message of this number."""
+        groups = in_messages(notes, most_bytes)
+        names = [notes[n].sha256 for n in groups[number]] if number < len(groups) else []
+        return {name: self.answered(name) or b"" for name in names}
 
     def _answered(self, name: str, num_bytes: int) -> bool:
         path = self.folder / "answer" / name

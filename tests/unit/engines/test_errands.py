@@ -41,7 +41,7 @@ def task():
     )
 
 
-def errand(most=LARGE, judge=False):
+def errand(most=LARGE, judge=False, ahead=None):
     asked = task()
     return Errand(
         run=RUN,
@@ -49,6 +49,7 @@ def errand(most=LARGE, judge=False):
         task=None if judge else asked,
         outgoing=Outgoing(parts=task_parts(asked, {}), most_bytes=most),
         remembers=None,
+        ahead=ahead,
     )
 
 
@@ -109,6 +110,88 @@ def test_a_large_task_goes_in_several_messages_and_its_answer_is_fetched():
         assert step.result is None or number == len(wanted)
         step = found.replied(sealed(Parcels(), {name: out.parcel(number)}))
     assert step.result.update.metrics == {"loss": 1.0}
+
+
+def parcels_of(out, *numbers):
+    return sealed(Parcels(), {out.letter.parcels[n].sha256: out.parcel(n) for n in numbers})
+
+
+def test_of_a_device_that_was_heard_everything_is_asked_at_once():
+    out = outgoing(SMALL)
+    messages = len(out.letter.parcels)
+    found = errand(SMALL, ahead=messages)
+    step = found.begin()
+    names = [note.sha256 for note in found.outgoing.letter.parcels]
+    assert len(names) > 3 and messages > 2
+    assert kinds(step) == ["store"] * (len(names) - 1) + ["work"] + ["rest"] * (messages - 1)
+    assert [list(e.parcels) for e in step.send[: len(names)]] == [[name] for name in names]
+    rests = [order_of(envelope) for envelope in step.send[len(names) :]]
+    assert [(r.round, r.number, r.most_bytes) for r in rests] == [
+        (2, number, SMALL) for number in range(1, messages)
+    ]
+    for _ in names[1:]:
+        assert not found.replied(sealed(Missing(parcels=[]))).send
+    first = sealed(
+        Answer(letter=out.letter.model_dump(), seconds=0.5),
+        {out.letter.parcels[0].sha256: out.parcel(0)},
+    )
+    step = found.replied(first)
+    for number in range(1, messages):
+        assert step.result is None and not step.send
+        step = found.replied(parcels_of(out, number))
+    assert step.result.update.metrics == {"loss": 1.0}
+    assert found.num_messages == messages and not found.waiting
+
+
+def test_what_an_answer_has_beyond_what_was_asked_ahead_is_fetched():
+    out = outgoing(SMALL)
+    found = errand(ahead=2)
+    found.begin()
+    assert not found.replied(answer(out, inline=False)).send
+    step = found.replied(parcels_of(out, 1))
+    left = [n.sha256 for number, n in enumerate(out.letter.parcels) if number != 1]
+    assert [order_of(envelope).parcels for envelope in step.send] == [[name] for name in left]
+    for number in range(len(out.letter.parcels)):
+        if number != 1:
+            step = found.replied(parcels_of(out, number))
+    assert step.result.update.metrics == {"loss": 1.0}
+
+
+def test_an_answer_may_have_less_than_was_asked_ahead():
+    found = errand(ahead=4)
+    assert kinds(found.begin()) == ["work", "rest", "rest", "rest"]
+    step = found.replied(answer(outgoing()))
+    assert step.result is not None  # what is under way no longer matters
+
+
+@pytest.mark.parametrize("stale", ["missing", "parcels"])
+def test_a_device_that_lost_parcels_is_sent_them_when_nothing_is_under_way(stale):
+    found = errand(SMALL, ahead=3)
+    step = found.begin()
+    names = [note.sha256 for note in found.outgoing.letter.parcels]
+    old = outgoing(SMALL, delta={n: p - 1 for n, p in task().params.items()})
+    replies = [sealed(Missing(parcels=[]))] * (len(names) - 1)
+    replies += [sealed(Missing(parcels=names[1:2]))]  # to the order: one got lost
+    replies += [sealed(Missing(parcels=[])) if stale == "missing" else parcels_of(old, 1)] * 2
+    assert len(replies) == len(step.send)
+    for reply in replies[:-1]:
+        step = found.replied(reply)
+        assert not step.send and step.result is None
+    step = found.replied(replies[-1])
+    assert kinds(step) == ["work"] and not step.send[0].parcels
+    step = found.replied(sealed(Missing(parcels=names[1:2])))
+    assert kinds(step) == ["work"] and list(step.send[0].parcels) == names[1:2]
+    step = found.replied(answer(outgoing()))
+    assert step.result.update.metrics == {"loss": 1.0}
+
+
+def test_a_stranger_to_many_messages_is_one():
+    found = errand(SMALL, ahead=9)
+    count = len(found.begin().send)
+    assert count > 9
+    for _ in range(count - 1):
+        assert not found.replied(sealed(Stranger())).greet
+    assert found.replied(sealed(Stranger())).greet
 
 
 def test_what_got_lost_is_sent_again_and_not_for_ever():

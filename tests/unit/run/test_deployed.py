@@ -14,7 +14,9 @@ from tesserafl.data import DataSettings
 from tesserafl.engines.attendance import Disowned, Undelivered
 from tesserafl.engines.fleet import FleetSettings
 from tesserafl.engines.remote import Remote
+from tesserafl.engines.seam import Done
 from tesserafl.methods import FedAvg, FedBRB, FedRolex
+from tesserafl.models import MLP
 from tesserafl.run import deployed
 from tesserafl.run.begin import first_federation
 from tesserafl.run.deployed import Deployment, begin, serve_over
@@ -276,3 +278,28 @@ def test_no_errand_lasts_longer_than_who_asks_has(tmp_path):
     remote.submit(list(tasks))
     (failed,) = remote.poll()
     assert failed.reason == "expired"
+
+
+def test_from_the_second_round_on_a_large_task_is_asked_for_at_once(tmp_path, monkeypatch):
+    prepare_once(monkeypatch)
+    experiment = experiment_for_four(model=MLP(hidden=(64, 64)))
+    setup = prepare(experiment)
+    remote = remote_at_hand(setup, tmp_path)
+    remote.most_bytes = 8_000
+    state = experiment.method.init(setup.model, 0, 2)
+    kinds: list[list[str]] = []
+    for number in range(2):
+        state = replace(state, round=number)
+        asked = experiment.method.configure(
+            setup.model, state, setup.clients[:1], experiment.training
+        )
+        remote.post.log.clear()
+        remote.submit(list(asked))
+        (done,) = remote.poll()
+        assert isinstance(done, Done), done
+        kinds.append([kind for _, kind, _ in remote.post.log])
+    num = kinds[0].count("store") + 2
+    assert num > 4 and kinds[0].count("work") == 2
+    assert kinds[0][-1] == "fetch"  # another way in the first round
+    assert kinds[1] == ["store"] * (num - 1) + ["work"] + ["rest"] * (num - 1)
+    assert remote.post.largest < 9_000
