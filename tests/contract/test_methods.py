@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from tesserafl.core import seeds
@@ -28,9 +30,13 @@ from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.method import State, Weighting, average_trained
 from tesserafl.core.model import Model, Output, Sizes
 from tesserafl.core.params import Params, sha256
+from tesserafl.core.stored import Stored
 from tesserafl.core.submodel import cut, index_tensor
+from tesserafl.core.wire import decode_update, encode_update, task_of, task_parts
 from tesserafl.data.examples import Examples, Spec
 from tesserafl.engines.client import ClientWorker, execute
+from tesserafl.engines.incoming import Later, read_letter
+from tesserafl.engines.parcels import Outgoing, letter_of
 from tesserafl.methods import (
     DPSGD,
     FLM,
@@ -1012,3 +1018,38 @@ def test_updates_are_taken_one_at_a_time(name: str) -> None:
     after = federation.method.aggregate(federation.model, state, CLIENTS[:4], live())
     assert order == ["asked"] * 4
     assert bits(after) == bits(federation.round(state))
+
+
+@dataclass
+class OnDevices(Federation):
+    """The same, with tasks and updates as devices get and send them, in parcels on a disk."""
+
+    def tasks(self, state: State, clients: Sequence[Client] = CLIENTS[:4]) -> Iterator[Task]:
+        for task in super().tasks(state, clients):
+            outgoing = Outgoing(parts=task_parts(task, {}), most_bytes=200)
+            letter = letter_of(json.loads(outgoing.letter.model_dump_json()))
+            numbers = range(len(letter.parcels))
+            parcels = {letter.parcels[n].sha256: outgoing.parcel(n) for n in numbers}
+            later = Later(
+                groups=frozenset({"params"}),
+                read=lambda name, key, parcels=parcels: load(parcels[name])[key],
+            )
+            received, _ = task_of(*read_letter(letter, parcels.__getitem__, later))
+            assert isinstance(received.params, Stored)
+            yield received
+
+    def updates(
+        self, tasks: Iterator[Task], memories: dict[int, Memory] | None = None
+    ) -> list[Update]:
+        asked = list(tasks)
+        updates = zip(super().updates(iter(asked), memories), asked, strict=True)
+        return [decode_update(encode_update(each, {}), task)[0] for each, task in updates]
+
+
+@pytest.mark.parametrize(("name", "family"), [(name, home(name)) for name in CUT])
+def test_on_devices_every_method_has_the_same_bits(name: str, family: str) -> None:
+    """What is received stays on the disk and is read when a method looks at it."""
+    here, there = {}, {}
+    expected = Federation(CUT[name], family).run(4, here)
+    assert bits(OnDevices(CUT[name], family).run(4, there)) == bits(expected)
+    assert {c: sha256(m) for c, m in there.items()} == {c: sha256(m) for c, m in here.items()}
