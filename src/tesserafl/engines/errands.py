@@ -247,10 +247,10 @@ class Errand:
     def _done(self, letter: Letter) -> Done | Told:
         assert self._answer is not None
         if self.ask is not None:
-            parts = read_letter(letter, self._parcels.__getitem__)
+            parts = read_letter(letter, self._taken)
             return Told(client=self.client, parts=parts, seconds=self._answer.seconds)
         assert self.task is not None
-        update, memory = update_of(*read_letter(letter, self._parcels.__getitem__), self.task)
+        update, memory = update_of(*read_letter(letter, self._taken), self.task)
         if (update.client, update.round) != (self.client, self.task.round) or memory:
             raise MessageError(
                 f"a device answered for client {update.client} in round {update.round} with "
@@ -258,6 +258,13 @@ class Errand:
                 f"{self.task.round}, and memories stay on devices"
             )
         return Done(client=self.client, update=update, seconds=self._answer.seconds)
+
+    def _taken(self, name: str) -> bytes:
+        """A parcel of the answer, which is read once and then gone."""
+        data = self._parcels.pop(name, None)
+        if data is None:
+            raise MessageError(f"an answer of client {self.client} names a parcel twice")
+        return data
 
     def _work(self, inline: Iterable[int]) -> Envelope:
         letter, most_bytes = self.outgoing.letter, self.outgoing.most_bytes

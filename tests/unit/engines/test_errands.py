@@ -185,6 +185,14 @@ def test_a_device_that_lost_parcels_is_sent_them_when_nothing_is_under_way(stale
     assert step.result.update.metrics == {"loss": 1.0}
 
 
+def test_a_parcel_that_is_named_twice_is_refused():
+    found = errand()
+    found.begin()
+    notes = outgoing().letter.model_dump()["parcels"]
+    with pytest.raises(MessageError, match="twice"):
+        found.replied(answer(outgoing(), parcels=notes * 2))
+
+
 def test_a_stranger_to_many_messages_is_one():
     found = errand(SMALL, ahead=9)
     count = len(found.begin().send)
