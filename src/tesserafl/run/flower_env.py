@@ -25,6 +25,14 @@ KEPT = (
 """Flower's variables that a user may set. All others are dropped: some of them open a gRPC port
 beside the proxied one (FLWR_INTERNAL_GRPC_CONTROL_API) or send work elsewhere."""
 
+SPARING = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
+}
+"""Unless a user sets them: glibc gives large buffers back at once. Else a node of Flower's that
+carries messages of tens of MiB keeps several of them; other C libraries take no notice."""
+
 SUPERLINK_FLAGS = ("--disable-runtime-dependency-installation",)
 """Flags of `flower-superlink`, which installs by default; `flower-supernode` does not, and has no
 such flag."""
@@ -40,5 +48,5 @@ def environment(home: Path) -> dict[str, str]:
     }
     # Flower starts its own programs by their bare names.
     path = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
-    pace = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", **inherited}  # a second, else
+    pace = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", **SPARING, **inherited}  # a second, else
     return {**pace, **CLOSED, "FLWR_HOME": str(home.absolute()), "PATH": path}
