@@ -17,13 +17,14 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from tesserafl.core.errors import CheckpointError, ConfigError, MessageError
+from tesserafl.core.layout import Bools
 from tesserafl.core.method import State
 from tesserafl.core.params import sha256
 from tesserafl.core.wire import pack, unpack
 from tesserafl.data import FederatedData, Spec
 from tesserafl.data.examples import Examples
 from tesserafl.engines.lean_peer import LeanPeer
-from tesserafl.engines.shares import Bools
+from tesserafl.engines.strips import packed
 from tesserafl.run.experiment import from_json, to_json
 from tesserafl.run.export import export_model
 from tesserafl.run.files import read_json, write_atomic, write_json
@@ -47,7 +48,7 @@ def write_part(folder: Path, setup: Setup, peer: LeanPeer) -> None:
     """Write what a peer keeps of the model."""
     folder.mkdir(parents=True, exist_ok=True)
     shares = peer.shares
-    keeps = torch.from_numpy(np.packbits(shares.keeps[peer.client]))
+    keeps = torch.from_numpy(packed(shares.masks(peer.client)))
     write_atomic(folder / _TENSORS, pack({}, {"part": {"values": peer.store, "keeps": keeps}}))
     about = _About(
         experiment=to_json(setup.experiment),

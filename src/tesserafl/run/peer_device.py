@@ -15,6 +15,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from tesserafl.core.answers import check_update
 from tesserafl.core.errors import ConfigError, MessageError, TesseraError
 from tesserafl.core.fit import Training
@@ -30,6 +33,7 @@ from tesserafl.engines.peer import CopyPeer
 from tesserafl.engines.process import threads
 from tesserafl.engines.replicas import Replicas
 from tesserafl.engines.seam import Done
+from tesserafl.engines.shares import Shares
 from tesserafl.engines.turns import Addressed, Examined, Fold, Lapse, Passed, Place, Turned
 from tesserafl.run import checkpoint as checkpoints
 from tesserafl.run.begin import first_peers, shapes_of
@@ -206,11 +210,13 @@ def peer_device(
     setup = with_roster(holding.setup, roster)
     if client >= len(roster):
         raise ConfigError(f"peer {client} does not exist: the run has {len(roster)}")
-    federation = first_peers(setup)
+    federation, found = first_peers(setup), checkpoints.latest(spool.folder / "ends")
     peer: CopyPeer | LeanPeer
     if isinstance(federation, Lean):
-        state = first_state(setup.experiment, setup.model, setup.data)
-        store = store_of(federation.shares, client, state)
+        # The whole is made once, and only for the part that is taken from it.
+        store = (
+            torch.empty(0) if found is not None else _first_part(federation.shares, client, setup)
+        )
         peer = LeanPeer(client=client, shares=federation.shares, store=store)
     else:
         assert isinstance(federation, Replicas), "peers keep copies or parts"
@@ -225,10 +231,15 @@ def peer_device(
         costs=setup.costs(),
         whole_test=parts,
     )
-    if (found := checkpoints.latest(spool.folder / "ends")) is not None:
+    if found is not None:
         peer.restore((found.states, dict(found.federation), dict(found.tensors)))
         device.memory = dict(found.memories.get(client, {}))
     return device
+
+
+def _first_part(shares: Shares, client: int, setup: Setup) -> Tensor:
+    state = first_state(setup.experiment, setup.model, setup.data)
+    return store_of(shares, client, state)
 
 
 def inlined(turned: Turned, spool: Spool, most_bytes: int) -> dict[str, bytes]:
