@@ -20,27 +20,23 @@ from pydantic import BaseModel
 from tesserafl.core.answers import most_header_bytes
 from tesserafl.core.errors import MessageError
 from tesserafl.core.messages import Task
-from tesserafl.core.wire import Parts, update_of
+from tesserafl.core.wire import update_of
 from tesserafl.engines.orders import (
     Answer,
     Envelope,
-    Fetch,
     Judge,
     Judged,
     Missing,
     Parcels,
-    Refusal,
     Store,
     Stranger,
     Work,
-    reply_of,
     sealed,
 )
 from tesserafl.engines.parcels import Letter, Outgoing, check_parcel, letter_of, read_letter
 from tesserafl.engines.seam import Done
+from tesserafl.engines.steps import Course, Step, Told
 
-_MOST_REPEATS = 5
-"""Of one step, after which the device is given up for the round."""
 _MOST_ANSWER_BYTES, _MOST_TENSOR_BYTES, _MOST_ENTRY_BYTES = 1 << 16, 1 << 10, 16
 """Of an answer: in all, for every tensor and for every entry; an entry has 8 bytes, or 4 with its
 place, and the rest is for the heads of parcels."""
@@ -63,26 +59,6 @@ class Ask(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Told:
-    """What a device answered to an `Ask`; nothing of it was looked at."""
-
-    client: int
-    parts: Parts
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """What a reply leads to."""
-
-    send: Sequence[Envelope] = ()
-    greet: bool = False
-    """The device does not know the run: greet it, and begin again when it has answered."""
-    result: Done | Told | BaseModel | None = None
-    """The errand is over."""
-
-
 @dataclass(kw_only=True)
 class Errand:
     """The way of one task, or of a global state that a client's own model is measured with."""
@@ -98,9 +74,7 @@ class Errand:
     """A further round whose memory must stay."""
     ask: Ask | None = None
     """Something else than a task or a measurement."""
-    waiting: int = 0
-    """Messages under way."""
-    _repeats: int = 0
+    course: Course = field(init=False)
     _last: Sequence[int] = ()
     """Parcels that go with the order, when the others have arrived."""
     _answer: Answer | None = None
@@ -108,9 +82,14 @@ class Errand:
     """Of the answer."""
     _parcels: dict[str, bytes] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.course = Course(run=self.run, client=self.client)
+
     def begin(self) -> Step:
         """The first message."""
-        return self._sending(self._work(self._fitting(range(len(self.outgoing.letter.parcels)))))
+        return self.course.sending(
+            self._work(self._fitting(range(len(self.outgoing.letter.parcels))))
+        )
 
     def replied(self, envelope: Envelope) -> Step:
         """What a reply leads to.
@@ -118,15 +97,11 @@ class Errand:
         Raises:
             MessageError: it is damaged, answers nothing that was asked, or the device refuses.
         """
-        self.waiting -= 1
-        reply = reply_of(envelope, self._most_head_bytes)
+        reply = self.course.replied(envelope, self._most_head_bytes)
         if envelope.parcels and not isinstance(reply, Answer | Parcels):
             raise MessageError(f"a device sent parcels with its {reply.kind!r}")
-        if isinstance(reply, Refusal):
-            raise MessageError(reply.text)
         if isinstance(reply, Stranger):
-            self._repeat(f"the device of client {self.client} forgets the run again and again")
-            return Step(greet=not self.waiting)
+            return self.course.forgotten()
         if isinstance(reply, Missing):
             return self._missed(reply.parcels)
         if isinstance(reply, Judged) and self.task is None and self.ask is None:
@@ -170,8 +145,8 @@ class Errand:
         if self._letter is not None:
             raise MessageError(f"the device of client {self.client} has lost its answer")
         if not parcels:
-            return Step() if self.waiting else self._sending(self._work(self._last))
-        self._repeat(f"the device of client {self.client} keeps losing parcels")
+            return Step() if self.course.waiting else self.course.sending(self._work(self._last))
+        self.course.losing_parcels()
         letter, wanted = self.outgoing.letter, set(parcels)
         numbers = [n for n, note in enumerate(letter.parcels) if note.sha256 in wanted]
         if not numbers:
@@ -182,7 +157,7 @@ class Errand:
             for number in numbers
             if number not in self._last
         ]
-        return self._sending(*(stores or [self._work(self._last)]))
+        return self.course.sending(*(stores or [self._work(self._last)]))
 
     def _fitting(self, numbers: Sequence[int]) -> Sequence[int]:
         """The first of these parcels, as many as one message may hold."""
@@ -207,10 +182,7 @@ class Errand:
         missing = [name for name in notes if name not in self._parcels]
         if not missing:
             return Step(result=self._done(letter))
-        if self.waiting:
-            return Step()
-        self._repeat(f"parcels of client {self.client}'s answer do not come")
-        return self._sending(*(sealed(Fetch(run=self.run, parcels=[name])) for name in missing))
+        return self.course.fetching(missing)
 
     def _done(self, letter: Letter) -> Done | Told:
         assert self._answer is not None
@@ -241,12 +213,3 @@ class Errand:
     def _of_task(self, numbers: Iterable[int]) -> dict[str, bytes]:
         letter = self.outgoing.letter
         return {letter.parcels[n].sha256: self.outgoing.parcel(n) for n in numbers}
-
-    def _sending(self, *envelopes: Envelope) -> Step:
-        self.waiting += len(envelopes)
-        return Step(send=envelopes)
-
-    def _repeat(self, text: str) -> None:
-        self._repeats += 1
-        if self._repeats > _MOST_REPEATS:
-            raise MessageError(text)

@@ -22,11 +22,12 @@ from tesserafl.core.messages import Memory, Task
 from tesserafl.core.wire import Parts, task_parts
 from tesserafl.engines.attendance import Attendance, Post, Undelivered
 from tesserafl.engines.edge_orders import EdgeProfile
-from tesserafl.engines.errands import Ask, Errand, Step, Told
+from tesserafl.engines.errands import Ask, Errand
 from tesserafl.engines.orders import Envelope, Hello, Judged, Profile
 from tesserafl.engines.parcels import Outgoing
 from tesserafl.engines.questions import Question, Said
 from tesserafl.engines.seam import Done, Failed, Outcome, Reason
+from tesserafl.engines.steps import Step, Told
 
 _log = logging.getLogger(__name__)
 
@@ -192,7 +193,7 @@ class Remote:
         for other in lost & self._errands.keys():
             self._give_up(other, "offline", f"the device of client {other} has no seat any more")
         errand = None if client is None else self._errands.get(client)
-        if client is not None and errand is not None and not errand.waiting:
+        if client is not None and errand is not None and not errand.course.waiting:
             self._go_on(client, errand.begin())  # it did not know the run
 
     # The errands.

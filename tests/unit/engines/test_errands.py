@@ -80,7 +80,7 @@ def kinds(step):
 def test_a_small_task_takes_one_message():
     found = errand()
     step = found.begin()
-    assert kinds(step) == ["work"] and found.waiting == 1
+    assert kinds(step) == ["work"] and found.course.waiting == 1
     assert step.send[0].parcels.keys() == {n.sha256 for n in found.outgoing.letter.parcels}
     step = found.replied(answer(outgoing()))
     assert not step.send and step.result.client == 1 and step.result.seconds == 0.5
