@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,13 +13,12 @@ from torch import Tensor
 from tesserafl.core.answers import check_claims, reported_by
 from tesserafl.core.checks import MAX_ENTRY, check_entries
 from tesserafl.core.errors import UpdateError
-from tesserafl.core.fit import Training
-from tesserafl.core.messages import Client, Task, Update
+from tesserafl.core.messages import Task, Update
 from tesserafl.core.params import Params
 from tesserafl.core.wire import Parts, update_of, update_parts
 from tesserafl.engines.federation import Held
 from tesserafl.engines.passages import NOTHING, Handed, Taken, change_of
-from tesserafl.engines.peer import Letters, task_of
+from tesserafl.engines.peer import Asked, Heard, task_of
 from tesserafl.engines.shares import Shares
 from tesserafl.engines.strips import Places, places_of
 
@@ -46,16 +45,14 @@ class LeanPeer:
         """The entries that it keeps, in the model's order."""
         return {_PART: self.store}
 
-    def task(self, cohort: Sequence[Client], training: Training) -> Task | None:
+    def task(self, asked: Asked) -> Task | None:
         """Out of its store."""
-        for task in self.shares.tasks(cohort, training):
+        for task in self.shares.tasks(*asked):
             if task.client.id == self.client:
                 return self.shares.filled(task, self.store)
         return None
 
-    def letters(
-        self, update: Update | None, cohort: Sequence[Client], training: Training
-    ) -> list[tuple[list[int], Parts]]:
+    def letters(self, update: Update | None, asked: Asked) -> list[tuple[list[int], Parts]]:
         """To each that will keep something of its: values that it lacks, and the change."""
         change, kept = NOTHING if update is None else change_of(update), Taken(flat=self.store)
         others = [peer for peer in range(self.shares.peers) if peer != self.client]
@@ -78,20 +75,14 @@ class LeanPeer:
                 found.append(([peer], ({"update": head}, groups)))
         return found
 
-    def fold(
-        self,
-        own: Update | None,
-        answered: Collection[int],
-        letters: Letters,
-        cohort: Sequence[Client],
-        training: Training,
-    ) -> None:
+    def fold(self, heard: Heard, asked: Asked) -> None:
         """Into the store of the next round.
 
         Raises:
             TesseraError: a letter cannot be true: what it holds nobody else may have.
         """
-        tasks = {task.client.id: task for task in self.shares.tasks(cohort, training)}
+        own, answered, letters = heard
+        tasks = {task.client.id: task for task in self.shares.tasks(*asked)}
         change, kept = NOTHING if own is None else change_of(own), Taken(flat=self.store)
         places = {} if own is None else {self.client: change.places}
         handed: dict[int, _Letter] = {}

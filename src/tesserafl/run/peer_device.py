@@ -20,7 +20,6 @@ from torch import Tensor
 
 from tesserafl.core.answers import check_update
 from tesserafl.core.errors import ConfigError, MessageError, TesseraError
-from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.metrics import Metrics
 from tesserafl.core.params import num_entries, sha256
@@ -29,7 +28,7 @@ from tesserafl.core.wire import Parts, decode_update, encode_update
 from tesserafl.engines.lean import Lean, store_of
 from tesserafl.engines.lean_peer import LeanPeer
 from tesserafl.engines.parcels import Outgoing, letter_of, read_letter
-from tesserafl.engines.peer import CopyPeer
+from tesserafl.engines.peer import Asked, CopyPeer, Heard
 from tesserafl.engines.process import threads
 from tesserafl.engines.replicas import Replicas
 from tesserafl.engines.seam import Done
@@ -96,9 +95,9 @@ class PeerDevice:
         letters = {passed.origin: partial(self._read, passed) for passed in order.letters}
         if self.client in letters or max(letters, default=0) >= len(self.setup.clients):
             raise MessageError(f"letters of the peers {sorted(letters)} came to peer {self.client}")
-        cohort, training = self._asked(order.round)
+        heard = Heard(own, set(order.answered), letters)
         with threads(self.setup.experiment.engine.threads):
-            self.peer.fold(own, set(order.answered), letters, cohort, training)
+            self.peer.fold(heard, self._asked(order.round))
         self.memory = memory
         self._save()
         self.spool.keep_only(())
@@ -127,13 +126,13 @@ class PeerDevice:
         )
 
     def _turn(self, round: int, most_bytes: int) -> None:
-        cohort, training = self._asked(round)
+        asked = self._asked(round)
         update, row, lapse = None, None, None
         path = self.spool.folder / "turn" / f"{round}.safetensors"
         path.parent.mkdir(exist_ok=True, mode=0o700)
         for old in path.parent.iterdir():
             old.unlink()
-        task = self.peer.task(cohort, training)
+        task = self.peer.task(asked)
         if task is not None and not self.setup.answers(round, task.client):
             lapse = Lapse(reason="offline", text="did not answer")
         elif task is not None:
@@ -141,7 +140,7 @@ class PeerDevice:
                 update, row = self._train(task, path)
             except TesseraError as error:
                 lapse = Lapse(reason="error", text=str(error)[:10_000])
-        letters = self.peer.letters(update, cohort, training)
+        letters = self.peer.letters(update, asked)
         outgoing = [Outgoing(parts=parts, most_bytes=most_bytes) for _, parts in letters]
         turned = Turned(
             round=round,
@@ -175,10 +174,10 @@ class PeerDevice:
         path = self.spool.folder / "turn" / f"{round}.safetensors"
         return decode_update(path.read_bytes()) if path.exists() else (None, self.memory)
 
-    def _asked(self, round: int) -> tuple[list[Client], Training]:
+    def _asked(self, round: int) -> Asked:
         """Who takes part in the round, and how they train."""
         rounds = self.setup.experiment.rounds
-        return self.setup.cohort(round), self.setup.training_at(round, rounds)
+        return Asked(self.setup.cohort(round), self.setup.training_at(round, rounds))
 
     def _read(self, passed: Passed) -> Parts:
         return read_letter(letter_of(passed.letter), self.spool.fetch)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,10 @@ from tesserafl.core.method import State
 from tesserafl.core.model import Model
 from tesserafl.data import Spec
 from tesserafl.engines import shares as shares_module
-from tesserafl.engines.lean import store_of
+from tesserafl.engines.lean import lean, store_of
 from tesserafl.engines.lean_peer import LeanPeer
-from tesserafl.engines.passages import change_of
+from tesserafl.engines.network import Network, NetworkSettings
+from tesserafl.engines.peer import Asked, Heard
 from tesserafl.engines.shares import Averaging, Shares, first_shares
 from tesserafl.methods import FederatedDropout, FedRolex, HeteroFL, MSfusion
 from tesserafl.models import MLP
@@ -113,7 +114,8 @@ def test_strips_say_what_whole_tables_say(name: str, cohort: int | None) -> None
 
 
 def update_of(task: Task) -> Update:
-    delta = {name: 0.5 * tensor + 1.0 for name, tensor in task.params.items()}
+    names = task.params.keys() if task.trainable is None else task.trainable
+    delta = {name: 0.5 * task.params[name] + 1.0 for name in sorted(names)}
     return Update(
         round=task.round,
         client=task.client.id,
@@ -136,7 +138,7 @@ def test_what_is_handed_over_is_in_the_models_order_and_no_more_than_is_needed()
         if task.client.id == 1
     ]
     parts = LeanPeer(client=1, shares=shares, store=store_of(shares, 1, state)).letters(
-        update_of(task), shares.cohorts(0), Training()
+        update_of(task), Asked(shares.cohorts(0), Training())
     )
     assert parts
     for (receiver,), (_, groups) in parts:
@@ -171,6 +173,56 @@ def test_who_keeps_what_takes_few_bytes(
         assert sum(map(len, shares.keepers)) <= most * shares.model.num_entries
 
 
+def folded_by_each(shares: Shares, state: State, rounds: int) -> Iterator[list[LeanPeer]]:
+    """Peers after each round; each works alone on what the others wrote to it."""
+    peers = [
+        LeanPeer(client=peer, shares=shares, store=store_of(shares, peer, state))
+        for peer in range(shares.peers)
+    ]
+    for round in range(rounds):
+        asked = Asked(shares.cohorts(round), Training())
+        tasks = [peer.task(asked) for peer in peers]
+        updates = [update_of(task) for task in tasks if task is not None]
+        letters = [peer.letters(update, asked) for peer, update in zip(peers, updates, strict=True)]
+        for peer in peers:
+            sent = {
+                origin: _reads(parts)
+                for origin, written in enumerate(letters)
+                for (receiver,), parts in written
+                if receiver == peer.client
+            }
+            own = updates[peer.client]
+            peer.fold(Heard(own, range(shares.peers), sent), asked)
+        yield peers
+
+
+def _reads(parts: Any) -> Callable[[], Any]:
+    return lambda: parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headless(HeteroFL):
+    """Its clients hold the head and do not train it."""
+
+    def configure(self, *asked: Any) -> Iterator[Task]:
+        for task in HeteroFL.configure(self, *asked):
+            names = {name for name in task.params if not name.startswith("head")}
+            yield replace(task, trainable=frozenset(names))
+
+
+@pytest.mark.parametrize("method", [METHODS["msfusion"], Headless(ratio=(0.5,))])
+def test_peers_alone_keep_what_all_together_keep(method: Averaging) -> None:
+    shares, state = begun(method, 4)
+    network = Network(settings=NetworkSettings(topology="peers"), peers=4, seed=0)
+    together = lean(shares.model, method, network, shares.cohorts, state)
+    for peers in folded_by_each(shares, state, 3):
+        asked = Asked(shares.cohorts(together.round), Training())
+        together.fold(asked.cohort, [update_of(task) for task in together.tasks(*asked)])
+        for peer in peers:
+            assert peer.round == together.round
+            assert torch.equal(peer.store, together.stores[peer.client])
+
+
 class Largest(TorchDispatchMode):
     """Bytes of the largest tensor that is made, and of the largest that holds integers."""
 
@@ -197,38 +249,14 @@ def test_a_lean_peer_makes_no_table_of_the_model_while_it_works(
     """Nothing larger than its part, and no list of its part's entries."""
     monkeypatch.setattr(shares_module, "_TABLE", 1 << 13)
     shares, state = begun(replace(MSfusion(), ratio=(0.25,), contrast=0.0, stride=8), 4, hidden=300)
-    peers = [
-        LeanPeer(client=peer, shares=shares, store=store_of(shares, peer, state))
-        for peer in range(4)
-    ]
     total = shares.model.num_entries
-    kept = 4 * max(len(peer.store) for peer in peers)
+    kept = 4 * max(shares.num_kept(peer) for peer in range(4))
     assert kept < 4 * total / 3
     with Largest() as largest:
-        for round in range(3):
-            cohort = shares.cohorts(round)
-            tasks = [peer.task(cohort, Training()) for peer in peers]
-            updates = [update_of(task) for task in tasks if task is not None]
-            letters = [
-                peer.letters(update, cohort, Training())
-                for peer, update in zip(peers, updates, strict=True)
-            ]
-            for peer in peers:
-                sent = {
-                    origin: _reads(parts)
-                    for origin, written in enumerate(letters)
-                    for (receiver,), parts in written
-                    if receiver == peer.client
-                }
-                own = updates[peer.client]
-                peer.fold(own, range(4), sent, cohort, Training())
+        for peers in folded_by_each(shares, state, 3):
+            kept = max(kept, *(4 * len(peer.store) for peer in peers))
     assert largest.any <= 1.1 * kept
     assert largest.integers <= 9 * (1 << 13)  # a strip's
-    assert all(change_of(update).delta for update in updates)
-
-
-def _reads(parts: Any) -> Callable[[], Any]:
-    return lambda: parts
 
 
 def test_strips_are_smaller_the_more_peers_there_are() -> None:

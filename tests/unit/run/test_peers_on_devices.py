@@ -7,6 +7,7 @@ from devices_at_hand import PostAtHand, parts, prepare_once
 from peers_at_hand import (
     ALL,
     assert_same,
+    copies_of,
     events_of,
     experiment_of,
     kept_by_peers,
@@ -14,8 +15,10 @@ from peers_at_hand import (
 )
 
 from tesserafl.core.errors import CheckpointError, TesseraError
+from tesserafl.core.fit import Training
 from tesserafl.engines.attendance import Undelivered
-from tesserafl.methods import DPSGD, FedAvg, FedRolex, MSfusion
+from tesserafl.methods import DPSGD, FedAvg, FedRolex, MSfusion, Progressive
+from tesserafl.models import Residual
 from tesserafl.run.deployed import Deployment, begin, serve_over
 from tesserafl.run.parts import assemble
 from tesserafl.run.runner import start
@@ -60,6 +63,24 @@ def test_gossip_on_devices_has_the_copies_of_the_simulated_peers(tmp_path):
     served, _ = served_to(tmp_path, experiment)
     assert served["accuracy_peers"] == here["accuracy_peers"]
     assert len({peer["sha256"] for peer in served["peers"]}) == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": DPSGD(ratio=(1.0, 0.5))},
+        {"method": DPSGD(), "training": Training(mask_absent_classes=True)},
+        {"method": Progressive(), "model": Residual(blocks=4)},
+    ],
+    ids=["parts", "masked", "frozen"],
+)
+def test_in_gossip_on_devices_who_does_not_train_says_where_it_stands(tmp_path, changes):
+    """All of its part, also where those that train tell of some of it alone."""
+    experiment = experiment_of("gossip", "ring", dropout=0.4, **changes)
+    start(experiment, tmp_path / "here")
+    served, _ = served_to(tmp_path, experiment)
+    assert min(event["answered"] for event in events_of(tmp_path)) < 4
+    assert [peer["sha256"] for peer in served["peers"]] == copies_of(tmp_path / "here")
 
 
 def _losing(node, order_kind, times, reason="crashed"):
