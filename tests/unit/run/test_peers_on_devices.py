@@ -53,8 +53,33 @@ def test_parts_on_devices_are_together_the_simulated_model(tmp_path, graph, clie
     assert len(folders) == 4
     found = assemble(folders, tmp_path / "whole")
     assert found["state_sha256"] == here["state_sha256"]
-    with pytest.raises(CheckpointError, match="entries are in none of the parts"):
-        assemble(folders[:1], tmp_path / "none")
+    _refuses_what_is_missing(folders, tmp_path)
+
+
+def _refuses_what_is_missing(folders, tmp_path):
+    """By the peers' numbers, and with the place that was looked at."""
+    none, told = tmp_path / "none", "the parts of peers 1, 3 of 4 are missing"
+    with pytest.raises(CheckpointError, match=rf"entries are in none .*{told}"):
+        assemble([folders[0], folders[2]], none)
+    place = folders[1].parent / "model-*"  # as a shell leaves it that finds nothing
+    with pytest.raises(CheckpointError) as caught:
+        assemble([folders[0], place, folders[2]], none)
+    text = str(caught.value)
+    assert f"{place}/part.json" in text and "peers 1, 3 of 4" in text and "run folder" not in text
+    with pytest.raises(CheckpointError, match="holds no part of a peer"):
+        assemble([tmp_path / "here"], none)
+    whole = folders[0].with_name("model-whole")
+    whole.mkdir()
+    (whole / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="holds the whole model"):
+        assemble([whole], none)
+    with pytest.raises(CheckpointError, match="parts of all 4 peers are here"):
+        assemble([*folders, whole], none)
+    (folders[3] / "part.safetensors").rename(none)
+    with pytest.raises(CheckpointError, match=rf"peer 3 cannot be read: .*{folders[3]}"):
+        assemble(folders, none)
+    none.rename(folders[3] / "part.safetensors")
+    assert not none.exists()
 
 
 def test_gossip_on_devices_has_the_copies_of_the_simulated_peers(tmp_path):
