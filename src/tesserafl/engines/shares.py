@@ -27,7 +27,7 @@ from tesserafl.core.params import Params, num_entries
 from tesserafl.engines.passages import Passage, Taken
 from tesserafl.engines.strips import Places, Strip, places_of, strips_of
 
-_TABLE = 1 << 20
+_TABLE = 1 << 19
 """Entries of a table of peers by entries of a strip."""
 
 

@@ -37,6 +37,7 @@ from tesserafl.engines.turns import Addressed, Examined, Fold, Lapse, Passed, Pl
 from tesserafl.run import checkpoint as checkpoints
 from tesserafl.run.begin import first_peers, shapes_of
 from tesserafl.run.checkpoint import Checkpoint
+from tesserafl.run.children import give_back_memory
 from tesserafl.run.costs import CostTable
 from tesserafl.run.export import export_model
 from tesserafl.run.files import write_atomic
@@ -140,6 +141,7 @@ class PeerDevice:
                 update, row = self._train(task, path)
             except TesseraError as error:
                 lapse = Lapse(reason="error", text=str(error)[:10_000])
+        give_back_memory()  # what training took need not be there beside the letters
         letters = self.peer.letters(update, asked)
         outgoing = [Outgoing(parts=parts, most_bytes=most_bytes) for _, parts in letters]
         turned = Turned(
