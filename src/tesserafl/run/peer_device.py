@@ -221,7 +221,8 @@ def peer_device(
         peer = LeanPeer(client=client, shares=federation.shares, store=store)
     else:
         assert isinstance(federation, Replicas), "peers keep copies or parts"
-        peer = CopyPeer(client=client, copy=federation)
+        # What all began with is for a mean of all copies, which is nobody's here.
+        peer = CopyPeer(client=client, copy=replace(federation, begin={}))
     device = PeerDevice(
         client=client,
         setup=setup,

@@ -16,6 +16,7 @@ from peers_at_hand import (
 
 from tesserafl.core.errors import CheckpointError, TesseraError
 from tesserafl.core.fit import Training
+from tesserafl.core.params import num_entries
 from tesserafl.engines.attendance import Undelivered
 from tesserafl.methods import DPSGD, FedAvg, FedRolex, MSfusion, Progressive
 from tesserafl.models import Residual
@@ -41,6 +42,23 @@ def test_copies_on_devices_have_the_bits_of_the_simulated_ones(tmp_path, method,
     assert served["accuracy"] == here["accuracy"]
     assert len({peer["sha256"] for peer in served["peers"]}) == 1
     assert len(kept_by_peers(tmp_path, "model.safetensors")) == 4
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "gossip"])
+def test_a_peer_with_a_copy_holds_the_model_once(tmp_path, exchange):
+    residents, held = parts(tmp_path / "devices", ALL), []
+
+    def look(node, order):
+        if order.kind == "examine":
+            copy = residents[node]._peer.peer.copy
+            params = [copy.begin, *(state.params for state in copy.states)]
+            tensors = {id(t): t.numel() for each in params for t in each.values()}
+            held.append((sum(tensors.values()), num_entries(copy.shapes)))
+        return None
+
+    post = PostAtHand(residents=residents, loss=look)
+    served_to(tmp_path, experiment_of(exchange, method=DPSGD(), rounds=1), post)
+    assert held and all(entries == model for entries, model in held)
 
 
 @pytest.mark.parametrize(("graph", "clients"), [("complete", 4), ("ring", 2)])
