@@ -18,12 +18,16 @@ from devices_at_hand import PostAtHand
 from devices_at_hand import parts as at_hand
 from pyarrow import parquet
 
+from tesserafl.core.params import sha256
 from tesserafl.engines.attendance import Undelivered
 from tesserafl.engines.orders import Order, Work
+from tesserafl.run import checkpoint as checkpoints
 from tesserafl.run import proxy
 from tesserafl.run.deployed import Deployment, begin, serve_over
 from tesserafl.run.experiment import Experiment, from_json
+from tesserafl.run.federate import network_of
 from tesserafl.run.runner import start
+from tesserafl.run.setup import prepare
 
 pytestmark = [
     pytest.mark.skipif(
@@ -90,6 +94,14 @@ def same(found: dict[str, Any], wanted: dict[str, Any], *more: str) -> None:
         assert found[key] == wanted[key], key
 
 
+def copies_of(folder: Path) -> list[str]:
+    """Digests of the copies of all peers at the end of a run here."""
+    checkpoint = checkpoints.latest(folder / "checkpoints")
+    assert checkpoint is not None
+    digests = [sha256(state.params) for state in checkpoint.states]
+    return [digests[number] for number in checkpoint.federation["copy_of"]]
+
+
 def test_devices_with_keys_give_the_bits_of_tessera_run(tmp_path: Path) -> None:
     experiment = digits(2)
     wanted = start(experiment, tmp_path / "here")
@@ -126,6 +138,26 @@ def test_peers_whose_letters_the_server_carries(tmp_path: Path, exchange: str) -
         told = json.loads(here.tell("assemble", *folders, "--out", "whole", "--json"))
     assert told["state_sha256"] == wanted["state_sha256"]
     assert (tmp_path / "whole/model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("graph", ["ring", "erdos_renyi"])
+def test_peers_that_gossip_by_letters_which_the_server_carries(tmp_path: Path, graph: str) -> None:
+    """D-PSGD: every peer ends with a copy of its own, the one that it has in `tessera run`."""
+    method = {"name": "dpsgd", "ratio": [1.0, 0.5]}
+    network = {"topology": "peers", "exchange": "gossip", "graph": graph, "probability": 0.6}
+    experiment = digits(4, method=method, network=network, client_memory_mib=[], rounds=3)
+    links = network_of(prepare(experiment)).graph.edges
+    assert 3 <= len(links) < 6  # neither all to all, nor in pieces
+    wanted = start(experiment, tmp_path / "here")
+    copies = copies_of(tmp_path / "here")
+    assert len(set(copies)) == 4
+    found = served(tmp_path, experiment, parts(4), "--no-through-proxy")
+    assert [peer["sha256"] for peer in found["peers"]] == copies
+    assert found["accuracy_peers"] == wanted["accuracy_peers"]
+    assert found["coverage"] == wanted["coverage"] == 1.0
+    # A letter to all neighbours goes up once.
+    assert 0 < found["bytes_up"] < found["bytes_down"]
 
 
 @pytest.mark.slow

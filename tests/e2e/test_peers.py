@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -86,6 +87,12 @@ def without_time(summary: Settings) -> Settings:
 def step(setup: Setup, engine: Engine, federation: Federation) -> Folded:
     costs, coverage = setup.costs(), Coverage(setup.model.shapes)
     return play_round(setup, engine, federation, coverage, costs).folded
+
+
+def kept_by_all(lean: Lean) -> npt.NDArray[np.bool_]:
+    """[peers, entries of the model]"""
+    masks = [lean.shares.keeps(number).numpy() for number in range(len(lean.shares.strips))]
+    return np.concatenate(masks, axis=1)
 
 
 LOSSLESS: dict[str, Settings] = {
@@ -203,22 +210,22 @@ def test_lean_peers_keep_a_part_and_together_the_whole(changes: Settings) -> Non
         for round in range(5):
             assert lean.round == round
             assert all(t.is_meta for t in lean.shares.state.params.values())
-            assert lean.shares.keeps.shape == (6, total)
-            assert lean.shares.keeps.any(axis=0).all()
-            assert [len(s) for s in lean.stores] == lean.shares.keeps.sum(axis=1).tolist()
+            keeps = kept_by_all(lean)
+            assert keeps.shape == (6, total)
+            assert keeps.any(axis=0).all()
+            assert [len(s) for s in lean.stores] == keeps.sum(axis=1).tolist()
             assert all(s.untyped_storage().nbytes() == 4 * len(s) for s in lean.stores)
             assert max(map(len, lean.stores)) < total
             # Those who share an entry agree on it.
             flat = torch.cat([t.reshape(-1) for t in lean.assembled().params.values()])
-            for keeps, store in zip(lean.shares.keeps, lean.stores, strict=True):
-                assert torch.equal(flat[torch.from_numpy(keeps)], store)
+            for mask, store in zip(keeps, lean.stores, strict=True):
+                assert torch.equal(flat[torch.from_numpy(mask)], store)
             if round < 4:
                 cohort = setup.cohort(round)
                 for task in method.configure(
                     setup.model, lean.shares.state, cohort, setup.experiment.training
                 ):
-                    kept = int(lean.shares.keeps[task.client.id].sum())
-                    assert task.submodel.num_entries <= kept
+                    assert task.submodel.num_entries <= int(keeps[task.client.id].sum())
                 folded = step(setup, engine, lean)
                 assert folded.stored == max(map(len, lean.stores))
 
@@ -239,7 +246,7 @@ def test_disjoint_windows_cost_lean_peers_their_own_part_and_no_more() -> None:
     )
     with begun(experiment) as (setup, engine, lean):
         assert isinstance(lean, Lean)
-        first = lean.shares.keeps.copy()
+        first = kept_by_all(lean)
         parts = [4 * 64 + 4 + 16 + 4 + 40 + 10] * 4
         trained = np.array(
             [
@@ -249,7 +256,7 @@ def test_disjoint_windows_cost_lean_peers_their_own_part_and_no_more() -> None:
         )
         assert trained.tolist() == parts
         folded = step(setup, engine, lean)
-        assert np.array_equal(lean.shares.keeps, first)
+        assert np.array_equal(kept_by_all(lean), first)
         # The head's bias is all that windows share: 10 entries from each of 3 others.
         assert {peer: tuple(t) for peer, t in folded.traffic.items()} == {
             peer: (3 * 10 * 4, 3 * 10 * 4) for peer in range(4)

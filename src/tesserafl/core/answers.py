@@ -6,6 +6,7 @@ its sender's work and nothing else: it is not summed, and nothing of the round c
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -125,6 +126,13 @@ def check_part(task: Task, part: SubModel) -> None:
                 )
 
 
+def reported_by(task: Task) -> Collection[str]:
+    """The parameters whose changes the task wants."""
+    if task.wanted.deltas is not None:
+        return task.wanted.deltas
+    return task.submodel.views.keys() if task.trainable is None else task.trainable
+
+
 def most_header_bytes(task: Task) -> int:
     """What the header of an update that answers the task takes at most.
 
@@ -180,10 +188,7 @@ def _check_metrics(task: Task, update: Update) -> None:
 
 
 def _check_names(task: Task, update: Update) -> None:
-    wanted = task.wanted.deltas
-    if wanted is None:
-        wanted = task.trainable
-    expected = task.submodel.views.keys() if wanted is None else wanted
+    expected = set(reported_by(task))
     if update.delta.keys() != expected:
         lacking, other = expected - update.delta.keys(), update.delta.keys() - expected
         what = (

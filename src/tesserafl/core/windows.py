@@ -106,7 +106,7 @@ def carry(values: Params, old: SubModel, new: SubModel) -> Params:
         carried[small] = (values[names[0]] if names else anything).new_zeros(view.shape)
         for name in names:
             places = [
-                _shared(*indices) for indices in zip(old.views[name].index, view.index, strict=True)
+                shared(*indices) for indices in zip(old.views[name].index, view.index, strict=True)
             ]
             if any(index_length(there) == 0 for _, there in places):
                 continue
@@ -182,7 +182,7 @@ def _equal(left: Index, right: Index) -> bool:
 _NOTHING = slice(0, 0)
 
 
-def _shared(old: Index, new: Index) -> tuple[Index, Index]:
+def shared(old: Index, new: Index) -> tuple[Index, Index]:
     """(positions in old, positions in new) of the entries that are in both."""
     if isinstance(old, slice) and isinstance(new, slice):
         start = max(old.start, new.start)

@@ -25,29 +25,25 @@ from pydantic import BaseModel
 from tesserafl.core.answers import most_header_bytes
 from tesserafl.core.errors import MessageError
 from tesserafl.core.messages import Task
-from tesserafl.core.wire import Parts, update_of
+from tesserafl.core.wire import update_of
 from tesserafl.engines.incoming import read_letter
 from tesserafl.engines.orders import (
     Answer,
     Envelope,
-    Fetch,
     Judge,
     Judged,
     Missing,
     Parcels,
-    Refusal,
     Rest,
     Store,
     Stranger,
     Work,
-    reply_of,
     sealed,
 )
 from tesserafl.engines.parcels import Letter, Outgoing, check_parcel, in_messages, letter_of
 from tesserafl.engines.seam import Done
+from tesserafl.engines.steps import Course, Step, Told
 
-_MOST_REPEATS = 5
-"""Of one step, after which the device is given up for the round."""
 _MOST_ANSWER_BYTES, _MOST_TENSOR_BYTES, _MOST_ENTRY_BYTES = 1 << 16, 1 << 10, 16
 """Of an answer: in all, for every tensor and for every entry; an entry has 8 bytes, or 4 with its
 place, and the rest is for the heads of parcels."""
@@ -70,26 +66,6 @@ class Ask(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Told:
-    """What a device answered to an `Ask`; nothing of it was looked at."""
-
-    client: int
-    parts: Parts
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """What a reply leads to."""
-
-    send: Sequence[Envelope] = ()
-    greet: bool = False
-    """The device does not know the run: greet it, and begin again when it has answered."""
-    result: Done | Told | BaseModel | None = None
-    """The errand is over."""
-
-
 @dataclass(kw_only=True)
 class Errand:
     """The way of one task, or of a global state that a client's own model is measured with."""
@@ -108,9 +84,9 @@ class Errand:
     ahead: int | None = None
     """Messages that the answer will take, as far as anybody can tell: everything is sent at once.
     None: first it is asked what the device has."""
-    waiting: int = 0
-    """Messages under way."""
-    _repeats: int = 0
+    has: frozenset[str] = frozenset()
+    """Parcels that the device should have: those of its last task."""
+    course: Course = field(init=False)
     _last: Sequence[int] = ()
     """Parcels that go with the order, when the others have arrived."""
     _answer: Answer | None = None
@@ -118,20 +94,25 @@ class Errand:
     """Of the answer."""
     _parcels: dict[str, bytes] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.course = Course(run=self.run, client=self.client)
+
     def begin(self) -> Step:
         """The first messages."""
-        first, *others = in_messages(self.outgoing.letter.parcels, self.outgoing.most_bytes) or [[]]
+        notes = self.outgoing.letter.parcels
+        numbers = [n for n, note in enumerate(notes) if note.sha256 not in self.has]
+        groups = self._groups(numbers) or [[]]
         if self.ahead is None:
-            return self._sending(self._work(first))
-        *before, last = [first, *others]
-        stores = [sealed(Store(run=self.run), self._of_task(group)) for group in before]
-        return self._sending(*stores, self._work(last), *self._rests(self.ahead))
+            return self.course.sending(self._work(groups[0]))
+        stores = [sealed(Store(run=self.run), self._of_task(group)) for group in groups[:-1]]
+        return self.course.sending(*stores, self._work(groups[-1]), *self._rests(self.ahead))
 
-    @property
-    def num_messages(self) -> int:
-        """How many messages the answer took."""
+    def learnt(self) -> dict[str, Any]:
+        """`ahead` and `has` for the next one to the same device, when this one is done."""
         assert self._letter is not None
-        return len(in_messages(self._letter.parcels, self.outgoing.most_bytes))
+        messages = len(in_messages(self._letter.parcels, self.outgoing.most_bytes))
+        has = frozenset(note.sha256 for note in self.outgoing.letter.parcels)
+        return {"ahead": messages, "has": has}
 
     def replied(self, envelope: Envelope) -> Step:
         """What a reply leads to.
@@ -139,17 +120,11 @@ class Errand:
         Raises:
             MessageError: it is damaged, answers nothing that was asked, or the device refuses.
         """
-        self.waiting -= 1
-        reply = reply_of(envelope, self._most_head_bytes)
+        reply = self.course.replied(envelope, self._most_head_bytes)
         if envelope.parcels and not isinstance(reply, Answer | Parcels):
             raise MessageError(f"a device sent parcels with its {reply.kind!r}")
-        if isinstance(reply, Refusal):
-            raise MessageError(reply.text)
         if isinstance(reply, Stranger):
-            if self.waiting:
-                return Step()
-            self._repeat(f"the device of client {self.client} forgets the run again and again")
-            return Step(greet=True)
+            return self.course.forgotten()
         if isinstance(reply, Missing):
             return self._missed(reply.parcels)
         if isinstance(reply, Judged) and self.task is None and self.ask is None:
@@ -196,24 +171,28 @@ class Errand:
             if parcels or not self.ahead:
                 raise MessageError(f"the device of client {self.client} has lost its answer")
             return self._collected(self._letter, {})
-        if self.waiting:
+        if self.course.waiting:
             return Step()
         if not parcels:
-            return self._sending(self._work(self._last))
-        self._repeat(f"the device of client {self.client} keeps losing parcels")
+            return self.course.sending(self._work(self._last))
+        self.course.losing_parcels()
         letter, wanted = self.outgoing.letter, set(parcels)
         numbers = [n for n, note in enumerate(letter.parcels) if note.sha256 in wanted]
         if not numbers:
             raise MessageError(f"the device of client {self.client} wants parcels of another task")
-        notes = self.outgoing.letter.parcels
-        back = in_messages([notes[n] for n in numbers[::-1]], self.outgoing.most_bytes)
-        self._last = [numbers[-1 - n] for n in back[0]]
+        self._last = self._groups(numbers[::-1])[0]
         stores = [
             sealed(Store(run=self.run), self._of_task([number]))
             for number in numbers
             if number not in self._last
         ]
-        return self._sending(*(stores or [self._work(self._last)]))
+        return self.course.sending(*(stores or [self._work(self._last)]))
+
+    def _groups(self, numbers: Sequence[int]) -> list[list[int]]:
+        """These parcels, as many together as one message may hold."""
+        notes = [self.outgoing.letter.parcels[number] for number in numbers]
+        groups = in_messages(notes, self.outgoing.most_bytes)
+        return [[numbers[place] for place in group] for group in groups]
 
     def _rests(self, messages: int) -> list[Envelope]:
         """Orders for what an answer to the task has beyond its first message."""
@@ -239,10 +218,7 @@ class Errand:
         missing = [name for name in notes if name not in self._parcels]
         if not missing:
             return Step(result=self._done(letter))
-        if self.waiting:
-            return Step()
-        self._repeat(f"parcels of client {self.client}'s answer do not come")
-        return self._sending(*(sealed(Fetch(run=self.run, parcels=[name])) for name in missing))
+        return self.course.fetching(missing)
 
     def _done(self, letter: Letter) -> Done | Told:
         assert self._answer is not None
@@ -280,12 +256,3 @@ class Errand:
     def _of_task(self, numbers: Iterable[int]) -> dict[str, bytes]:
         letter = self.outgoing.letter
         return {letter.parcels[n].sha256: self.outgoing.parcel(n) for n in numbers}
-
-    def _sending(self, *envelopes: Envelope) -> Step:
-        self.waiting += len(envelopes)
-        return Step(send=envelopes)
-
-    def _repeat(self, text: str) -> None:
-        self._repeats += 1
-        if self._repeats > _MOST_REPEATS:
-            raise MessageError(text)

@@ -1,13 +1,14 @@
 """Peers that each keep a part of the model: nobody holds the whole, before, during or after.
 
-Who keeps what, and what is handed over, is worked out in shares.py. A run is the same as with
-`all_gather`, to the bit, stored and sent otherwise.
+Who keeps what is worked out in shares.py, and what is handed over in passages.py. A run is the same
+as with `all_gather`, to the bit, stored and sent otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,22 +16,15 @@ from torch import Tensor
 
 from tesserafl.core.errors import CheckpointError
 from tesserafl.core.fit import Training
+from tesserafl.core.layout import Ints
 from tesserafl.core.messages import Client, Task, Update
 from tesserafl.core.method import State
 from tesserafl.core.model import Model
-from tesserafl.core.params import Params
+from tesserafl.core.params import Params, num_entries
 from tesserafl.engines.federation import Folded, Held, Traffic
 from tesserafl.engines.network import Network
-from tesserafl.engines.shares import (
-    NOTHING,
-    Averaging,
-    Bools,
-    Change,
-    Handed,
-    Ints,
-    Shares,
-    first_shares,
-)
+from tesserafl.engines.passages import NOTHING, Handed, Passage, Taken, change_of
+from tesserafl.engines.shares import Averaging, Shares, first_shares
 
 
 @dataclass(kw_only=True)
@@ -64,35 +58,36 @@ class Lean:
 
     def fold(self, cohort: Sequence[Client], updates: Iterable[Update]) -> Folded:
         """Hand over what the next round needs."""
-        changes = {update.client: self.shares.change_of(update) for update in updates}
-        trained = {peer: change.where for peer, change in changes.items()}
-        ways = [self._ways(origin) for origin in range(self.network.peers)]
-        traffic = np.zeros((2, self.network.peers), dtype=np.int64)
-        after, stores = self.shares.following(), []
-
-        def handing(receiver: int) -> Callable[[int], Handed]:
-            def hand(origin: int) -> Handed:
-                change: Change = changes.get(origin, NOTHING)
-                part = self.shares.hand(after, origin, receiver, self.stores[origin], change)
-                _count(traffic, ways[origin], origin, receiver, part.num_bytes)
-                return part
-
-            return hand
-
-        for peer, store in enumerate(self.stores):
-            stores.append(self.shares.fuse(after, peer, store, trained, handing(peer)))
-        self.shares, self.stores = after, stores
-        return Folded(
-            traffic={
-                peer: Traffic(int(traffic[0, peer]), int(traffic[1, peer]))
-                for peer in range(self.network.peers)
-            },
-            stored=int(after.keeps.sum(axis=1).max()),
-        )
+        changes = {update.client: change_of(update) for update in updates}
+        kept = [Taken(flat=store) for store in self.stores]
+        passed = np.zeros((len(kept), len(kept)), dtype=np.int64)
+        stores: list[list[Tensor]] = [[] for _ in kept]
+        for passage in self.shares.passages():
+            before = [part.take(count) for part, count in zip(kept, passage.held, strict=True)]
+            within = [
+                changes.get(peer, NOTHING).within(passage.strip, store.dtype)
+                for peer, store in enumerate(before)
+            ]
+            trained = {peer: within[peer][0] for peer in changes}
+            for peer, store in enumerate(before):
+                handed = partial(_handed, passage, before, within, passed, peer)
+                stores[peer].append(passage.fuse(peer, store, trained, handed))
+        traffic = self._traffic(passed)
+        self.shares, self.stores = self.shares.following, [torch.cat(parts) for parts in stores]
+        return Folded(traffic=traffic, stored=max(map(len, self.stores)))
 
     def assembled(self) -> State:
         """The whole model, from one keeper of each entry: nobody's but the evaluator's."""
-        return assembled(self.shares, dict(enumerate(self.stores)))
+        flat = torch.empty(num_entries(self.shapes), dtype=self.stores[0].dtype)
+        kept = [Taken(flat=store) for store in self.stores]
+        for number, strip in enumerate(self.shares.strips):
+            part = flat[strip.first : strip.first + strip.size]
+            for peer, mask in enumerate(self.shares.keeps(number)):
+                part[mask] = kept[peer].take(int(mask.sum()))
+        params, whole = {}, Taken(flat=flat)
+        for name, tensor in self.shapes.items():
+            params[name] = whole.take(tensor.numel()).reshape(tensor.shape).clone()
+        return replace(self.shares.state, params=params)
 
     def copies(self) -> Mapping[int, State]:
         """None: nobody has one."""
@@ -101,67 +96,60 @@ class Lean:
     def held(self) -> Held:
         """The stores, and who keeps what."""
         stores = {str(peer): store for peer, store in enumerate(self.stores)}
-        keeps = {"keeps": torch.from_numpy(self.shares.keeps)}
-        values = {"links": self.network.digest}
+        values = {"links": self.network.digest, "peers": self.shares.peers}
         state = replace(self.shares.state, params={})
-        return [state], values, {"stores": stores, "public": keeps}
+        return [state], values, {"stores": stores, "public": self.shares.written()}
 
     def restore(self, held: Held) -> None:
         """Take them."""
         ((state,), values, groups) = held
-        keeps = groups["public"]["keeps"].numpy()
-        if keeps.shape != self.shares.keeps.shape:
+        if values["peers"] != self.shares.peers:
             raise CheckpointError(
-                f"the checkpoint is of {keeps.shape[0]} peers, config.json says "
-                f"{self.network.peers}; put config.json back, or run it into a new folder"
+                f"the checkpoint is of {values['peers']} peers, config.json says "
+                f"{self.shares.peers}; put config.json back, or run it into a new folder"
             )
         self.network.refuse_others(values["links"])
-        state = replace(state, params=self.shapes)
-        self.shares = replace(self.shares, state=state, keeps=keeps)
+        self.shares = self.shares.read(state, groups["public"])
         self.stores = list(groups["stores"].values())
 
-    def _ways(self, origin: int) -> dict[int, int]:
-        """Receiver -> who hands it the origin's messages."""
-        hops = self.network.journeys(self.round, origin, relayed=True)
-        return {receiver: hop.sender for receiver, hop in hops.items()}
+    def _traffic(self, passed: Ints) -> dict[int, Traffic]:
+        """What each peer sent and received, with what it handed on; `passed` is bytes [from, to]"""
+        sent, received = np.zeros((2, self.network.peers), dtype=np.int64)
+        for origin in range(self.network.peers):
+            hops = self.network.journeys(self.round, origin, relayed=True)
+            for receiver in range(self.network.peers):
+                at = receiver
+                while at != origin and passed[origin, receiver]:
+                    sent[hops[at].sender] += passed[origin, receiver]
+                    received[at] += passed[origin, receiver]
+                    at = hops[at].sender
+        return {peer: Traffic(int(sent[peer]), int(received[peer])) for peer in range(len(sent))}
 
 
-def assembled(shares: Shares, stores: Mapping[int, Tensor]) -> State:
-    """The whole model, from the stores of its keepers.
-
-    Raises:
-        CheckpointError: an entry is in none of them.
-    """
-    flat = torch.empty(shares.keeps.shape[1], dtype=next(iter(stores.values())).dtype)
-    there: Bools = shares.keeps[sorted(stores)]
-    if lacking := int((~there.any(axis=0)).sum()):
-        raise CheckpointError(
-            f"{lacking} of {flat.numel()} entries are kept by peers whose parts are not "
-            f"here; here are those of peers {', '.join(map(str, sorted(stores)))} of {shares.peers}"
-        )
-    for peer in sorted(stores, reverse=True):
-        flat[torch.from_numpy(shares.keeps[peer])] = stores[peer]
-    params, first = {}, 0
-    for name, tensor in shares.state.params.items():
-        params[name] = flat[first : first + tensor.numel()].reshape(tensor.shape).clone()
-        first += tensor.numel()
-    return replace(shares.state, params=params)
-
-
-def _count(
-    traffic: Ints, way: Mapping[int, int], origin: int, receiver: int, num_bytes: int
-) -> None:
-    """Add a part's bytes on every link of its way."""
-    while receiver != origin:
-        traffic[0, way[receiver]] += num_bytes
-        traffic[1, receiver] += num_bytes
-        receiver = way[receiver]
+def _handed(
+    passage: Passage,
+    stores: Sequence[Tensor],
+    within: Sequence[tuple[Tensor, Tensor]],
+    passed: Ints,
+    receiver: int,
+    origin: int,
+    *_: int,
+) -> Handed:
+    """What one peer hands another of a strip; adds its bytes to what has passed."""
+    part = passage.hand(origin, receiver, stores[origin], *within[origin])
+    passed[origin, receiver] += part.num_bytes
+    return part
 
 
 def store_of(shares: Shares, peer: int, state: State) -> Tensor:
     """A peer's part of a whole state."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in state.params.values()])
-    return flat[torch.from_numpy(shares.kept(peer))]
+    (dtype,) = {tensor.dtype for tensor in state.params.values()}
+    device = next(iter(state.params.values())).device
+    # Counted first: beside the whole model there is no room for the part twice.
+    store = Taken(flat=torch.empty(shares.num_kept(peer), dtype=dtype, device=device))
+    for strip, mask in zip(shares.strips, shares.masks(peer), strict=True):
+        store.put(strip.of(state.params)[mask.nonzero().flatten()])
+    return store.flat
 
 
 def lean(

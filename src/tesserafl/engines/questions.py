@@ -16,23 +16,18 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel
 
 from tesserafl.core.errors import MessageError
-from tesserafl.engines.errands import Step
 from tesserafl.engines.orders import (
     Envelope,
-    Fetch,
     Missing,
     Parcels,
-    Refusal,
     Store,
     Stranger,
-    reply_of,
     sealed,
 )
 from tesserafl.engines.parcels import ParcelNote, check_parcel, letter_of
+from tesserafl.engines.steps import Course, Step
 from tesserafl.engines.turns import Turned
 
-_MOST_REPEATS = 5
-"""Of one step, after which the device is given up."""
 _MOST_HEAD_BYTES = 1 << 20
 
 
@@ -69,17 +64,18 @@ class Question:
     """Whether a parcel of the answer was kept."""
     keep: Callable[[ParcelNote, bytes], None] = nowhere
     """Keeps one."""
-    waiting: int = 0
-    """Messages under way."""
-    _repeats: int = 0
+    course: Course = field(init=False)
     _turned: Turned | None = None
     _lacks: list[str] = field(default_factory=list)
     """Parcels that the device has not got, and was not sent yet."""
 
+    def __post_init__(self) -> None:
+        self.course = Course(run=self.run, client=self.client)
+
     def begin(self) -> Step:
         """The first message."""
         self._lacks = [note.sha256 for note in self.parcels]
-        return self._sending(self._with_order())
+        return self.course.sending(self._with_order())
 
     def replied(self, envelope: Envelope) -> Step:
         """What a reply leads to.
@@ -87,13 +83,9 @@ class Question:
         Raises:
             MessageError: it is damaged, answers nothing that was asked, or the device refuses.
         """
-        self.waiting -= 1
-        reply = reply_of(envelope, self.most_head_bytes)
-        if isinstance(reply, Refusal):
-            raise MessageError(reply.text)
+        reply = self.course.replied(envelope, self.most_head_bytes)
         if isinstance(reply, Stranger):
-            self._repeat(f"the device of client {self.client} forgets the run again and again")
-            return Step(greet=not self.waiting)
+            return self.course.forgotten()
         if isinstance(reply, Missing):
             return self._missed(reply.parcels)
         if isinstance(reply, Turned):
@@ -108,7 +100,7 @@ class Question:
         if self._turned is not None:
             raise MessageError(f"the device of client {self.client} has lost its letters")
         if parcels:
-            self._repeat(f"the device of client {self.client} keeps losing parcels")
+            self.course.losing_parcels()
             self._lacks = sorted({note.sha256 for note in self.parcels} & set(parcels))
             if not self._lacks:
                 raise MessageError(
@@ -116,10 +108,10 @@ class Question:
                 )
         size = sum(note.bytes for note in self.parcels if note.sha256 in self._lacks)
         if size <= self.most_bytes or len(self._lacks) == 1:
-            return self._sending(self._with_order())
+            return self.course.sending(self._with_order())
         # One at a time: all letters to all peers would fill this memory.
         name = self._lacks.pop()
-        return self._sending(sealed(Store(run=self.run), {name: self.read(name)}))
+        return self.course.sending(sealed(Store(run=self.run), {name: self.read(name)}))
 
     def _with_order(self) -> Envelope:
         """The order, with as many of the parcels that the device lacks as a message may hold."""
@@ -146,16 +138,4 @@ class Question:
         missing = [name for name in notes if not self.kept(name)]
         if not missing:
             return Step(result=turned)
-        if self.waiting:
-            return Step()
-        self._repeat(f"parcels of client {self.client}'s letters do not come")
-        return self._sending(*(sealed(Fetch(run=self.run, parcels=[name])) for name in missing))
-
-    def _sending(self, *envelopes: Envelope) -> Step:
-        self.waiting += len(envelopes)
-        return Step(send=envelopes)
-
-    def _repeat(self, text: str) -> None:
-        self._repeats += 1
-        if self._repeats > _MOST_REPEATS:
-            raise MessageError(text)
+        return self.course.fetching(missing)

@@ -22,11 +22,12 @@ from tesserafl.core.messages import Memory, Task
 from tesserafl.core.wire import Parts, task_parts
 from tesserafl.engines.attendance import Attendance, Post, Undelivered
 from tesserafl.engines.edge_orders import EdgeProfile
-from tesserafl.engines.errands import Ask, Errand, Step, Told
+from tesserafl.engines.errands import Ask, Errand
 from tesserafl.engines.orders import Envelope, Hello, Judged, Profile
 from tesserafl.engines.parcels import Outgoing
 from tesserafl.engines.questions import Question, Said
 from tesserafl.engines.seam import Done, Failed, Outcome, Reason
+from tesserafl.engines.steps import Step, Told
 
 _log = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ class Remote:
     """On the wire, with heads and letters."""
     bytes_up: int = 0
     _errands: dict[int, Errand | Question] = field(default_factory=dict)
-    _ahead: dict[int, int] = field(default_factory=dict)
-    """Client -> messages that its last answer took; none before the first in this process."""
+    _ahead: dict[int, Any] = field(default_factory=dict)
+    """Client -> what the next errand knows by its last; of this process alone."""
     _until: dict[int, float] = field(default_factory=dict)
     """Client -> when its errand expires."""
     _messages: dict[str, int] = field(default_factory=dict)
@@ -192,7 +193,7 @@ class Remote:
         for other in lost & self._errands.keys():
             self._give_up(other, "offline", f"the device of client {other} has no seat any more")
         errand = None if client is None else self._errands.get(client)
-        if client is not None and errand is not None and not errand.waiting:
+        if client is not None and errand is not None and not errand.course.waiting:
             self._go_on(client, errand.begin())  # it did not know the run
 
     def _errand(
@@ -205,7 +206,7 @@ class Remote:
             outgoing=outgoing,
             remembers=self.heard.get(client),
             keeps=self.keeps.get(client),
-            ahead=self._ahead.get(client),
+            **self._ahead.get(client, {}),
             ask=ask,
         )
 
@@ -249,7 +250,7 @@ class Remote:
             errand = self._errands.pop(client)
             self._forget(client)
             if isinstance(step.result, Done) and isinstance(errand, Errand):
-                self._ahead[client] = errand.num_messages
+                self._ahead[client] = errand.learnt()
                 self.heard[client] = step.result.update.round
             if isinstance(step.result, Done | Told):
                 self._ended.append(step.result)

@@ -1,37 +1,34 @@
-"""A model among peers of whom nobody holds the whole: who keeps what, and what they hand over.
+"""A model among peers of whom nobody holds the whole: who keeps what.
 
-    keeps[n, e]   peer n stores entry e: what it trains next, and what nobody trains next and fell
-                  to it. Every entry has a keeper. Public: it follows from the schedule alone.
-
-After a round every holder of an entry sends its change to those that will keep it, and one who has
-the value sends that to those that have not. What a keeper computes from it is what a copy of the
-whole would hold, to the bit. A peer needs its own store for it and what others hand it.
+A peer keeps what it trains next, and what nobody trains next and fell to it; every entry has a
+keeper. That is public, as it follows from the schedule alone: everybody works it out, a strip of
+the model at a time, from the schedule and one number an entry, deflated. What peers hand over from
+a round to the next is in passages.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tesserafl.core.errors import UpdateError
-from tesserafl.core.exactsum import ExactSum
+from tesserafl.core.errors import CheckpointError
 from tesserafl.core.fit import Training
-from tesserafl.core.layout import entries, strides_of
-from tesserafl.core.messages import Client, Task, Update
+from tesserafl.core.messages import Client, Task
 from tesserafl.core.method import Method, State, Weighting, weights_of
 from tesserafl.core.model import Model
-from tesserafl.core.params import num_entries
-from tesserafl.core.submodel import SubModel, View, merge
+from tesserafl.core.params import Params, num_entries
+from tesserafl.engines.passages import Passage, Taken
+from tesserafl.engines.strips import Places, Strip, places_of, strips_of
 
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
+_TABLE = 1 << 19
+"""Entries of a table of peers by entries of a strip."""
 
 
 class Averaging(Method, Protocol):
@@ -43,54 +40,43 @@ class Averaging(Method, Protocol):
         ...
 
 
-class Handed(NamedTuple):
-    """What one peer hands another at the end of a round; both know which entries these are."""
-
-    values: Tensor
-    """From before the round, of what the other will keep and has not: float [entries]."""
-    change: Tensor
-    """Of what the other will keep and this one trained: float [entries]."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Of both."""
-        return sum(part.numel() * part.element_size() for part in self)
-
-
-class Change(NamedTuple):
-    """What a peer trained."""
-
-    where: Ints
-    """Entries of the model, in the order of the update."""
-    delta: Tensor
-    """Float, as many."""
-
-
-NOTHING = Change(np.zeros(0, dtype=np.int64), torch.zeros(0))
-"""Of a peer that did not train."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Shares:
     """Who keeps what in a round."""
 
     model: Model
     method: Averaging
+    peers: int
+    """How many there are."""
     cohorts: Callable[[int], Sequence[Client]]
     """Who takes part in a round: known to everybody beforehand."""
     state: State
     """The state without values: its parameters lie on `meta`."""
-    keeps: Bools
-    """[peers, entries of the model]."""
+    keepers: tuple[bytes, ...]
+    """Of each strip: who keeps each of the entries that nobody trains, deflated; see `_deflated`"""
 
-    @property
-    def peers(self) -> int:
-        """How many there are."""
-        return len(self.keeps)
+    @cached_property
+    def strips(self) -> tuple[Strip, ...]:
+        """The model in strips."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state.params.items()}
+        return strips_of(shapes, max(1, _TABLE // self.peers))
 
-    def kept(self, peer: int) -> Ints:
-        """The entries that a peer keeps, ascending: those of its store."""
-        return np.flatnonzero(self.keeps[peer])
+    def keeps(self, number: int) -> Tensor:
+        """Who keeps which entries of a strip: bool [peers, size]."""
+        found = self._trained(self.strips[number])
+        lonely, keepers = ~_anybody(found), self._keepers(number)
+        for peer, mine in enumerate(found):
+            mine |= lonely & (keepers == peer)
+        return found
+
+    def masks(self, peer: int) -> Iterator[Tensor]:
+        """Which entries of each strip a peer keeps: bool [size]."""
+        for number in range(len(self.strips)):
+            yield self.keeps(number)[peer]
+
+    def num_kept(self, peer: int) -> int:
+        """How many entries a peer keeps."""
+        return sum(int(mask.sum()) for mask in self.masks(peer))
 
     def tasks(self, cohort: Sequence[Client], training: Training) -> Iterator[Task]:
         """What each of the cohort trains, without values."""
@@ -98,132 +84,89 @@ class Shares:
 
     def filled(self, task: Task, store: Tensor) -> Task:
         """A peer's task, out of its own store."""
-        found = np.searchsorted(self.kept(task.client.id), self._entries(task.submodel.views))
-        values = store[torch.from_numpy(found)]
-        params, first = {}, 0
-        for name, view in task.submodel.views.items():
-            count = int(np.prod(view.shape))
-            params[name] = values[first : first + count].reshape(view.shape)
-            first += count
+        views = task.submodel.views
+        places, kept = places_of(views), Taken(flat=store)
+        params = {name: store.new_empty(view.shape) for name, view in views.items()}
+        for strip, mask in zip(self.strips, self.masks(task.client.id), strict=True):
+            values = store.new_zeros(strip.size)
+            values[mask] = kept.take(int(mask.sum()))
+            strip.gather(places, values, params)
         return replace(task, params=params)
 
+    @cached_property
     def following(self) -> Shares:
         """The shares of the next round."""
         cohort = self.cohorts(self.state.round)
         state = self.method.aggregate(self.model, self.state, cohort, iter(()))
-        after = replace(self, state=state)
-        return replace(after, keeps=after._given_out())
+        after, keepers = replace(self, state=state), list(self.keepers)
+        for number, strip in enumerate(self.strips):
+            trained = self._trained(strip)
+            # What nobody trained before either stays where it is.
+            lonely = _anybody(trained) & ~_anybody(after._trained(strip))
+            if len(places := lonely.nonzero().flatten()):
+                found = self._keepers(number)
+                found[places] = _dealt(trained[:, places], strip.first + places, self._kind)
+                keepers[number] = _deflated(found)
+        return replace(after, keepers=tuple(keepers))
 
-    def change_of(self, update: Update) -> Change:
-        """What an update changes, and where."""
-        views = {name: update.submodel.views[name] for name in update.delta}
-        delta = torch.cat([update.delta[name].reshape(-1) for name in views])
-        return Change(self._entries(views), delta)
+    def passages(self) -> Iterator[Passage]:
+        """The strips on their way to the next round."""
+        weights = weights_of(self.cohorts(self.state.round), self.method.weighting)
+        for number, strip in enumerate(self.strips):
+            had, will = self.keeps(number), self.following.keeps(number)
+            yield Passage(strip=strip, had=had, will=will, weights=weights)
 
-    def places_of(self, part: SubModel) -> Ints:
-        """The entries of a sub-model, in the order of its views."""
-        return self._entries(part.views)
+    def written(self) -> Params:
+        """Who keeps what nobody trains, for a checkpoint."""
+        data = bytearray(b"".join(self.keepers))
+        sizes = torch.tensor([len(part) for part in self.keepers])
+        return {"keepers": torch.frombuffer(data, dtype=torch.uint8), "sizes": sizes}
 
-    def hand(
-        self, after: Shares, origin: int, receiver: int, store: Tensor, change: Change
-    ) -> Handed:
-        """What a peer hands another, out of its own store and what it trained."""
-        found = np.searchsorted(self.kept(origin), self._lent(after, origin, receiver))
-        _, _, there = _both(after.kept(receiver), change.where)
-        trained = change.delta[torch.from_numpy(there)].to(store.dtype)
-        return Handed(store[torch.from_numpy(found)], trained)
-
-    def fuse(
-        self,
-        after: Shares,
-        peer: int,
-        store: Tensor,
-        trained: Mapping[int, Ints],
-        handed: Callable[[int], Handed],
-    ) -> Tensor:
-        """A peer's store after the round.
-
-        Args:
-            after: the shares of the next round.
-            peer: whose it is.
-            store: its store before the round.
-            trained: who answered -> the entries that it trained.
-            handed: what another peer hands it; for itself, its own change.
+    def read(self, state: State, written: Params) -> Shares:
+        """These shares in another round, as they were written.
 
         Raises:
-            UpdateError: a peer hands over more or fewer entries than are due.
+            CheckpointError: they are of another model or of other peers.
         """
-        wanted = after.kept(peer)
-        values = torch.empty(len(wanted), dtype=store.dtype)
-        source = self._sources(wanted, peer)
-        weights = weights_of(self.cohorts(self.state.round), self.method.weighting)
-        total = ExactSum(max_weight=max(1, sum(weights.values())))
-        for origin in sorted({*np.unique(source).tolist(), *trained}):
-            part = handed(origin)
-            mine = np.flatnonzero(source == origin)
-            if origin == peer:
-                found = np.searchsorted(self.kept(peer), wanted[mine])
-                values[torch.from_numpy(mine)] = store[torch.from_numpy(found)]
-            else:
-                _check_length("values", origin, part.values, len(mine))
-                values[torch.from_numpy(mine)] = part.values
-            if origin not in trained:
-                continue
-            both, here, _ = _both(wanted, trained[origin])
-            _check_length("changes", origin, part.change, len(both))
-            if len(both):
-                place = SubModel({}, {"part": View("part", (torch.from_numpy(here),))})
-                total.fold(place, {"part": part.change}, weights[origin], {"part": values})
-        return merge({"part": values}, total)["part"]
-
-    def _lent(self, after: Shares, origin: int, receiver: int) -> Ints:
-        """Entries whose value a peer hands another."""
-        if origin == receiver:
-            return np.zeros(0, dtype=np.int64)
-        wanted = after.kept(receiver)
-        lent: Ints = wanted[self._sources(wanted, receiver) == origin]
-        return lent
-
-    def _sources(self, wanted: Ints, peer: int) -> Ints:
-        """Who gives a peer each of these entries: itself, or the first that keeps it."""
-        source: Ints = np.argmax(self.keeps[:, wanted], axis=0)
-        source[self.keeps[peer, wanted]] = peer
-        return source
-
-    def _given_out(self) -> Bools:
-        """Who keeps what in this state's round, as given out from the keepers of before."""
-        keeps = np.zeros_like(self.keeps)
-        if self.state.round < self.state.rounds:
-            cohort = self.cohorts(self.state.round)
-            # What a client trains does not depend on how it trains.
-            for task in self.tasks(cohort, Training()):
-                keeps[task.client.id, self._entries(task.submodel.views)] = True
-        lonely = np.flatnonzero(~keeps.any(axis=0))
-        had = self.keeps[:, lonely]
-        # Dealt evenly among those that have it: one who always took it would fill up.
-        turn = lonely % had.sum(axis=0)
-        keeps[np.argmax(np.cumsum(had, axis=0) > turn, axis=0), lonely] = True
-        return keeps
+        sizes = written["sizes"].tolist()
+        data = written["keepers"].numpy().tobytes()
+        ends = [sum(sizes[:number]) for number in range(len(sizes) + 1)]
+        keepers = tuple(data[low:high] for low, high in itertools.pairwise(ends))
+        after = replace(self, state=replace(state, params=self.state.params), keepers=keepers)
+        if len(sizes) != len(self.strips) or any(
+            len(after._keepers(number)) != strip.size for number, strip in enumerate(self.strips)
+        ):
+            raise CheckpointError(
+                f"the checkpoint says who keeps what of another model than this one, or among "
+                f"others than these {self.peers} peers; put config.json back, or run it into a "
+                f"new folder"
+            )
+        return after
 
     @cached_property
-    def _places(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Parameter -> its first entry, and its shape."""
-        places, first = {}, 0
-        for name, tensor in self.state.params.items():
-            places[name] = (first, tuple(tensor.shape))
-            first += tensor.numel()
-        return places
+    def _trains(self) -> dict[int, Places]:
+        """Peer -> what it trains in the state's round."""
+        if self.state.round >= self.state.rounds:
+            return {}
+        # What a client trains does not depend on how it trains.
+        tasks = self.tasks(self.cohorts(self.state.round), Training())
+        return {task.client.id: places_of(task.submodel.views) for task in tasks}
 
-    def _entries(self, views: Mapping[str, View]) -> Ints:
-        """Numbers of the viewed entries in the whole model, view after view."""
-        parts = [np.zeros(0, dtype=np.int64)]
-        for view in views.values():
-            first, shape = self._places[view.name]
-            numbers = np.array([first])
-            for index, stride in zip(view.index, strides_of(shape), strict=True):
-                numbers = (numbers[:, None] + entries(index) * stride).reshape(-1)
-            parts.append(numbers)
-        return np.concatenate(parts)
+    def _trained(self, strip: Strip) -> Tensor:
+        """Who trains which entries of a strip in the state's round: bool [peers, size]."""
+        found = torch.zeros(self.peers, strip.size, dtype=torch.bool)
+        for peer, places in self._trains.items():
+            found[peer] = strip.mask(places)
+        return found
+
+    @property
+    def _kind(self) -> torch.dtype:
+        """Of a peer's number."""
+        return torch.uint8 if self.peers <= 1 << 8 else torch.int32
+
+    def _keepers(self, number: int) -> Tensor:
+        """Who keeps which entry of a strip, of those that nobody trains: [size]."""
+        return torch.frombuffer(bytearray(zlib.decompress(self.keepers[number])), dtype=self._kind)
 
 
 def first_shares(
@@ -238,21 +181,36 @@ def first_shares(
     shares = Shares(
         model=model,
         method=method,
+        peers=peers,
         cohorts=cohorts,
         state=replace(state, params={n: t.to("meta") for n, t in state.params.items()}),
-        keeps=np.arange(count) * peers // count == np.arange(peers)[:, None],
+        keepers=(),
     )
-    return replace(shares, keeps=shares._given_out())
+    numbers = (torch.arange(strip.first, strip.first + strip.size) for strip in shares.strips)
+    keepers = [_deflated((each * peers // count).to(shares._kind)) for each in numbers]
+    return replace(shares, keepers=tuple(keepers))
 
 
-def _both(wanted: Ints, where: Ints) -> tuple[Ints, Ints, Ints]:
-    """Entries that are in both, ascending, and their places in either."""
-    both, here, there = np.intersect1d(wanted, where, assume_unique=True, return_indices=True)
-    return both, here, there
+def _anybody(masks: Tensor) -> Tensor:
+    """Where one of [peers, size] is true: bool [size]."""
+    found = masks[0].clone()
+    for mask in masks[1:]:
+        found |= mask
+    return found
 
 
-def _check_length(what: str, origin: int, part: Tensor, due: int) -> None:
-    if part.shape != (due,):
-        raise UpdateError(
-            f"peer {origin} hands over {what} of shape {list(part.shape)}; due are {due} entries"
-        )
+def _dealt(had: Tensor, numbers: Tensor, kind: torch.dtype) -> Tensor:
+    """Who of those that had an entry keeps it alone; `had` is [peers, entries].
+
+    Evenly, by the entries' numbers: one who always took them would fill up.
+    """
+    left, keepers = numbers % had.sum(dim=0), torch.zeros(len(numbers), dtype=kind)
+    for peer, mine in enumerate(had):
+        keepers[mine & (left == 0)] = peer
+        left -= mine.int()
+    return keepers
+
+
+def _deflated(keepers: Tensor) -> bytes:
+    """Windows and turns repeat, so that little is left of a number an entry."""
+    return zlib.compress(keepers.numpy().tobytes(), 1)

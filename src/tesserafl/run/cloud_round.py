@@ -15,11 +15,11 @@ from tesserafl.core.messages import Client, Task
 from tesserafl.core.params import num_bytes
 from tesserafl.core.schedule import Periods, Report, Seen
 from tesserafl.engines.edge_orders import Sweep, member_of
-from tesserafl.engines.errands import Told
 from tesserafl.engines.federation import Star
 from tesserafl.engines.handed import Below
 from tesserafl.engines.parcels import Letter
 from tesserafl.engines.seam import Failed
+from tesserafl.engines.steps import Told
 from tesserafl.engines.sums import Sums
 from tesserafl.engines.swept import Swept, swept_of
 from tesserafl.run.averages import numbered

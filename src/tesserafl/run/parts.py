@@ -17,13 +17,14 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from tesserafl.core.errors import CheckpointError, ConfigError, MessageError
+from tesserafl.core.layout import Bools
 from tesserafl.core.method import State
 from tesserafl.core.params import sha256
 from tesserafl.core.wire import pack, unpack
 from tesserafl.data import FederatedData, Spec
 from tesserafl.data.examples import Examples
 from tesserafl.engines.lean_peer import LeanPeer
-from tesserafl.engines.shares import Bools
+from tesserafl.engines.strips import packed
 from tesserafl.run.experiment import from_json, to_json
 from tesserafl.run.export import export_model
 from tesserafl.run.files import read_json, write_atomic, write_json
@@ -47,7 +48,7 @@ def write_part(folder: Path, setup: Setup, peer: LeanPeer) -> None:
     """Write what a peer keeps of the model."""
     folder.mkdir(parents=True, exist_ok=True)
     shares = peer.shares
-    keeps = torch.from_numpy(np.packbits(shares.keeps[peer.client]))
+    keeps = torch.from_numpy(packed(shares.masks(peer.client)))
     write_atomic(folder / _TENSORS, pack({}, {"part": {"values": peer.store, "keeps": keeps}}))
     about = _About(
         experiment=to_json(setup.experiment),
@@ -69,9 +70,12 @@ def assemble(parts: Sequence[Path], folder: Path) -> dict[str, Any]:
     """
     if not parts:
         raise ConfigError("which parts? Give the folders that peers wrote at the end of the run")
-    found = [(part, _about(part)) for part in parts]
-    first = found[0][1]
-    for part, about in found:
+    found = {part: _about(part) for part in parts if _has_part(part)}
+    absent = [part for part in parts if part not in found]
+    if absent:
+        raise CheckpointError(_without_part(absent[0], list(found.values())))
+    first = found[parts[0]]
+    for part, about in found.items():
         if replace(about, peer=first.peer, experiment=first.experiment) != first:
             raise CheckpointError(
                 f"{part} is of round {about.round} of {about.peers} peers, {parts[0]} of round "
@@ -81,14 +85,14 @@ def assemble(parts: Sequence[Path], folder: Path) -> dict[str, Any]:
     model = experiment.model.build_model(first.spec)
     sizes = {name: int(np.prod(shape)) for name, shape in model.shapes.items()}
     flat, there = torch.zeros(sum(sizes.values())), np.zeros(sum(sizes.values()), dtype=bool)
-    for part, _ in found:
-        keeps, values = _values(part, len(there))
+    for part, about in found.items():
+        keeps, values = _values(part, about.peer, len(there))
         flat[torch.from_numpy(keeps)] = values
         there |= keeps
     if lacking := int((~there).sum()):
         raise CheckpointError(
-            f"{lacking} of {len(there)} entries are in none of the parts of the peers "
-            f"{', '.join(str(about.peer) for _, about in found)} of {first.peers}; add the others"
+            f"{lacking} of {len(there)} entries are in none of the parts; "
+            f"{_missing(list(found.values()))}"
         )
     pieces = torch.split(flat, list(sizes.values()))
     params = {
@@ -101,6 +105,36 @@ def assemble(parts: Sequence[Path], folder: Path) -> dict[str, Any]:
     return {"rounds": first.round, "entries": len(there), "state_sha256": sha256(params)}
 
 
+def _has_part(folder: Path) -> bool:
+    return (folder / _VALUES).exists()
+
+
+def _without_part(folder: Path, found: Sequence[_About]) -> str:
+    """What to say of a folder without a part, beside those that have one."""
+    text = f"{folder} holds no part of a peer: there is no {folder / _VALUES}"
+    if (folder / "model.safetensors").exists():
+        text = f"{folder} holds the whole model: only peers of network.exchange 'lean' have parts"
+    return f"{text}; {_missing(found)}" if found else text
+
+
+def _missing(found: Sequence[_About]) -> str:
+    """Whose parts are not among these, and where they are."""
+    here, peers = sorted({about.peer for about in found}), found[0].peers
+    lacking = sorted(set(range(peers)) - set(here))
+    if not lacking:
+        return f"the parts of all {peers} peers are here without it: leave it away"
+    return (
+        f"here are the parts of peers {_listed(here)}; the parts of peers {_listed(lacking)} "
+        f"of {peers} are missing. A peer writes its part at the end of the run, to model-... in "
+        f"the folder where it keeps what it must (tessera join --folder): copy those folders here "
+        f"and name them too"
+    )
+
+
+def _listed(peers: Sequence[int]) -> str:
+    return ", ".join(map(str, peers))
+
+
 def _about(folder: Path) -> _About:
     try:
         return TypeAdapter(_About).validate_python(read_json(folder / _VALUES))
@@ -108,15 +142,17 @@ def _about(folder: Path) -> _About:
         raise CheckpointError(f"{folder / _VALUES} is damaged: {error}") from error
 
 
-def _values(folder: Path, total: int) -> tuple[Bools, Tensor]:
-    """Which entries a part holds, bool [total], and their values."""
+def _values(folder: Path, peer: int, total: int) -> tuple[Bools, Tensor]:
+    """Which entries a peer's part holds, bool [total], and their values."""
     path = folder / _TENSORS
     try:
         part = unpack(path.read_bytes())[1]["part"]
         keeps = np.unpackbits(part["keeps"].numpy(), count=total).astype(bool)
         values = part["values"]
     except (OSError, MessageError, KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(
+            f"the part of peer {peer} cannot be read: {path}: {error}; copy it again from the peer"
+        ) from error
     if values.shape != (int(keeps.sum()),):
         raise CheckpointError(
             f"{path} has values of shape {list(values.shape)} for {int(keeps.sum())} entries"

@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from tesserafl.core.answers import check_update
 from tesserafl.core.errors import ConfigError, MessageError, TesseraError
-from tesserafl.core.fit import Training
 from tesserafl.core.messages import Client, Memory, Task, Update
 from tesserafl.core.metrics import Metrics
 from tesserafl.core.params import num_entries, sha256
@@ -27,14 +29,16 @@ from tesserafl.engines.incoming import read_letter
 from tesserafl.engines.lean import Lean, store_of
 from tesserafl.engines.lean_peer import LeanPeer
 from tesserafl.engines.parcels import Outgoing, letter_of
-from tesserafl.engines.peer import CopyPeer
+from tesserafl.engines.peer import Asked, CopyPeer, Heard
 from tesserafl.engines.process import threads
 from tesserafl.engines.replicas import Replicas
 from tesserafl.engines.seam import Done
+from tesserafl.engines.shares import Shares
 from tesserafl.engines.turns import Addressed, Examined, Fold, Lapse, Passed, Place, Turned
 from tesserafl.run import checkpoint as checkpoints
 from tesserafl.run.begin import first_peers, shapes_of
 from tesserafl.run.checkpoint import Checkpoint
+from tesserafl.run.children import give_back_memory
 from tesserafl.run.costs import CostTable
 from tesserafl.run.export import export_model
 from tesserafl.run.files import write_atomic
@@ -93,9 +97,9 @@ class PeerDevice:
         letters = {passed.origin: partial(self._read, passed) for passed in order.letters}
         if self.client in letters or max(letters, default=0) >= len(self.setup.clients):
             raise MessageError(f"letters of the peers {sorted(letters)} came to peer {self.client}")
-        cohort, training = self._asked(order.round)
+        heard = Heard(own, set(order.answered), letters)
         with threads(self.setup.experiment.engine.threads):
-            self.peer.fold(own, set(order.answered), letters, cohort, training)
+            self.peer.fold(heard, self._asked(order.round))
         self.memory = memory
         self._save()
         self.spool.keep_only(())
@@ -124,13 +128,13 @@ class PeerDevice:
         )
 
     def _turn(self, round: int, most_bytes: int) -> None:
-        cohort, training = self._asked(round)
+        asked = self._asked(round)
         update, row, lapse = None, None, None
         path = self.spool.folder / "turn" / f"{round}.safetensors"
         path.parent.mkdir(exist_ok=True, mode=0o700)
         for old in path.parent.iterdir():
             old.unlink()
-        task = self.peer.task(cohort, training)
+        task = self.peer.task(asked)
         if task is not None and not self.setup.answers(round, task.client):
             lapse = Lapse(reason="offline", text="did not answer")
         elif task is not None:
@@ -138,7 +142,8 @@ class PeerDevice:
                 update, row = self._train(task, path)
             except TesseraError as error:
                 lapse = Lapse(reason="error", text=str(error)[:10_000])
-        letters = self.peer.letters(update, cohort, training)
+        give_back_memory()  # what training took need not be there beside the letters
+        letters = self.peer.letters(update, asked)
         outgoing = [Outgoing(parts=parts, most_bytes=most_bytes) for _, parts in letters]
         turned = Turned(
             round=round,
@@ -172,10 +177,10 @@ class PeerDevice:
         path = self.spool.folder / "turn" / f"{round}.safetensors"
         return decode_update(path.read_bytes()) if path.exists() else (None, self.memory)
 
-    def _asked(self, round: int) -> tuple[list[Client], Training]:
+    def _asked(self, round: int) -> Asked:
         """Who takes part in the round, and how they train."""
         rounds = self.setup.experiment.rounds
-        return self.setup.cohort(round), self.setup.training_at(round, rounds)
+        return Asked(self.setup.cohort(round), self.setup.training_at(round, rounds))
 
     def _read(self, passed: Passed) -> Parts:
         return read_letter(letter_of(passed.letter), self.spool.fetch)
@@ -207,15 +212,18 @@ def peer_device(
     setup = with_roster(holding.setup, roster)
     if client >= len(roster):
         raise ConfigError(f"peer {client} does not exist: the run has {len(roster)}")
-    federation = first_peers(setup)
+    federation, found = first_peers(setup), checkpoints.latest(spool.folder / "ends")
     peer: CopyPeer | LeanPeer
     if isinstance(federation, Lean):
-        state = first_state(setup.experiment, setup.model, setup.data)
-        store = store_of(federation.shares, client, state)
+        # The whole is made once, and only for the part that is taken from it.
+        store = (
+            torch.empty(0) if found is not None else _first_part(federation.shares, client, setup)
+        )
         peer = LeanPeer(client=client, shares=federation.shares, store=store)
     else:
         assert isinstance(federation, Replicas), "peers keep copies or parts"
-        peer = CopyPeer(client=client, copy=federation)
+        # What all began with is for a mean of all copies, which is nobody's here.
+        peer = CopyPeer(client=client, copy=replace(federation, begin={}))
     device = PeerDevice(
         client=client,
         setup=setup,
@@ -226,10 +234,15 @@ def peer_device(
         costs=setup.costs(),
         whole_test=parts,
     )
-    if (found := checkpoints.latest(spool.folder / "ends")) is not None:
+    if found is not None:
         peer.restore((found.states, dict(found.federation), dict(found.tensors)))
         device.memory = dict(found.memories.get(client, {}))
     return device
+
+
+def _first_part(shares: Shares, client: int, setup: Setup) -> Tensor:
+    state = first_state(setup.experiment, setup.model, setup.data)
+    return store_of(shares, client, state)
 
 
 def inlined(turned: Turned, spool: Spool, most_bytes: int) -> dict[str, bytes]:

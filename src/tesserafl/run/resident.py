@@ -91,7 +91,9 @@ class Resident:
             if isinstance(order, Rest):
                 return rest_of(order, spool)
             if isinstance(order, Turn | Fold | Examine):
-                return self._among_peers(order, spool)
+                reply = self._among_peers(order, spool)
+                give_back_memory()  # the next order may come in an hour
+                return reply
             raise TesseraError(f"this is a device; it knows no order {order.kind!r}")
         except TesseraError as error:
             _log.warning("refused: %s", error)

@@ -41,7 +41,7 @@ def task():
     )
 
 
-def errand(most=LARGE, judge=False, ahead=None):
+def errand(most=LARGE, judge=False, **known):
     asked = task()
     return Errand(
         run=RUN,
@@ -49,7 +49,7 @@ def errand(most=LARGE, judge=False, ahead=None):
         task=None if judge else asked,
         outgoing=Outgoing(parts=task_parts(asked, {}), most_bytes=most),
         remembers=None,
-        ahead=ahead,
+        **known,
     )
 
 
@@ -81,7 +81,7 @@ def kinds(step):
 def test_a_small_task_takes_one_message():
     found = errand()
     step = found.begin()
-    assert kinds(step) == ["work"] and found.waiting == 1
+    assert kinds(step) == ["work"] and found.course.waiting == 1
     assert step.send[0].parcels.keys() == {n.sha256 for n in found.outgoing.letter.parcels}
     step = found.replied(answer(outgoing()))
     assert not step.send and step.result.client == 1 and step.result.seconds == 0.5
@@ -140,7 +140,22 @@ def test_of_a_device_that_was_heard_everything_is_asked_at_once():
         assert step.result is None and not step.send
         step = found.replied(parcels_of(out, number))
     assert step.result.update.metrics == {"loss": 1.0}
-    assert found.num_messages == messages and not found.waiting
+    assert found.learnt() == {"ahead": messages, "has": set(names)} and not found.course.waiting
+
+
+def test_what_the_device_had_for_its_last_task_is_not_sent_again():
+    names = [note.sha256 for note in errand(SMALL).outgoing.letter.parcels]
+    found = errand(SMALL, ahead=1, has=frozenset(names[1:]))
+    step = found.begin()
+    assert kinds(step) == ["work"] and list(step.send[0].parcels) == names[:1]
+    found = errand(SMALL, ahead=2, has=frozenset(names))
+    step = found.begin()
+    assert kinds(step) == ["work", "rest"] and not step.send[0].parcels
+    assert not found.replied(sealed(Missing(parcels=names[2:3]))).send  # it had not
+    step = found.replied(sealed(Missing(parcels=[])))
+    assert kinds(step) == ["work"]
+    step = found.replied(sealed(Missing(parcels=names[2:3])))
+    assert kinds(step) == ["work"] and list(step.send[0].parcels) == names[2:3]
 
 
 def test_what_an_answer_has_beyond_what_was_asked_ahead_is_fetched():

@@ -6,10 +6,12 @@ import json
 
 from devices_at_hand import PostAtHand, parts
 
+from tesserafl.core.params import sha256
 from tesserafl.data import DataSettings
 from tesserafl.engines.network import NetworkSettings
 from tesserafl.methods import MSfusion
 from tesserafl.models import MLP
+from tesserafl.run import checkpoint as checkpoints
 from tesserafl.run.deployed import Deployment, begin, serve_over
 from tesserafl.run.experiment import EngineSettings, Experiment
 from tesserafl.run.parts import assemble
@@ -44,6 +46,13 @@ def kept_by_peers(tmp_path, file):
 def events_of(tmp_path, kind="round"):
     lines = (tmp_path / "served/events.jsonl").read_text().splitlines()
     return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
+def copies_of(folder):
+    """Digests of the copies of all peers at the end of a simulated run."""
+    checkpoint = checkpoints.latest(folder / "checkpoints")
+    digests = [sha256(state.params) for state in checkpoint.states]
+    return [digests[number] for number in checkpoint.federation["copy_of"]]
 
 
 def assert_same(tmp_path, served, here):

@@ -54,7 +54,7 @@ def test_small_messages_give_the_same_bits(tmp_path):
     served, post = _served(tmp_path, experiment, message_bytes=1500)
     assert served["state_sha256"] == here["state_sha256"]
     kinds = {kind for _, kind, _ in post.log}
-    assert kinds == {"hello", "store", "work", "fetch", "bye"}
+    assert kinds == {"hello", "store", "work", "fetch", "rest", "bye"}
     assert post.largest < 1500 + 600  # with what safetensors adds
 
 
@@ -289,7 +289,8 @@ def test_from_the_second_round_on_a_large_task_is_asked_for_at_once(tmp_path, mo
     state = experiment.method.init(setup.model, 0, 2)
     kinds: list[list[str]] = []
     for number in range(2):
-        state = replace(state, round=number)
+        moved = {name: tensor + number for name, tensor in state.params.items()}
+        state = replace(state, round=number, params=moved)
         asked = experiment.method.configure(
             setup.model, state, setup.clients[:1], experiment.training
         )

@@ -171,6 +171,19 @@ def test_a_peer_that_cannot_be_believed_is_left_out_and_the_others_go_on(tmp_pat
     assert digests[0] == digests[1] == digests[3]
 
 
+def test_neighbours_leave_out_who_did_not_train_and_writes_as_if_it_had(tmp_path, caplog):
+    """Whether somebody trained is the same for everybody: the server says it."""
+
+    def lie(turned, reply):
+        return sealed(turned.model_copy(update={"row": None, "part": None}), reply.parcels)
+
+    served = _lying(tmp_path, "gossip", lie, "ring")
+    assert [event["answered"] for event in events_of(tmp_path)] == [3, 3]
+    said = [line for line in caplog.messages if "did not train, and says that it has" in line]
+    assert len(said) == 2 * 2 and all("peer 2 is left out" in line for line in said)
+    assert len(served["peers"]) == 4
+
+
 def test_neighbours_leave_out_a_letter_of_what_is_not_in_the_model(tmp_path):
     def lie(turned, reply):
         (addressed,) = turned.letters

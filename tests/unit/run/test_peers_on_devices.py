@@ -7,6 +7,7 @@ from devices_at_hand import PostAtHand, parts, prepare_once
 from peers_at_hand import (
     ALL,
     assert_same,
+    copies_of,
     events_of,
     experiment_of,
     kept_by_peers,
@@ -14,8 +15,11 @@ from peers_at_hand import (
 )
 
 from tesserafl.core.errors import CheckpointError, TesseraError
+from tesserafl.core.fit import Training
+from tesserafl.core.params import num_entries
 from tesserafl.engines.attendance import Undelivered
-from tesserafl.methods import DPSGD, FedAvg, FedRolex, MSfusion
+from tesserafl.methods import DPSGD, FedAvg, FedRolex, MSfusion, Progressive
+from tesserafl.models import Residual
 from tesserafl.run.deployed import Deployment, begin, serve_over
 from tesserafl.run.parts import assemble
 from tesserafl.run.runner import start
@@ -40,6 +44,23 @@ def test_copies_on_devices_have_the_bits_of_the_simulated_ones(tmp_path, method,
     assert len(kept_by_peers(tmp_path, "model.safetensors")) == 4
 
 
+@pytest.mark.parametrize("exchange", ["all_gather", "gossip"])
+def test_a_peer_with_a_copy_holds_the_model_once(tmp_path, exchange):
+    residents, held = parts(tmp_path / "devices", ALL), []
+
+    def look(node, order):
+        if order.kind == "examine":
+            copy = residents[node]._peer.peer.copy
+            params = [copy.begin, *(state.params for state in copy.states)]
+            tensors = {id(t): t.numel() for each in params for t in each.values()}
+            held.append((sum(tensors.values()), num_entries(copy.shapes)))
+        return None
+
+    post = PostAtHand(residents=residents, loss=look)
+    served_to(tmp_path, experiment_of(exchange, method=DPSGD(), rounds=1), post)
+    assert held and all(entries == model for entries, model in held)
+
+
 @pytest.mark.parametrize(("graph", "clients"), [("complete", 4), ("ring", 2)])
 def test_parts_on_devices_are_together_the_simulated_model(tmp_path, graph, clients):
     experiment = experiment_of(graph=graph, clients_per_round=clients, rounds=4)
@@ -50,8 +71,33 @@ def test_parts_on_devices_are_together_the_simulated_model(tmp_path, graph, clie
     assert len(folders) == 4
     found = assemble(folders, tmp_path / "whole")
     assert found["state_sha256"] == here["state_sha256"]
-    with pytest.raises(CheckpointError, match="entries are in none of the parts"):
-        assemble(folders[:1], tmp_path / "none")
+    _refuses_what_is_missing(folders, tmp_path)
+
+
+def _refuses_what_is_missing(folders, tmp_path):
+    """By the peers' numbers, and with the place that was looked at."""
+    none, told = tmp_path / "none", "the parts of peers 1, 3 of 4 are missing"
+    with pytest.raises(CheckpointError, match=rf"entries are in none .*{told}"):
+        assemble([folders[0], folders[2]], none)
+    place = folders[1].parent / "model-*"  # as a shell leaves it that finds nothing
+    with pytest.raises(CheckpointError) as caught:
+        assemble([folders[0], place, folders[2]], none)
+    text = str(caught.value)
+    assert f"{place}/part.json" in text and "peers 1, 3 of 4" in text and "run folder" not in text
+    with pytest.raises(CheckpointError, match="holds no part of a peer"):
+        assemble([tmp_path / "here"], none)
+    whole = folders[0].with_name("model-whole")
+    whole.mkdir()
+    (whole / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="holds the whole model"):
+        assemble([whole], none)
+    with pytest.raises(CheckpointError, match="parts of all 4 peers are here"):
+        assemble([*folders, whole], none)
+    (folders[3] / "part.safetensors").rename(none)
+    with pytest.raises(CheckpointError, match=rf"peer 3 cannot be read: .*{folders[3]}"):
+        assemble(folders, none)
+    none.rename(folders[3] / "part.safetensors")
+    assert not none.exists()
 
 
 def test_gossip_on_devices_has_the_copies_of_the_simulated_peers(tmp_path):
@@ -60,6 +106,24 @@ def test_gossip_on_devices_has_the_copies_of_the_simulated_peers(tmp_path):
     served, _ = served_to(tmp_path, experiment)
     assert served["accuracy_peers"] == here["accuracy_peers"]
     assert len({peer["sha256"] for peer in served["peers"]}) == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": DPSGD(ratio=(1.0, 0.5))},
+        {"method": DPSGD(), "training": Training(mask_absent_classes=True)},
+        {"method": Progressive(), "model": Residual(blocks=4)},
+    ],
+    ids=["parts", "masked", "frozen"],
+)
+def test_in_gossip_on_devices_who_does_not_train_says_where_it_stands(tmp_path, changes):
+    """All of its part, also where those that train tell of some of it alone."""
+    experiment = experiment_of("gossip", "ring", dropout=0.4, **changes)
+    start(experiment, tmp_path / "here")
+    served, _ = served_to(tmp_path, experiment)
+    assert min(event["answered"] for event in events_of(tmp_path)) < 4
+    assert [peer["sha256"] for peer in served["peers"]] == copies_of(tmp_path / "here")
 
 
 def _losing(node, order_kind, times, reason="crashed"):
