@@ -12,7 +12,7 @@ from tesserafl.core.errors import ConfigError, did_you_mean
 from tesserafl.data import DataSettings
 from tesserafl.experiments import EXPERIMENTS, Named
 from tesserafl.models import HuggingFace, LoRA
-from tesserafl.run.edge import Hosting
+from tesserafl.run.hosting import Hosting
 from tesserafl.run.experiment import REGISTRIES, Experiment, choose, from_file
 from tesserafl.run.holding import Local
 from tesserafl.run.learn import LearnSettings

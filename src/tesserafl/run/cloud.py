@@ -12,11 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from tesserafl.core.coverage import Coverage
+from tesserafl.core.errors import MessageError
 from tesserafl.core.messages import Client
 from tesserafl.core.method import State
 from tesserafl.core.schedule import Periods, Report, Situation
+from tesserafl.core.wire import Parts
 from tesserafl.engines.federation import Federation, Folded, Held, Star, Traffic
+from tesserafl.engines.orders import Judged
 from tesserafl.engines.remote import Remote
+from tesserafl.engines.seam import Failed
 from tesserafl.engines.sums import relay_of, sums_of
 from tesserafl.run.averages import Schedule, decided, report_of
 from tesserafl.run.cloud_round import CloudRound
@@ -25,6 +29,7 @@ from tesserafl.run.personal import state_parts
 from tesserafl.run.player import accuracy_of
 from tesserafl.run.rounds import Notes, check_answered, count, failure
 from tesserafl.run.setup import Setup
+from tesserafl.run.surveying import Surveying
 
 _log = logging.getLogger(__name__)
 
@@ -106,6 +111,27 @@ class Cloud:
         notes.seconds = time.perf_counter() - begun
         self.seconds += notes.seconds
         return notes
+
+    def judge(self, parts: Parts) -> dict[int, Judged]:
+        """What the clients' own models reach on their devices, as edges tell; see `Remote.judge`."""
+        self.engine.gather(len(self.seats.taken), 0.0)  # who is there now
+        surveys = {
+            seat: Surveying(
+                numbers=self.seats.numbers(seat), heard=self.heard, seconds=self.engine.seconds
+            )
+            for seat in sorted(self.engine.seated)
+        }
+        found: dict[int, Judged] = {}
+        for answer in self.engine.ask(surveys, parts):
+            edge = self.seats.names[answer.client]
+            if isinstance(answer, Failed):
+                _log.warning("edge %r measured nothing: %s", edge, answer.text)
+                continue
+            try:
+                found |= surveys[answer.client].judged(answer)
+            except MessageError as error:
+                _log.warning("what edge %r measured does not count: %s", edge, error)
+        return found
 
     def held(self) -> Held:
         """The federation's, and what is known of the edges."""

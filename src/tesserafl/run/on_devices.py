@@ -91,7 +91,6 @@ def _placed(experiment: Experiment, deployment: Deployment) -> Experiment:
         refused = {
             f"network.topology {asked!r}": asked not in ("auto", "tree"),
             "waiting.*": not deployment.waiting.for_all,
-            "a method whose clients have models of their own": hasattr(method, "personal"),
         }
         if any(refused.values()):
             what = ", ".join(name for name, there in refused.items() if there)

@@ -23,9 +23,9 @@ from tesserafl.engines.network import NetworkSettings
 from tesserafl.engines.orders import Answer, order_of, reply_of, sealed
 from tesserafl.engines.parcels import Outgoing, letter_of, read_letter
 from tesserafl.engines.swept import Swept
-from tesserafl.methods import EqualFinish, FedAvg, FedBRB, FedNova, FedSALoRA, HierFAVG, Tomtit
+from tesserafl.methods import EqualFinish, FedAvg, FedBRB, FedNova, HierFAVG, Tomtit
 from tesserafl.models import MLP
-from tesserafl.run import deployed, edge, runner
+from tesserafl.run import deployed, hosting, runner
 from tesserafl.run.cloud_round import measured
 from tesserafl.run.deployed import Deployment, begin, serve_over
 from tesserafl.run.experiment import EngineSettings, Experiment
@@ -45,17 +45,17 @@ def _prepared_once(monkeypatch):
         monkeypatch.setattr(module, "prepare", deployed.prepare)
     # Reports are drawn in other tests.
     monkeypatch.setattr(runner, "write_report", lambda folder, setup: None)
-    monkeypatch.setattr(edge, "setup_without_data", cache_of(edge.setup_without_data))
+    monkeypatch.setattr(hosting, "setup_without_data", cache_of(hosting.setup_without_data))
 
 
 def cache_of(made):
     """Edges share what they probe of an experiment."""
     known = {}
 
-    def setup(local, hello):
-        key = json.dumps(hello.experiment, sort_keys=True)
+    def setup(local, experiment, spec):
+        key = json.dumps(experiment, sort_keys=True)
         if key not in known:
-            known[key] = made(local, hello)
+            known[key] = made(local, experiment, spec)
         return known[key]
 
     return setup
@@ -377,7 +377,6 @@ def test_what_a_tree_elsewhere_cannot_do_is_refused(tmp_path):
     for changes, deployment, text in (
         ({}, {"waiting": Waiting(quorum=0.5)}, r"without waiting\.\*"),
         ({"network": NetworkSettings(topology="star")}, {}, "without network.topology 'star'"),
-        ({"method": FedSALoRA()}, {}, "models of their own"),
     ):
         with pytest.raises(ConfigError, match=text):
             begin(
