@@ -113,7 +113,7 @@ class Cloud:
         return notes
 
     def judge(self, parts: Parts) -> dict[int, Judged]:
-        """What the clients' own models reach on their devices, as edges tell; see `Remote.judge`."""
+        """What the clients' own models reach, as edges tell; see `Remote.judge`."""
         self.engine.gather(len(self.seats.taken), 0.0)  # who is there now
         surveys = {
             seat: Surveying(

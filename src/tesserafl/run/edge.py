@@ -131,9 +131,7 @@ class EdgeResident:
 
         return answered_once(letter, asked, spool, order.most_bytes, work)
 
-    def _play(
-        self, order: Sweep, below: Hosted, letter: Letter, asked: str, spool: Spool
-    ) -> None:
+    def _play(self, order: Sweep, below: Hosted, letter: Letter, asked: str, spool: Spool) -> None:
         below.begin(order.numbers, order.heard)
         if not set(order.own) <= set(order.numbers.values()):
             raise TesseraError(f"clients {order.own} are not all below edge {self.name!r}")

@@ -30,9 +30,9 @@ from tesserafl.core.errors import CheckpointError, TesseraError
 from tesserafl.engines.attendance import Disowned, Post
 from tesserafl.run.children import die_with_parent, tail_of
 from tesserafl.run.edge import EdgeResident
-from tesserafl.run.hosting import Hosting
 from tesserafl.run.files import alone_in, read_json, write_json
 from tesserafl.run.holding import Local
+from tesserafl.run.hosting import Hosting
 from tesserafl.run.join import (
     AGAIN_SECONDS,
     Line,

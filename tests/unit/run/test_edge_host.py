@@ -18,10 +18,10 @@ from tesserafl.engines.attendance import Disowned
 from tesserafl.engines.orders import Bye, Store, reply_of, sealed
 from tesserafl.run import edge_host, join, serve
 from tesserafl.run.edge import EdgeResident
-from tesserafl.run.hosting import Hosting
 from tesserafl.run.edge_host import edge_noted, host, is_edge
 from tesserafl.run.files import read_json
 from tesserafl.run.holding import Local
+from tesserafl.run.hosting import Hosting
 from tesserafl.run.join import Line
 from tesserafl.run.serve import Link
 
