@@ -6,7 +6,8 @@ got, a sub-sum; else what it made of its model (`Several`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,54 @@ from tesserafl.core.method import State
 from tesserafl.core.model import Model
 from tesserafl.core.schedule import Periods, Report, Seen, Situation
 from tesserafl.engines.sums import Covered, Sums
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long a node waits for devices of its own in one of its averages.
+
+    Who is late goes on working, is asked nothing meanwhile, and counts in the node's average in
+    which its answer comes, or not at all.
+    """
+
+    quorum: float
+    """share of `wanted` whose answers are enough"""
+    seconds: float | None
+    """after which an average ends; None: it has no deadline of its own"""
+    wanted: int
+    """answers that a round is for, of all nodes together"""
+    asked: int
+    """clients that are asked in the round, of all nodes together"""
+
+    def needed(self, own: int) -> int:
+        """Answers that end an average in which a node asks so many devices."""
+        return min(own, rounded_up(self.quorum * self.wanted * own / self.asked)) if own else 0
+
+    def closes(
+        self, start: float, own: Sequence[tuple[float, bool]], late: Sequence[float]
+    ) -> float:
+        """When an average ends that begins at `start`.
+
+        Args:
+            start: in seconds.
+            own: of each device that is asked, when it has answered or failed, and whether it has
+                answered.
+            late: when those answer that were late before. Where nobody can be asked the first of
+                them is waited for.
+        """
+        needed, answered = self.needed(len(own)), 0
+        end = min(late, default=start) if not own else start
+        for moment, good in sorted(own):
+            end, answered = moment, answered + good
+            if answered == needed:
+                break
+        return max(start, min(end, start + (math.inf if self.seconds is None else self.seconds)))
+
+
+def rounded_up(number: float) -> int:
+    """Rounded up, but for what floats are off: 10 x 1.1 is 11."""
+    return math.ceil(round(number, 9))
+
 
 MOST_ROUNDS = 1000
 """Averages of an edge in a round of the node above are fewer."""

@@ -10,6 +10,7 @@ from tesserafl.core.params import norm
 from tesserafl.core.schedule import Periods, Report, Seen, Sketch
 from tesserafl.engines.fleet import Edge, Fleet
 from tesserafl.engines.sums import Sums
+from tesserafl.run.averages import Patience
 from tesserafl.run.flights import Flight
 
 
@@ -18,6 +19,9 @@ class Job:
     """One round of the cloud."""
 
     cohort: Mapping[int, Client]
+    """Who is asked, and after them whose late answers may come."""
+    patience: Patience | None
+    """None: nodes wait for all of their devices."""
     periods: Mapping[str, Periods]
     steps: Mapping[int, int]
     """client -> its steps"""

@@ -19,7 +19,9 @@ from tesserafl.core.messages import Client, Task, Update
 from tesserafl.engines.federation import Federation, Held, Star, Traffic
 from tesserafl.engines.remote import Remote
 from tesserafl.engines.seam import Failed, Outcome
+from tesserafl.run.averages import rounded_up
 from tesserafl.run.costs import CostTable
+from tesserafl.run.flights import LATE
 from tesserafl.run.player import Player
 from tesserafl.run.rounds import (
     Notes,
@@ -143,7 +145,7 @@ class Live:
     def _until_enough(self, notes: Notes, traffic: dict[int, Traffic]) -> Iterator[Update]:
         """The updates that make the next model."""
         settings, wanted = self.waiting, self.setup.experiment.clients_per_round
-        most, late = _up(wanted * (1 + settings.over_selection)), False
+        most, late = rounded_up(wanted * (1 + settings.over_selection)), False
         while not (cohort := self._idle(most)) and not late:
             # All that are there are late, so the round begins with the first that is not any more.
             for outcome in self.engine.poll(_ALONE):
@@ -152,7 +154,7 @@ class Live:
                     late = True
                     yield update
         cohort = [client for client in cohort if client.id not in traffic]  # one answer of each
-        needed = min(_up(settings.quorum * wanted), len(cohort))
+        needed = min(rounded_up(settings.quorum * wanted), len(cohort))
         tasks = self.federation.tasks(cohort, training_of(self.setup, self.federation))
         until = self.engine.clock() + (settings.round_seconds or math.inf)
         left, answered = len(cohort), 0
@@ -179,8 +181,7 @@ class Live:
             notes.failures.append(failure(outcome.client, outcome.reason, outcome.text))
             return own, None
         if not own and self.waiting.late == "refuse":
-            text = "came after its round had ended"
-            notes.failures.append(failure(outcome.client, "expired", text))
+            notes.failures.append(failure(outcome.client, "expired", LATE))
             return False, None
         try:
             check_update(task, outcome.update, self.federation.shapes, self.setup.model)
@@ -216,8 +217,3 @@ def live(
             f"where real ones do the work until a quorum or a deadline"
         )
     return Live(setup=setup, engine=engine, federation=federation, costs=costs, waiting=waiting)
-
-
-def _up(number: float) -> int:
-    """Rounded up, but for what floats are off: 10 x 1.1 is 11."""
-    return math.ceil(round(number, 9))
