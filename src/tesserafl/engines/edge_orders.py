@@ -52,6 +52,20 @@ class Member(Strict):
     mixing: Natural
 
 
+class Waits(Strict):
+    """How an edge waits for its devices; see `run.averages.Patience`."""
+
+    quorum: Annotated[float, Field(gt=0, le=1)]
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    wanted: Natural
+    asked: Natural
+    banks: bool
+    """Whether an answer that comes after its average counts in a later one."""
+    late: list[Natural]
+    """Clients below the edge that are at work yet, as far as the cloud has heard: their answers may
+    come. What others were asked before is forgotten."""
+
+
 class Sweep(Strict):
     """A round of the cloud, for one edge."""
 
@@ -60,11 +74,12 @@ class Sweep(Strict):
     letter: dict[str, Any]
     """Of the cloud's state."""
     cohort: list[Member]
-    """All that take part, in the round's order: the grid of exact sums goes by them."""
+    """All whose answers may come, those that are asked first, in the round's order: the grid of
+    exact sums goes by them."""
     together: list[Natural]
     """Those of them whom the method deals parts to at once."""
     own: list[Natural]
-    """Those below the edge."""
+    """Those below the edge that are asked."""
     numbers: dict[str, Natural]
     """Device -> the client that it is, of all below the edge."""
     rounds: Annotated[int, Field(ge=1)]
@@ -78,6 +93,8 @@ class Sweep(Strict):
     """Until the cloud gives the edge up."""
     most_bytes: Natural
     """Of tensors in a parcel of the answer."""
+    waits: Waits | None = None
+    """None: the edge waits until all of its devices have answered or failed."""
 
 
 class Survey(Strict):

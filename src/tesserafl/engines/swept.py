@@ -70,6 +70,8 @@ class Swept(Strict):
     parts: list[PartHeader]
     sketch: _Coordinates
     """Of its model."""
+    late: list[Natural]
+    """Clients that are at work yet."""
 
     def trained(self, shapes: Params) -> list[SubModel]:
         """What the rows' devices trained; MessageError if it is not of this model."""
@@ -98,6 +100,7 @@ def swept_of(header: Mapping[str, Any], clients: Mapping[int, Client], rounds: i
     if len(swept.rows) + len(swept.failures) > most or len(swept.parts) > len(swept.rows):
         raise MessageError(f"an edge's devices were asked {most} times, and it tells of more")
     told = {row.client for row in swept.rows} | {loss.client for loss in swept.failures}
+    told |= set(swept.late)
     if not told <= clients.keys():
         raise MessageError(
             f"an edge tells of client {min(told - clients.keys())}, which is not below it"

@@ -13,7 +13,7 @@ from typing import Any
 
 from tesserafl.core.errors import ConfigError
 from tesserafl.core.messages import Task
-from tesserafl.core.method import State
+from tesserafl.core.method import Method, State
 from tesserafl.core.model import Model
 from tesserafl.core.schedule import Periods, Report, Seen, Situation
 from tesserafl.engines.sums import Covered, Sums
@@ -97,8 +97,25 @@ def numbered(
         own = task.training
         if task.client.id in steps:
             own = replace(own, steps=steps[task.client.id])
-        round = state.round if number == 1 else state.round + number * state.rounds
-        yield replace(task, round=round, training=own)
+        yield replace(task, round=round_of(state, number), training=own)
+
+
+def round_of(state: State, number: int) -> int:
+    """Of the tasks of an average."""
+    return state.round if number == 1 else state.round + number * state.rounds
+
+
+def staleness(round: int, task: int, rounds: int) -> int:
+    """Rounds of the cloud, of which there are so many, since the one that a task is of."""
+    return round - task % rounds
+
+
+def fits(method: Method, state: State, task: int, number: int) -> bool:
+    """Whether late work on a task of a round can count in an average.
+
+    What began with an edge's own model is known there alone: it cannot be handed on by itself.
+    """
+    return method.entrywise or number != 1 or task < state.rounds
 
 
 @dataclass(kw_only=True)

@@ -158,7 +158,9 @@ def serve_over(
         return summary
 
     federation = first_federation(setup, elsewhere=True)
-    tree = cloud(setup, remote, federation, seats) if isinstance(seats, EdgeSeats) else None
+    tree = None
+    if isinstance(seats, EdgeSeats):
+        tree = cloud(setup, remote, federation, seats, deployment.waiting)
 
     def player(setup: Setup, engine: Engine, federation: Federation, costs: CostTable) -> Player:
         if tree is not None:

@@ -7,6 +7,7 @@ way: an order can be given again, after any end of either side. Between rounds i
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -133,7 +134,8 @@ class EdgeResident:
 
     def _play(self, order: Sweep, below: Hosted, letter: Letter, asked: str, spool: Spool) -> None:
         below.begin(order.numbers, order.heard)
-        if not set(order.own) <= set(order.numbers.values()):
+        late = [] if order.waits is None else order.waits.late
+        if not {*order.own, *late} <= set(order.numbers.values()):
             raise TesseraError(f"clients {order.own} are not all below edge {self.name!r}")
         state = state_of(read_kept(letter, spool))
         # Every average may wait for a device that does not come, and the cloud must hear in time.
@@ -145,8 +147,10 @@ class EdgeResident:
             costs=below.costs,
             order=order,
             sketch=below.sketch,
-            # Also for devices that wait until others are done.
-            begins=lambda: below.give(patience),
+            # Also for devices that wait until others are done; who may be late has its own time.
+            begins=lambda: below.give(patience if order.waits is None else math.inf),
+            working=below.working(order.waits),
+            seconds=patience,
         )
         with threads(below.setup.experiment.engine.threads):
             parts = sweeping.play(state)

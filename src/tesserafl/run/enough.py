@@ -27,8 +27,11 @@ from tesserafl.run.setup import Setup
 class Counted:
     """An answer that counts; its row is the last of the notes when it is given."""
 
-    task: Task
     update: Update
+    round: int
+    """Of its task."""
+    down: int
+    """Bytes of the task."""
     seconds: float
     """From its task to here."""
 
@@ -122,5 +125,6 @@ class Working:
             return nothing
         note_answer(task, outcome, self.costs, notes)
         begun = self._begun.get(outcome.client, time.monotonic())
-        took = time.monotonic() - begun
-        return Taken(own=own, counted=Counted(task=task, update=outcome.update, seconds=took))
+        took, down = time.monotonic() - begun, task.num_bytes
+        counted = Counted(update=outcome.update, round=task.round, down=down, seconds=took)
+        return Taken(own=own, counted=counted)

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tesserafl.core.errors import TesseraError
+from tesserafl.core.messages import Task
 from tesserafl.core.schedule import Sketch
 from tesserafl.engines.attendance import Post
-from tesserafl.engines.edge_orders import EdgeDevice
+from tesserafl.engines.edge_orders import EdgeDevice, Waits
 from tesserafl.engines.orders import Hello, Profile
 from tesserafl.engines.parcels import MOST_BYTES
 from tesserafl.engines.remote import Remote
 from tesserafl.run.costs import CostTable
+from tesserafl.run.enough import Working
 from tesserafl.run.holding import Local, setup_without_data
 from tesserafl.run.seats import Seats
 from tesserafl.run.setup import Setup
@@ -48,6 +50,8 @@ class Hosted:
     sketch: Sketch | None
     numbers: dict[str, int] = field(default_factory=dict)
     """Device -> the client that the cloud calls it."""
+    late: dict[int, Task] = field(default_factory=dict)
+    """Client -> what it was asked, of those that are at work yet."""
 
     def settle(self, hosting: Hosting) -> list[EdgeDevice]:
         """Who is below the edge; the first time it waits for them."""
@@ -83,6 +87,18 @@ class Hosted:
     def give(self, seconds: float) -> None:
         """What devices are asked from now on has so much time."""
         self.remote.until = self.remote.clock() + seconds
+
+    def working(self, waits: Waits | None) -> Working | None:
+        """The devices, as those that are not all waited for; None: they are."""
+        if waits is None:
+            return None
+        return Working(
+            setup=self.setup,
+            engine=self.remote,
+            costs=self.costs,
+            banks=waits.banks,
+            tasks=self.late,
+        )
 
 
 def hosted(

@@ -20,6 +20,8 @@ class Job:
 
     cohort: Mapping[int, Client]
     """Who is asked, and after them whose late answers may come."""
+    asked: frozenset[int]
+    """Who of them is asked in the round, unless its node's last average ended without it."""
     patience: Patience | None
     """None: nodes wait for all of their devices."""
     periods: Mapping[str, Periods]

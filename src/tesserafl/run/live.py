@@ -165,10 +165,10 @@ class Live:
             yield self._noted(counted, notes, traffic)
 
     def _noted(self, counted: Counted, notes: Notes, traffic: dict[int, Traffic]) -> Update:
-        task, update, row = counted.task, counted.update, notes.clients[-1]
-        traffic[update.client] = Traffic(update.num_bytes, task.num_bytes)
+        update, row = counted.update, notes.clients[-1]
+        traffic[update.client] = Traffic(update.num_bytes, counted.down)
         row["bytes_up"], row["bytes_down"] = traffic[update.client]
-        row["staleness"] = self.federation.round - task.round
+        row["staleness"] = self.federation.round - counted.round
         return update
 
     def _idle(self, most: int) -> list[Client]:

@@ -88,15 +88,10 @@ def _placed(experiment: Experiment, deployment: Deployment) -> Experiment:
     """The experiment, on a star or a tree; raises ConfigError if these devices cannot be that."""
     asked, method = experiment.network.topology, experiment.method
     if deployment.edges:
-        refused = {
-            f"network.topology {asked!r}": asked not in ("auto", "tree"),
-            "waiting.*": not deployment.waiting.for_all,
-        }
-        if any(refused.values()):
-            what = ", ".join(name for name, there in refused.items() if there)
+        if asked not in ("auto", "tree"):
             raise ConfigError(
-                f"a run with edges goes without {what}; see docs/howto/edge-tier.md for what is "
-                f"not there yet"
+                f"a run with edges is a tree, and network.topology is {asked!r}: leave it away, or "
+                f"leave --edges away"
             )
         return replace(experiment, network=replace(experiment.network, topology="tree"))
     if asked == "tree" or (asked == "auto" and method.topology == "tree"):

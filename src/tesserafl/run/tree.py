@@ -33,8 +33,10 @@ from tesserafl.run.averages import (
     Schedule,
     Several,
     decided,
+    fits,
     numbered,
     report_of,
+    staleness,
     turns,
 )
 from tesserafl.run.costs import CostTable
@@ -96,6 +98,7 @@ class Tree:
         cohort = {client.id: client for client in (*asked, *self.late.clients)}
         job = Job(
             cohort=cohort,
+            asked=frozenset(client.id for client in asked),
             patience=patience,
             periods=periods,
             steps={c: n for each in periods.values() for c, n in each.steps.items()},
@@ -158,9 +161,12 @@ class Tree:
         ends = dict(starts)
         sums |= {edge.name: job.empty() for edge in passing}
         here = [c for c in job.cohort.values() if self.fleet.homes[c.id] in starts]
-        clients = [client for client in here if client.id not in self.late.flights]
+        free = job.asked - self.late.flights.keys()
+        clients = [client for client in here if client.id in free]
         flights = self._fly(clients, state, starts, number, job)
         for flight in self.late.landing(flights, starts, ends, job.patience):
+            if not fits(self.setup.experiment.method, state, flight.round, number):
+                flight = flight.refused()
             if flight.update is not None:
                 sums[self.fleet.homes[flight.client]].add(flight.update)
                 job.changed(flight.update, self.sketch)
@@ -263,7 +269,7 @@ class Tree:
         # Not in the order of the training: a sum of joules depends on its order.
         for flight in sorted(job.flights, key=lambda flight: flight.client):
             device, home = self.fleet.devices[flight.client].device, self.fleet.homes[flight.client]
-            more = {"staleness": round - flight.round % self.federation.rounds}
+            more = {"staleness": staleness(round, flight.round, self.federation.rounds)}
             flight.note_in(notes, device, edge=home, **(more if job.patience else {}))
         notes.virtual_seconds = self.now - begin
         notes.backhaul = job.backhaul

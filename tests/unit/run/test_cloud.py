@@ -30,7 +30,6 @@ from tesserafl.run.cloud_round import measured
 from tesserafl.run.deployed import Deployment, begin, serve_over
 from tesserafl.run.experiment import EngineSettings, Experiment
 from tesserafl.run.holding import Local
-from tesserafl.run.live import Waiting
 from tesserafl.run.resident import Resident
 from tesserafl.run.spool import Spool
 
@@ -321,7 +320,7 @@ def test_no_schedule_falls_over_what_an_edge_says_it_took():
     plain = {"round": 0, "examples": 10, "steps": 4, "trained_entries": 1, "entries": 1}
     plain |= {"flops": 1.0, "seconds": 2.0, "link_seconds": 1.0, "bytes_up": 1, "bytes_down": 1}
     plain |= {"change": 1.0, "sketch": [], "part": 0, "metrics": {}}
-    header = {"handed": {}, "failures": [], "parts": [], "sketch": []}
+    header = {"handed": {}, "failures": [], "parts": [], "sketch": [], "late": []}
     swept = Swept.model_validate({**header, "rows": [{**plain, **row} for row in rows]})
     for seconds in (0.0, 5e-324, 3.0, 1e308):
         report = measured(swept, 2, seconds, 4.0)
@@ -374,14 +373,9 @@ def test_who_is_no_edge_has_no_seat(tmp_path):
 
 
 def test_what_a_tree_elsewhere_cannot_do_is_refused(tmp_path):
-    for changes, deployment, text in (
-        ({}, {"waiting": Waiting(quorum=0.5)}, r"without waiting\.\*"),
-        ({"network": NetworkSettings(topology="star")}, {}, "without network.topology 'star'"),
-    ):
-        with pytest.raises(ConfigError, match=text):
-            begin(
-                _experiment(**changes), Deployment(devices=4, edges=2, **deployment), tmp_path / "r"
-            )
+    star = _experiment(network=NetworkSettings(topology="star"))
+    with pytest.raises(ConfigError, match=r"a tree, and network\.topology is 'star'"):
+        begin(star, Deployment(devices=4, edges=2), tmp_path / "r")
     with pytest.raises(ConfigError, match="say with --edges how many join"):
         begin(_experiment(), Deployment(devices=4), tmp_path / "r")
     assert not (tmp_path / "r").exists()
