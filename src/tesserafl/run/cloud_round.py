@@ -94,6 +94,7 @@ class CloudRound:
         once = [client for client in self.cohort if client not in several | busy]
         for seat, clients in self.below.items():
             own, periods = [client.id for client in clients], self._of(seat)
+            overdue = sorted(self.late.get(seat, ()))
             together = once
             if periods.rounds > 1:
                 together = [client for client in self.cohort if client in own]
@@ -106,7 +107,7 @@ class CloudRound:
                 numbers=dict(self.numbers[seat]),
                 rounds=periods.rounds,
                 steps=[[c, steps] for c, steps in sorted(periods.steps.items()) if c in own],
-                heard=[[client, self.heard[client]] for client in own if client in self.heard],
+                heard=[[c, self.heard[c]] for c in (*own, *overdue) if c in self.heard],
                 seconds=self.seconds,
                 most_bytes=0,
                 waits=self._waits(seat),
@@ -115,7 +116,7 @@ class CloudRound:
                 model=self.setup.model,
                 method=self._method,
                 state=self.federation.state,
-                clients={c: self.cohort[c] for c in (*own, *self.late.get(seat, ()))},
+                clients={c: self.cohort[c] for c in (*own, *overdue)},
                 rounds=periods.rounds,
                 tasks=partial(self._tasks, seat, together, own, periods),
             )

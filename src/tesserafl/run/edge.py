@@ -155,6 +155,8 @@ class EdgeResident:
         with threads(below.setup.experiment.engine.threads):
             parts = sweeping.play(state)
         seconds = time.perf_counter() - begun
+        if order.waits is not None:
+            below.overtime.write(below.late)  # before the answer, which says that they are late
         spool.write_answer(asked, Outgoing(parts=parts, most_bytes=order.most_bytes), seconds)
         _log.info("round %d: %d averages in %.2f s", state.round, order.rounds, seconds)
 

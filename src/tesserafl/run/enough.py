@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tesserafl.core.answers import check_update
 from tesserafl.core.errors import UpdateError
@@ -37,6 +37,18 @@ class Counted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sent:
+    """What a device was asked."""
+
+    task: Task
+    remembers: int | None
+    """The round whose memory it began with."""
+    under_way: bool = True
+    """Whether this process has asked it."""
+    begun: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Taken:
     """What one device came to."""
 
@@ -55,11 +67,10 @@ class Working:
     costs: CostTable
     banks: bool
     """Whether an answer that comes after its round counts."""
-    tasks: dict[int, Task] = field(default_factory=dict)
+    tasks: dict[int, Sent] = field(default_factory=dict)
     """Client -> what it was asked."""
     fits: Callable[[Task], bool] = lambda task: True
     """Whether the answer to a task of an earlier round can count in this one."""
-    _begun: dict[int, float] = field(default_factory=dict)
 
     def until_enough(
         self,
@@ -84,6 +95,7 @@ class Working:
             large: the model's parameters, read for shapes.
             notes: of the round.
         """
+        self._ask_again()
         until = self.engine.clock() + (math.inf if seconds is None else seconds)
         left, answered, came = asked, 0, False
         while self.engine.clock() < until:
@@ -103,14 +115,25 @@ class Working:
 
     def ask(self, task: Task) -> None:
         """Send a device its task."""
-        self.tasks[task.client.id], self._begun[task.client.id] = task, time.monotonic()
+        remembers = self.engine.heard.get(task.client.id)
+        self.tasks[task.client.id] = Sent(task=task, remembers=remembers)
         self.engine.submit([task])
+
+    def _ask_again(self) -> None:
+        """Those that were asked by a process before this one."""
+        for client, sent in self.tasks.items():
+            if not sent.under_way:
+                self.engine.heard.pop(client, None)
+                if sent.remembers is not None:
+                    self.engine.heard[client] = sent.remembers
+                self.engine.submit([sent.task])
+                self.tasks[client] = replace(sent, under_way=True)
 
     def take(self, outcome: Outcome, round: int, large: Params, notes: Notes) -> Taken | None:
         """What came of a task, and its notes; None: of none, or of one that was answered before."""
-        task = self.tasks.pop(outcome.client, None)
-        if task is None:
+        if (sent := self.tasks.pop(outcome.client, None)) is None:
             return None
+        task = sent.task
         own, nothing = task.round == round, Taken(own=task.round == round, counted=None)
         if isinstance(outcome, Failed):
             notes.failures.append(failure(outcome.client, outcome.reason, outcome.text))
@@ -124,7 +147,6 @@ class Working:
             notes.failures.append(failure(outcome.client, "error", str(error)))
             return nothing
         note_answer(task, outcome, self.costs, notes)
-        begun = self._begun.get(outcome.client, time.monotonic())
-        took, down = time.monotonic() - begun, task.num_bytes
+        took, down = time.monotonic() - sent.begun, task.num_bytes
         counted = Counted(update=outcome.update, round=task.round, down=down, seconds=took)
         return Taken(own=own, counted=counted)

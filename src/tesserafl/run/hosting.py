@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tesserafl.core.errors import TesseraError
-from tesserafl.core.messages import Task
 from tesserafl.core.schedule import Sketch
 from tesserafl.engines.attendance import Post
 from tesserafl.engines.edge_orders import EdgeDevice, Waits
@@ -15,8 +14,9 @@ from tesserafl.engines.orders import Hello, Profile
 from tesserafl.engines.parcels import MOST_BYTES
 from tesserafl.engines.remote import Remote
 from tesserafl.run.costs import CostTable
-from tesserafl.run.enough import Working
+from tesserafl.run.enough import Sent, Working
 from tesserafl.run.holding import Local, setup_without_data
+from tesserafl.run.overtime import Overtime
 from tesserafl.run.seats import Seats
 from tesserafl.run.setup import Setup
 
@@ -48,9 +48,10 @@ class Hosted:
     seats: Seats
     costs: CostTable
     sketch: Sketch | None
+    overtime: Overtime
     numbers: dict[str, int] = field(default_factory=dict)
     """Device -> the client that the cloud calls it."""
-    late: dict[int, Task] = field(default_factory=dict)
+    late: dict[int, Sent] = field(default_factory=dict)
     """Client -> what it was asked, of those that are at work yet."""
 
     def settle(self, hosting: Hosting) -> list[EdgeDevice]:
@@ -123,13 +124,16 @@ def hosted(
         capacity=hosting.under_way,
     )
     sketch = getattr(setup.experiment.method, "sketch", None)
+    overtime = Overtime(folder=folder / "late")
     return Hosted(
         setup=setup,
         remote=remote,
         seats=seats,
         costs=setup.costs(),
         sketch=sketch and sketch(setup.model),
+        overtime=overtime,
         numbers=numbers,
+        late=overtime.read(),
     )
 
 

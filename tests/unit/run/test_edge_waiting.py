@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field, replace
 
 import edges_at_hand
@@ -12,6 +13,7 @@ from edges_at_hand import TreeAtHand, at_once, events_of
 from tesserafl.core.errors import ConfigError
 from tesserafl.data import DataSettings
 from tesserafl.engines.clock import ClockSettings
+from tesserafl.engines.compression import CompressionSettings
 from tesserafl.engines.device import INSTANT, Device, Placed
 from tesserafl.engines.fleet import Edge, Fleet, FleetSettings
 from tesserafl.engines.orders import order_of
@@ -24,6 +26,7 @@ from tesserafl.run.experiment import EngineSettings, Experiment, to_json
 from tesserafl.run.files import write_json
 from tesserafl.run.live import Waiting
 from tesserafl.run.player import Clocked
+from tesserafl.run.resident import Resident
 from tesserafl.run.runner import play
 from tesserafl.run.setup import make_engine
 from tesserafl.run.tree import Tree
@@ -209,6 +212,60 @@ def test_a_cloud_that_is_cut_off_still_knows_who_is_late(tmp_path, method):
     served = serve_over(tree.post, folder, listen_again, at_once)
     assert _rows(folder) == _rows(tmp_path / "here")
     assert served["state_sha256"] == here["state_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("method", "freed"),
+    [(HierFAVG(), {2}), (HierFAVG(local_steps=2, edge_rounds=2), {1, 3})],
+    ids=["once", "several"],
+)
+def test_an_edge_that_starts_anew_asks_late_devices_again(tmp_path, monkeypatch, method, freed):
+    """They have their answers on their disks, and train nothing twice."""
+    compression = CompressionSettings(deltas="int8", error_feedback=True)  # devices remember
+    experiment = _experiment(method=method, compression=compression)
+    tree, trained, train = SlowTree(folder=tmp_path), [], Resident._train
+    here = simulated(experiment, tmp_path / "here", SEMI)
+    tree.hold(103)
+
+    def counted(self, *given):
+        trained.append(self.name)
+        train(self, *given)
+
+    monkeypatch.setattr(Resident, "_train", counted)
+
+    def listen(event):
+        if event["kind"] == "round":
+            tree.hold(*([] if event["round"] in freed else [103]))
+            late = tree.posts[201].residents[103]
+            for node, envelope in list(tree.posts[201].waiting.values()):
+                if node == 103:  # it has done its work, and nobody hears of it
+                    late.answer(envelope)
+            tree.restart(201)
+
+    folder = tree.begin(experiment, waiting=Waiting(quorum=0.5))
+    served = serve_over(tree.post, folder, listen, at_once)
+    assert _rows(folder) == _rows(tmp_path / "here")
+    assert served["state_sha256"] == here["state_sha256"]
+    assert not any(event["failures"] for event in events_of(folder))
+    assert trained.count("device-3") == 2
+
+
+def test_late_work_that_is_lost_is_named_and_asked_anew(tmp_path):
+    tree = SlowTree(folder=tmp_path)
+    tree.hold(103)
+
+    def listen(event):
+        if event["kind"] == "round" and event["round"] == 1:
+            shutil.rmtree(next((tmp_path / "edge-1").glob("*/late")))
+            tree.restart(201)
+        if event["kind"] == "round" and event["round"] == 2:
+            tree.hold()
+
+    folder = tree.begin(_experiment(), waiting=Waiting(quorum=0.5))
+    serve_over(tree.post, folder, listen, at_once)
+    told = [[(f["client"], f["reason"]) for f in e["failures"]] for e in events_of(folder)]
+    assert told == [[], [(3, "crashed")], [], []]
+    assert (3, "edge-1", 0) in _rows(folder)[2]
 
 
 def test_an_edge_asks_more_devices_than_it_needs(tmp_path):
