@@ -236,10 +236,10 @@ def test_an_edge_that_starts_anew_asks_late_devices_again(tmp_path, monkeypatch,
     def listen(event):
         if event["kind"] == "round":
             tree.hold(*([] if event["round"] in freed else [103]))
-            late = tree.posts[201].residents[103]
-            for node, envelope in list(tree.posts[201].waiting.values()):
-                if node == 103:  # it has done its work, and nobody hears of it
-                    late.answer(envelope)
+            post = tree.posts[201]
+            for name in [name for name, (node, _) in post.waiting.items() if node == 103]:
+                # It does its work, and nobody hears of it.
+                post.residents[103].answer(post.waiting.pop(name)[1])
             tree.restart(201)
 
     folder = tree.begin(experiment, waiting=Waiting(quorum=0.5))
