@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tesserafl.core.errors import TesseraError
-from tesserafl.engines.attendance import Post
+from tesserafl.engines.attendance import Disowned, Post
 from tesserafl.engines.edge_orders import EdgeProfile, JudgedBelow, Survey, Surveyed, Sweep
 from tesserafl.engines.orders import (
     Bye,
@@ -90,6 +90,17 @@ class EdgeResident:
         except TesseraError as error:
             _log.warning("refused: %s", error)
             return sealed(Refusal(text=str(error)[:10_000]))
+
+    def idle(self) -> None:
+        """Between orders: devices that come are greeted, and who is late is heard."""
+        if self._hosted is None:
+            return
+        try:
+            self._hosted.remote.attend()
+        except Disowned:
+            raise
+        except Exception:  # a post's own: the next order meets it again
+            _log.exception("the devices could not be looked after")
 
     def _hello(self, order: Hello) -> Envelope:
         folder, values = self.folder / order.run, order.model_dump()

@@ -213,7 +213,7 @@ def edge_noted(post: Post, folder: Path) -> None:
             Path(edge.socket).unlink(missing_ok=True)
             server.bind(edge.socket)
             server.listen(8)
-            answer_at(server, _Noting(resident=resident, folder=folder))
+            answer_at(server, _Noting(resident=resident, folder=folder), resident.idle)
     except Disowned:  # another process is started for the edge
         raise
     except (TesseraError, OSError) as error:
