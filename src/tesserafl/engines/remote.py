@@ -170,12 +170,6 @@ class Remote:
 
     # Who is there.
 
-    def attend(self) -> None:
-        """Greet who has come and take what has come, without waiting for either."""
-        self._look()
-        self._deliver()
-        self._expire()
-
     def _wait(self, enough: Callable[[], bool], seconds: float = math.inf) -> None:
         """Work on until it is enough, at most so long."""
         until = self.clock() + seconds

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -153,7 +154,7 @@ class CloudRound:
         self.stays[asked.seat] = stays
         self.backhaul += num_bytes(below.state.params) + up
         for row in swept.rows:
-            more = {"edge": edge}
+            more: dict[str, Any] = {"edge": edge}
             if self.waiting is not None:
                 more |= {"staleness": staleness(below.state.round, row.round, below.state.rounds)}
             notes.clients.append({**row.noted, **more})

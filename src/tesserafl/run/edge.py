@@ -96,7 +96,7 @@ class EdgeResident:
         if self._hosted is None:
             return
         try:
-            self._hosted.remote.attend()
+            self._hosted.remote.gather(0, 0.0)  # who has come, and what
         except Disowned:
             raise
         except Exception:  # a post's own: the next order meets it again

@@ -16,7 +16,8 @@ from tesserafl.engines.clock import ClockSettings
 from tesserafl.engines.compression import CompressionSettings
 from tesserafl.engines.device import INSTANT, Device, Placed
 from tesserafl.engines.fleet import Edge, Fleet, FleetSettings
-from tesserafl.engines.orders import order_of
+from tesserafl.engines.orders import Answer, order_of, reply_of, sealed
+from tesserafl.engines.parcels import Outgoing, letter_of, read_letter
 from tesserafl.methods import FedBRB, FedNova, HierFAVG
 from tesserafl.models import MLP
 from tesserafl.run import deployed, runner
@@ -29,6 +30,7 @@ from tesserafl.run.player import Clocked
 from tesserafl.run.resident import Resident
 from tesserafl.run.runner import play
 from tesserafl.run.setup import make_engine
+from tesserafl.run.spool import Spool
 from tesserafl.run.tree import Tree
 
 ALIKE = ("state_sha256", "accuracy", "loss", "bytes_up", "bytes_down", "coverage", "flops")
@@ -266,6 +268,32 @@ def test_late_work_that_is_lost_is_named_and_asked_anew(tmp_path):
     told = [[(f["client"], f["reason"]) for f in e["failures"]] for e in events_of(folder)]
     assert told == [[], [(3, "crashed")], [], []]
     assert (3, "edge-1", 0) in _rows(folder)[2]
+
+
+def test_an_edge_that_was_to_wait_for_all_has_no_late_devices(tmp_path):
+    tree = SlowTree(folder=tmp_path)
+    honest = tree.post.residents[201]
+
+    class Liar:
+        name = honest.name
+
+        def answer(self, envelope):
+            reply = reply_of(honest.answer(envelope))
+            if reply.kind != "answer":
+                return sealed(reply)
+            spool = Spool(folder=honest.folder / order_of(envelope).run)
+            header, groups = read_letter(letter_of(reply.letter), spool.answered)
+            out = Outgoing(parts=({**header, "late": [3]}, groups))
+            found = {note.sha256: out.parcel(n) for n, note in enumerate(out.letter.parcels)}
+            return sealed(Answer(letter=out.letter.model_dump(), seconds=0.1), found)
+
+    tree.post.residents[201] = Liar()
+    folder = tree.begin(_experiment(rounds=1))
+    serve_over(tree.post, folder, watch=at_once)
+    (event,) = events_of(folder)
+    assert [row["client"] for row in event["clients"]] == [0, 1]
+    assert [f["client"] for f in event["failures"]] == [2, 3]
+    assert "wait for all of its devices" in event["failures"][0]["text"]
 
 
 def test_an_edge_asks_more_devices_than_it_needs(tmp_path):
