@@ -293,7 +293,7 @@ def test_an_edge_that_was_to_wait_for_all_has_no_late_devices(tmp_path):
     (event,) = events_of(folder)
     assert [row["client"] for row in event["clients"]] == [0, 1]
     assert [f["client"] for f in event["failures"]] == [2, 3]
-    assert "wait for all of its devices" in event["failures"][0]["text"]
+    assert "was to wait for all its devices" in event["failures"][0]["text"]
 
 
 def test_an_edge_asks_more_devices_than_it_needs(tmp_path):
