@@ -99,6 +99,9 @@ class EdgeOptions:
 class PlanOptions:
     """Options of the command itself."""
 
+    edges: bool = False
+    """the clients are below edges that are machines (tessera serve --edges); simulated edges are
+    fleet.edges"""
     json: bool = False
     """print the plan as one JSON object"""
 

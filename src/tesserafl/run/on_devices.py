@@ -84,16 +84,22 @@ def _check_peers(experiment: Experiment, deployment: Deployment) -> None:
         )
 
 
+def as_tree(experiment: Experiment) -> Experiment:
+    """The experiment on edges that are machines; raises ConfigError if it is for no tree."""
+    asked = experiment.network.topology
+    if asked not in ("auto", "tree"):
+        raise ConfigError(
+            f"a run with edges is a tree, and network.topology is {asked!r}: leave it away, or "
+            f"leave --edges away"
+        )
+    return replace(experiment, network=replace(experiment.network, topology="tree"))
+
+
 def _placed(experiment: Experiment, deployment: Deployment) -> Experiment:
     """The experiment, on a star or a tree; raises ConfigError if these devices cannot be that."""
     asked, method = experiment.network.topology, experiment.method
     if deployment.edges:
-        if asked not in ("auto", "tree"):
-            raise ConfigError(
-                f"a run with edges is a tree, and network.topology is {asked!r}: leave it away, or "
-                f"leave --edges away"
-            )
-        return replace(experiment, network=replace(experiment.network, topology="tree"))
+        return as_tree(experiment)
     if asked == "tree" or (asked == "auto" and method.topology == "tree"):
         raise ConfigError(
             "a tree needs edges: say with --edges how many join (docs/howto/edge-tier.md), or set "
