@@ -56,7 +56,6 @@ class Waits(Strict):
     """How an edge waits for its devices; see `run.averages.Patience`."""
 
     quorum: Annotated[float, Field(gt=0, le=1)]
-    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
     wanted: Natural
     asked: Natural
     banks: bool

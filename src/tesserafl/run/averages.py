@@ -29,8 +29,6 @@ class Patience:
 
     quorum: float
     """share of `wanted` whose answers are enough"""
-    seconds: float | None
-    """after which an average ends; None: it has no deadline of its own"""
     wanted: int
     """answers that a round is for, of all nodes together"""
     asked: int
@@ -41,12 +39,13 @@ class Patience:
         return min(own, rounded_up(self.quorum * self.wanted * own / self.asked)) if own else 0
 
     def closes(
-        self, start: float, own: Sequence[tuple[float, bool]], late: Sequence[float]
+        self, start: float, seconds: float, own: Sequence[tuple[float, bool]], late: Sequence[float]
     ) -> float:
         """When an average ends that begins at `start`.
 
         Args:
             start: in seconds.
+            seconds: after which it ends with what there is; infinite: it has no deadline.
             own: of each device that is asked, when it has answered or failed, and whether it has
                 answered.
             late: when those answer that were late before. Where nobody can be asked the first of
@@ -58,7 +57,15 @@ class Patience:
             end, answered = moment, answered + good
             if answered == needed:
                 break
-        return max(start, min(end, start + (math.inf if self.seconds is None else self.seconds)))
+        return max(start, min(end, start + seconds))
+
+
+def share_of(seconds: float, rounds: int) -> float:
+    """What each average of an edge has of the time that the node above gives it.
+
+    The edge must hand on in time: a tenth is for that.
+    """
+    return _SHARE * seconds / rounds
 
 
 def rounded_up(number: float) -> int:
@@ -66,6 +73,7 @@ def rounded_up(number: float) -> int:
     return math.ceil(round(number, 9))
 
 
+_SHARE = 0.9
 MOST_ROUNDS = 1000
 """Averages of an edge in a round of the node above are fewer."""
 Schedule = Callable[[Model, State, Situation], Mapping[str, Periods]]

@@ -7,6 +7,7 @@ by it differs from run to run; the periods that it chose are in the round's even
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -54,6 +55,8 @@ class Cloud:
     """Whether the schedule looks at the model's accuracy."""
     waiting: Waiting | None
     """How long edges wait for their devices; None: for all."""
+    task_seconds: float
+    """That an edge has, where the round has no deadline."""
     seconds: float = 0.0
     """Of all rounds so far."""
     heard: dict[int, int] = field(default_factory=dict)
@@ -84,6 +87,8 @@ class Cloud:
         if served:
             self.engine.gather_any(served)
         begun = time.perf_counter()
+        deadline = None if self.waiting is None else self.waiting.round_seconds
+        self.engine.seconds = min(self.task_seconds, deadline or math.inf)
         periods = self._periods(state, below)
         sweep = CloudRound(
             setup=self.setup,
@@ -122,6 +127,7 @@ class Cloud:
 
     def judge(self, parts: Parts) -> dict[int, Judged]:
         """What the clients' own models reach, as edges tell; see `Remote.judge`."""
+        self.engine.seconds = self.task_seconds
         self.engine.gather(len(self.seats.taken), 0.0)  # who is there now
         surveys = {
             seat: Surveying(
@@ -177,7 +183,6 @@ class Cloud:
         free = [client for client in order if client not in self.late][:most]
         patience = Patience(
             quorum=settings.quorum,
-            seconds=settings.round_seconds,
             wanted=wanted,
             asked=len(free),
         )
@@ -234,6 +239,7 @@ def cloud(
         schedule=getattr(method, "periods", None),
         watches=getattr(method, "watches_accuracy", False),
         waiting=None if waiting.for_all else waiting,
+        task_seconds=engine.seconds,
     )
 
 

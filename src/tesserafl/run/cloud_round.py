@@ -172,7 +172,6 @@ class CloudRound:
         patience, banks = self.waiting
         return Waits(
             quorum=patience.quorum,
-            seconds=patience.seconds,
             wanted=patience.wanted,
             asked=patience.asked,
             banks=banks,

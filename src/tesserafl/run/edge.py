@@ -33,6 +33,7 @@ from tesserafl.engines.parcels import Letter, Outgoing, letter_of
 from tesserafl.engines.process import threads
 from tesserafl.engines.remote import Remote
 from tesserafl.run.answering import answered_once, fetched, lacking, read_kept, told
+from tesserafl.run.averages import share_of
 from tesserafl.run.files import read_json, write_json
 from tesserafl.run.holding import Local
 from tesserafl.run.hosting import Hosted, Hosting, hosted
@@ -44,8 +45,6 @@ _log = logging.getLogger(__name__)
 
 _AGAIN_SECONDS = 90.0
 """That an edge which starts anew waits for the devices it knows, before the first round."""
-_SHARE = 0.9
-"""Of the cloud's patience, after which an edge gives up devices: it must answer itself."""
 
 
 @dataclass(kw_only=True)
@@ -150,7 +149,7 @@ class EdgeResident:
             raise TesseraError(f"clients {order.own} are not all below edge {self.name!r}")
         state = state_of(read_kept(letter, spool))
         # Every average may wait for a device that does not come, and the cloud must hear in time.
-        patience = _SHARE * order.seconds / order.rounds
+        patience = share_of(order.seconds, order.rounds)
         begun = time.perf_counter()
         sweeping = Sweeping(
             setup=below.setup,
@@ -176,7 +175,7 @@ class EdgeResident:
         if (lacks := lacking(letter, spool)) is not None:
             return lacks
         below.begin(order.numbers, order.heard)
-        below.give(_SHARE * order.seconds)
+        below.give(share_of(order.seconds, 1))
         begun = time.perf_counter()
         judged = [
             JudgedBelow(client=client, accuracy=each.accuracy, share=each.share)

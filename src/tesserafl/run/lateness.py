@@ -31,7 +31,6 @@ class Lateness:
         free = [client for client in self.setup.order(round) if client not in self.flights][:most]
         patience = Patience(
             quorum=settings.quorum,
-            seconds=settings.deadline_seconds,
             wanted=wanted,
             asked=len(free),
         )
@@ -47,6 +46,7 @@ class Lateness:
         flights: Iterable[Flight],
         starts: Mapping[str, float],
         ends: dict[str, float],
+        seconds: Mapping[str, float],
         patience: Patience | None,
     ) -> Iterator[Flight]:
         """The works that end in one average of some nodes, those of late devices among them.
@@ -55,6 +55,7 @@ class Lateness:
             flights: of the devices that are asked.
             starts: node -> when its average begins.
             ends: node -> when it has heard enough: this says it, from when the average begins.
+            seconds: node -> after which its average ends with what there is.
             patience: how long nodes wait.
         """
         homes = self.fleet.homes
@@ -70,7 +71,9 @@ class Lateness:
             before = [flight for flight in late if homes[flight.client] == node]
             own = [flight for flight in asked if homes[flight.client] == node]
             told = [(flight.ends, flight.answered) for flight in own]
-            ends[node] = patience.closes(start, told, [flight.ends for flight in before])
+            ends[node] = patience.closes(
+                start, seconds[node], told, [flight.ends for flight in before]
+            )
             for flight in (*before, *own):
                 if flight.ends > ends[node]:
                     self.flights[flight.client] = flight.refused() if refuses else flight

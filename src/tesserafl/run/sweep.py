@@ -146,16 +146,13 @@ class Sweeping:
         """The answers until a quorum of those asked, or a deadline; those of late devices too."""
         waits = self.order.waits
         assert waits is not None, "who does not wait for all was told how"
-        patience = Patience(
-            quorum=waits.quorum, seconds=waits.seconds, wanted=waits.wanted, asked=waits.asked
-        )
-        seconds = min(self.seconds, math.inf if waits.seconds is None else waits.seconds)
+        patience = Patience(quorum=waits.quorum, wanted=waits.wanted, asked=waits.asked)
         working.fits = lambda task: fits(self.setup.experiment.method, state, task.round, number)
         return working.until_enough(
             tasks,
             asked,
             patience.needed(asked),
-            seconds,
+            self.seconds,
             round_of(state, number),
             state.params,
             notes,

@@ -36,6 +36,7 @@ from tesserafl.run.averages import (
     fits,
     numbered,
     report_of,
+    share_of,
     staleness,
     turns,
 )
@@ -104,7 +105,8 @@ class Tree:
             steps={c: n for each in periods.values() for c, n in each.steps.items()},
             empty=sums_of(self.setup.model, method, cohort, state.params),
         )
-        total, self.now = self._average(CLOUD, state, begin, 1, job)
+        seconds = self.setup.experiment.clock.deadline_seconds or math.inf
+        total, self.now = self._average(CLOUD, state, begin, seconds, 1, job)
         self.federation.state = total.finish(state)
         self._note(job, begin, state.round, notes)
         check_answered(state.round, notes)
@@ -147,24 +149,27 @@ class Tree:
         return decided(self.schedule, self.setup.model, state, situation)
 
     def _average(
-        self, node: str, state: State, start: float, number: int, job: Job
+        self, node: str, state: State, start: float, seconds: float, number: int, job: Job
     ) -> tuple[Sums, float]:
         """What those below a node report in one of its averages, and when the last one has.
 
         Edges that average once hand on what they get: for the method those below them are the
-        node's own clients. `number` tells this average from all others of the round.
+        node's own clients. The node waits so many seconds for its devices. `number` tells this
+        average from all others of the round.
         """
-        starts, sums = {node: start}, {node: job.empty()}
+        starts, sums, waits = {node: start}, {node: job.empty()}, {node: seconds}
         passing: list[Edge] = []
         deeper: list[Edge] = []
         self._reach(node, state, job, starts, passing, deeper)
         ends = dict(starts)
         sums |= {edge.name: job.empty() for edge in passing}
+        for edge in passing:
+            waits[edge.name] = share_of(waits[edge.parent], 1)
         here = [c for c in job.cohort.values() if self.fleet.homes[c.id] in starts]
         free = job.asked - self.late.flights.keys()
         clients = [client for client in here if client.id in free]
         flights = self._fly(clients, state, starts, number, job)
-        for flight in self.late.landing(flights, starts, ends, job.patience):
+        for flight in self.late.landing(flights, starts, ends, waits, job.patience):
             if not fits(self.setup.experiment.method, state, flight.round, number):
                 flight = flight.refused()
             if flight.update is not None:
@@ -174,7 +179,8 @@ class Tree:
             del flight  # its update's memory serves the next client
         for edge in deeper:
             parent = edge.parent
-            arrives = self._several(edge, state, starts[parent], number, job, sums[parent])
+            below = share_of(waits[parent], job.rounds(edge))
+            arrives = self._several(edge, state, starts[parent], below, number, job, sums[parent])
             ends[parent] = max(ends[parent], arrives)
         for edge in reversed(passing):
             if self.sketch is not None:
@@ -208,16 +214,24 @@ class Tree:
             self._reach(edge.name, state, job, starts, passing, deeper)
 
     def _several(
-        self, edge: Edge, state: State, start: float, number: int, job: Job, above: Sums
+        self,
+        edge: Edge,
+        state: State,
+        start: float,
+        seconds: float,
+        number: int,
+        job: Job,
+        above: Sums,
     ) -> float:
-        """An edge averages several times; its change is added to the sum above.
+        """An edge averages several times, each within so many seconds; its change is added to the
+        sum above.
 
         Returns when it is there.
         """
         begin = now = start + edge.link.seconds_down(num_bytes(state.params))
         several, before = Several(model=state), len(job.flights)
         for turn in turns(job.rounds(edge), number):
-            total, now = self._average(edge.name, several.model, now, turn, job)
+            total, now = self._average(edge.name, several.model, now, seconds, turn, job)
             several.average(total)
         model = several.model
         if self.sketch is not None:

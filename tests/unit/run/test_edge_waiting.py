@@ -47,14 +47,15 @@ def _prepared_once(monkeypatch):
 
 @dataclass(kw_only=True)
 class Slow(PostAtHand):
-    """What some nodes answer to tasks comes when they are let go."""
+    """What some nodes answer to orders of some kinds comes when they are let go."""
 
     held: set[int] = field(default_factory=set)
+    kinds: tuple[str, ...] = ("work",)
 
     def pull(self, names):
         def comes(name):
             node, envelope = self.waiting[name]
-            return node not in self.held or order_of(envelope).kind != "work"
+            return node not in self.held or order_of(envelope).kind not in self.kinds
 
         return super().pull([name for name in names if comes(name)])
 
@@ -188,6 +189,28 @@ def test_an_edge_whose_devices_all_miss_the_deadline_hands_on_nothing(tmp_path):
     assert rows[:3] == [[(0, 0), (1, 0)], [(0, 0), (1, 0)], [(0, 0), (1, 0), (2, 2)]]
     assert rows[3][:3] == [(0, 0), (1, 0), (2, 0)]
     assert not any(event["failures"] for event in events_of(folder))
+
+
+def test_an_edge_that_misses_the_deadline_itself_costs_its_devices_the_round(tmp_path):
+    tree = SlowTree(folder=tmp_path)
+    tree.post = Slow(residents=tree.post.residents, kinds=("sweep",))
+
+    def listen(event):
+        if event["kind"] == "round":
+            tree.post.held = {201} if event["round"] == 1 else set()
+
+    folder = tree.begin(_experiment(), waiting=Waiting(round_seconds=40.0))
+    serve_over(tree.post, folder, listen, at_once)
+    rounds = events_of(folder)
+    assert [[row["client"] for row in event["clients"]] for event in rounds] == [
+        [0, 1, 2, 3],
+        [0, 1],
+        [0, 1, 2, 3],
+        [0, 1, 2, 3],
+    ]
+    assert [(f["client"], f["reason"], f["text"]) for f in rounds[1]["failures"]] == [
+        (client, "expired", "edge 'edge-1': no answer within 40 s") for client in (2, 3)
+    ]
 
 
 class Cut(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -42,6 +43,12 @@ def below(seconds: dict[str, tuple[float, ...]], **links: Any) -> Fleet:
     return fleet_of([device(example=each / 4) for each in times], edges, homes)
 
 
+def within(way: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a tree whose edges wait as a star does: a tenth of the time is for handing on."""
+    seconds = way.get("deadline_seconds")
+    return way if seconds is None else {**way, "deadline_seconds": seconds / 0.9}
+
+
 def answered(notes: Notes) -> list[tuple[int, int]]:
     """(client, staleness), ascending."""
     return sorted((row["client"], row["staleness"]) for row in notes.clients)
@@ -62,9 +69,13 @@ WAYS = [
 def test_one_edge_that_hands_on_is_the_star(way: Any, method: Any, asked: int) -> None:
     """The same devices are waited for, asked and late, and the same updates make the model."""
     times = (1.0, 2.0, 7.0, 2.5, 3.0)
-    setup = setup_of((4,) * 5, method=method, clock=semi(**way), clients_per_round=asked, rounds=8)
-    tree = tree_of(setup, below({"a": times}))
-    star = timed_of(setup, below({"a": times}).flat())
+    star, tree = (
+        made(setup_of((4,) * 5, method=method, clock=semi(**each), clients_per_round=asked), fleet)
+        for made, each, fleet in (
+            (timed_of, way, below({"a": times}).flat()),
+            (tree_of, within(way), below({"a": times})),
+        )
+    )
     ours, theirs = play(tree, 8), play(star, 8)
     assert [answered(each) for each in ours] == [answered(each) for each in theirs]
     failed = [[sorted(f["client"] for f in each.failures) for each in n] for n in (ours, theirs)]
@@ -105,7 +116,7 @@ def test_who_is_late_at_its_edge_counts_in_the_edges_next_average() -> None:
 
 
 def test_an_edge_whose_devices_all_miss_the_deadline_hands_on_nothing() -> None:
-    clock = semi(deadline_seconds=2.0)
+    clock = semi(deadline_seconds=2.0 / 0.9)
     tree = tree_of(setup_of(clock=clock, rounds=4), below({"a": (1.0, 1.0), "b": (3.0, 3.5)}))
     first, second, third = play(tree, 3)
     assert (answered(first), first.virtual_seconds) == ([(0, 0), (1, 0)], 2.0)
@@ -125,6 +136,20 @@ def test_late_work_of_one_average_counts_in_the_next_of_the_same_round() -> None
     assert [row["client"] for row in notes.clients] == [0, 0, 0, 1]
     assert {row["staleness"] for row in notes.clients} == {0}
     assert list(tree.late.flights) == [1]
+
+
+def test_averages_of_an_edge_share_the_time_of_the_round() -> None:
+    """A round of 3 s: 2.7 s are the edge's, 0.9 s each average's. A device at the cloud has 3 s."""
+    clock = semi(deadline_seconds=3.0)
+    method = HierFAVG(edge_rounds=3, local_steps=1, weighting="uniform")
+    fleet = below({"a": (0.5, 4.0), CLOUD: (2.9, 3.1)})
+    (notes,) = play(tree_of(setup_of((4,) * 4, method=method, clock=clock, rounds=2), fleet))
+    # The first ends at 0.9 s; in the others device 1 is not asked: 0.5 s each.
+    assert [row["client"] for row in notes.clients] == [0, 0, 0, 2]
+    assert [row["pieces"][-1][2] for row in notes.clients if row["client"] == 0] == pytest.approx(
+        [0.5, 1.4, 3.0]
+    )
+    assert notes.virtual_seconds == 3.0
 
 
 def test_who_is_late_may_be_refused() -> None:
@@ -172,13 +197,16 @@ def test_devices_that_take_no_time_are_synchronous_however_nodes_wait() -> None:
 
 def test_when_an_average_closes_by_hand() -> None:
     """Of 12 that are asked 10 are wanted, and half of these is enough: 5 / 12 of a node's own."""
-    waits = Patience(quorum=0.5, seconds=10.0, wanted=10, asked=12)
+    waits = Patience(quorum=0.5, wanted=10, asked=12)
     assert [waits.needed(own) for own in (0, 1, 2, 3, 6, 12)] == [0, 1, 1, 2, 3, 5]
     three = [(4.0, True), (5.0, False), (6.0, True)]
-    assert waits.closes(3.0, three, [3.5]) == 6.0
-    assert waits.closes(3.0, [(4.0, False), (5.0, True), (40.0, True)], []) == 13.0
-    assert waits.closes(3.0, [(4.0, False), (5.0, False), (6.0, False)], []) == 6.0  # all have
-    assert waits.closes(3.0, [], [9.0, 7.0]) == 7.0
-    assert waits.closes(3.0, [], [1.0]) == 3.0  # it came before
-    assert waits.closes(3.0, [], [99.0]) == 13.0
-    assert waits.closes(3.0, [], []) == 3.0
+    assert waits.closes(3.0, 10.0, three, [3.5]) == 6.0
+    assert waits.closes(3.0, 10.0, [(4.0, False), (5.0, True), (40.0, True)], []) == 13.0
+    assert (
+        waits.closes(3.0, 10.0, [(4.0, False), (5.0, False), (6.0, False)], []) == 6.0
+    )  # all have
+    assert waits.closes(3.0, 10.0, [], [9.0, 7.0]) == 7.0
+    assert waits.closes(3.0, 10.0, [], [1.0]) == 3.0  # it came before
+    assert waits.closes(3.0, 10.0, [], [99.0]) == 13.0
+    assert waits.closes(3.0, math.inf, [], [99.0]) == 99.0
+    assert waits.closes(3.0, 10.0, [], []) == 3.0
