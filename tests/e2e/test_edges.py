@@ -86,7 +86,7 @@ def test_a_device_below_an_edge_that_stops_for_two_rounds_counts_when_it_goes_on
     """An edge needs one answer of two; a device stands still after round 2 and goes on after 4."""
     experiment = digits({"name": "hierfavg", "local_steps": 2}, rounds=8)
     with site(tmp_path) as here:
-        waits = ("--waiting.quorum", "0.5", "--waiting.round-seconds", "60")
+        waits = ("--waiting.quorum", "0.5", "--waiting.round-seconds", "300")
         here.serve(experiment, "--port", str(here.port), "--devices", "4", "--edges", "2", *waits)
         joined(here)
         signals = {2: signal.SIGSTOP, 4: signal.SIGCONT}
