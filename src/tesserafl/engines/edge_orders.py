@@ -14,14 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from tesserafl.engines.heads import Natural, RunId, Share, Strict
+from tesserafl.engines.heads import Natural, Pair, RunId, Share, Strict
 
 if TYPE_CHECKING:  # a client app reads orders, and has no torch
     from tesserafl.core.messages import Client
-
-
-Pair = Annotated[list[Natural], Field(min_length=2, max_length=2)]
-"""JSON has lists where we have pairs."""
 
 
 class EdgeDevice(Strict):

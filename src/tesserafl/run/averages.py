@@ -115,7 +115,7 @@ def round_of(state: State, number: int) -> int:
 
 def staleness(round: int, task: int, rounds: int) -> int:
     """Rounds of the cloud, of which there are so many, since the one that a task is of."""
-    return round - task % rounds
+    return max(0, round - task % rounds)
 
 
 def fits(method: Method, state: State, task: int, number: int) -> bool:

@@ -158,7 +158,7 @@ class CloudRound:
             if self.waiting is not None:
                 more |= {"staleness": staleness(below.state.round, row.round, below.state.rounds)}
             notes.clients.append({**row.noted, **more})
-            self.answered[row.client] = row.round
+        self.answered |= {client: round for client, round in swept.heard}
         notes.trained += trained
         notes.failures += [{**loss.model_dump(), "edge": edge} for loss in swept.failures]
         return measured(swept, below.rounds, told.seconds, took)

@@ -157,6 +157,7 @@ class EdgeResident:
             costs=below.costs,
             order=order,
             sketch=below.sketch,
+            heard=below.remote.heard,
             # Also for devices that wait until others are done; who may be late has its own time.
             begins=lambda: below.give(patience if order.waits is None else math.inf),
             working=below.working(order.waits),

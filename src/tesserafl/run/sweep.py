@@ -41,6 +41,8 @@ class Sweeping:
     costs: CostTable
     order: Sweep
     sketch: Sketch | None
+    heard: Mapping[int, int]
+    """Client -> the round of the task that it answered last; kept by who asks the devices."""
     begins: Callable[[], None] = lambda: None
     """Called before each average."""
     working: Working | None = None
@@ -80,9 +82,16 @@ class Sweeping:
             parts=[],
             sketch=[] if self.sketch is None else list(self.sketch.model(model.params)),
             late=[] if self.working is None else sorted(self.working.tasks),
+            heard=[[c, self.heard[c]] for c in self._clients if c in self.heard],
         )
         parts = [part_to_json(part) for part in self._parts.values()]
         return {**swept.model_dump(), "parts": parts}, groups
+
+    @property
+    def _clients(self) -> list[int]:
+        """Below the edge, whose answers may have come."""
+        late = [] if self.order.waits is None else self.order.waits.late
+        return [*self.order.own, *late]
 
     def _forget(self) -> None:
         """Go on with those late devices alone that the cloud knows of; name those that are lost."""

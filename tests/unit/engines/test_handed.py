@@ -269,6 +269,7 @@ def told(**changes: Any) -> dict[str, Any]:
         "parts": [PART],
         "sketch": [],
         "late": [],
+        "heard": [],
         **changes,
     }
 
@@ -291,6 +292,8 @@ def test_what_an_edge_says_of_its_devices_is_looked_at() -> None:
         (told(failures=[{**loss, "client": 7}]), "client 7, which is not below it"),
         (told(late=[2]), "client 2, which is not below it"),
         (told(late=[-1]), "greater than or equal"),
+        (told(heard=[[2, 0]]), "client 2, which is not below it"),
+        (told(heard=[[1]]), "at least 2 items"),
         (told(more=1), "Extra inputs"),
     ):
         with pytest.raises(MessageError, match=text):

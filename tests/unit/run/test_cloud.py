@@ -320,7 +320,7 @@ def test_no_schedule_falls_over_what_an_edge_says_it_took():
     plain = {"round": 0, "examples": 10, "steps": 4, "trained_entries": 1, "entries": 1}
     plain |= {"flops": 1.0, "seconds": 2.0, "link_seconds": 1.0, "bytes_up": 1, "bytes_down": 1}
     plain |= {"change": 1.0, "sketch": [], "part": 0, "metrics": {}}
-    header = {"handed": {}, "failures": [], "parts": [], "sketch": [], "late": []}
+    header = {"handed": {}, "failures": [], "parts": [], "sketch": [], "late": [], "heard": []}
     swept = Swept.model_validate({**header, "rows": [{**plain, **row} for row in rows]})
     for seconds in (0.0, 5e-324, 3.0, 1e308):
         report = measured(swept, 2, seconds, 4.0)

@@ -156,6 +156,7 @@ def test_a_late_answer_counts_as_in_virtual_time(tmp_path, method, freed):
 
 
 def test_who_is_late_may_be_refused(tmp_path):
+    """It has done its work all the same: when it is asked again it begins with what it kept."""
     experiment, tree = _experiment(), SlowTree(folder=tmp_path)
     clock = replace(SEMI, late="refuse")
     here = simulated(experiment, tmp_path / "here", clock)
@@ -172,6 +173,8 @@ def test_who_is_late_may_be_refused(tmp_path):
         [(f["client"], f["reason"], f["edge"]) for f in e["failures"]] for e in events_of(folder)
     ]
     assert told == [[], [], [(3, "expired", "edge-1")], []]
+    orders = [order_of(sent) for node, sent in tree.posts[201].waiting.values() if node == 103]
+    assert [order.remembers for order in orders if order.kind == "work"] == [0]
 
 
 def test_an_edge_whose_devices_all_miss_the_deadline_hands_on_nothing(tmp_path):
