@@ -1,7 +1,8 @@
 """The part of an edge that stays: a device to the cloud, a server to devices of its own.
 
 It answers the cloud's orders as a device does (run/resident.py), and keeps its answers in the same
-way: an order can be given again, after any end of either side. Between rounds it holds nothing.
+way: an order can be given again, after any end of either side. Between rounds it holds nothing but
+what late devices were asked.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from tesserafl.engines.attendance import Disowned, Post
 from tesserafl.run.children import die_with_parent, tail_of
 from tesserafl.run.edge import EdgeResident
 from tesserafl.run.files import alone_in, read_json, write_json
+from tesserafl.run.guests import GUESTS
 from tesserafl.run.holding import Local
 from tesserafl.run.hosting import Hosting
 from tesserafl.run.join import (
@@ -42,7 +43,6 @@ from tesserafl.run.join import (
     stopped_by_signals,
     supernode,
 )
-from tesserafl.run.seats import GUESTS
 from tesserafl.run.serve import Flower, Link, invitation, opened
 
 _log = logging.getLogger(__name__)
