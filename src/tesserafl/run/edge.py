@@ -65,6 +65,10 @@ class EdgeResident:
     watch: Callable[[Remote], None] = lambda _: None
     _run: str | None = None
     _hosted: Hosted | None = None
+    _recalled: bool = False
+    """Whether it was looked for a run that was under way before this process."""
+    _again: bool = False
+    """Whether the devices of a run that goes on have not been waited for yet."""
 
     def answer(self, envelope: Envelope) -> Envelope:
         """Do what an envelope orders; an order that cannot be done is answered by a Refusal."""
@@ -93,14 +97,23 @@ class EdgeResident:
 
     def idle(self) -> None:
         """Between orders: devices that come are greeted, and who is late is heard."""
-        if self._hosted is None:
-            return
         try:
-            self._hosted.remote.gather(0, 0.0)  # who has come, and what
+            if not self._recalled:
+                self._recalled = True
+                self._recall()
+            if self._hosted is not None:
+                self._hosted.remote.gather(0, 0.0)  # who has come, and what
         except Disowned:
             raise
-        except Exception:  # a post's own: the next order meets it again
+        except Exception:  # a post's own, or of a damaged file: the next order meets it again
             _log.exception("the devices could not be looked after")
+
+    def _recall(self) -> None:
+        """After a restart: the run that was the last, if one was under way."""
+        paths = list(self.folder.glob("*/hello.json"))
+        if self._hosted is None and paths:
+            newest = max(paths, key=lambda path: path.stat().st_mtime)
+            self._known(newest.parent.name, wait=False)
 
     def _hello(self, order: Hello) -> Envelope:
         folder, values = self.folder / order.run, order.model_dump()
@@ -110,22 +123,24 @@ class EdgeResident:
             self._run = self._hosted = None
             held = self._host(order)
             write_json(path, values)
-            self._run, self._hosted = order.run, held
+            self._run, self._hosted, self._again = order.run, held, False
         below = self._known(order.run)
         assert below is not None, "it was written"
         devices = below.settle(self.hosting)
         _log.info("run %s: %d devices", order.run, len(devices))
         return sealed(EdgeProfile(name=self.name, devices=devices))
 
-    def _known(self, run: str) -> Hosted | None:
+    def _known(self, run: str, wait: bool = True) -> Hosted | None:
         """What is held of a run; after a restart by what lies on the disk."""
         if self._run != run or self._hosted is None:
             path = self.folder / run / "hello.json"
             if not path.exists():
                 return None
             below = self._host(Hello.model_validate(read_json(path)))
-            self._run, self._hosted = run, below
-            below.remote.gather(len(below.seats.taken), _AGAIN_SECONDS)
+            self._run, self._hosted, self._again = run, below, True
+        if wait and self._again:
+            self._again = False
+            self._hosted.remote.gather(len(self._hosted.seats.taken), _AGAIN_SECONDS)
         return self._hosted
 
     def _host(self, hello: Hello) -> Hosted:

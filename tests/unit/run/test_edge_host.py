@@ -201,6 +201,12 @@ def test_an_edge_looks_after_its_devices_while_the_cloud_asks_nothing(tmp_path):
     ]
     assert (102, "bye") in [(node, kind) for node, kind, _ in post.log]
 
+    again = EdgeResident(name="edge-a", folder=tmp_path / "edge", post=post)
+    again.watch = watch
+    for _ in range(3):
+        again.idle()  # it goes on with the run, and nobody has asked for something yet
+    assert again._hosted.remote.seated == {0, 1}
+
     def broken():
         raise ValueError("the post is broken")
 
