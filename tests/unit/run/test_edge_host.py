@@ -15,6 +15,7 @@ import pytest
 from devices_at_hand import PostAtHand, experiment_for_four, parts
 
 from tesserafl.core.errors import CheckpointError, TesseraError
+from tesserafl.engines import remote
 from tesserafl.engines.attendance import Disowned
 from tesserafl.engines.orders import Bye, Hello, Store, reply_of, sealed
 from tesserafl.run import edge_host, join, serve
@@ -187,16 +188,16 @@ def test_an_edge_looks_after_its_devices_while_the_cloud_asks_nothing(tmp_path):
     edge.idle()  # of no run
     hello = Hello(run=RUN, experiment=to_json(setup.experiment), spec=asdict(setup.data.spec))
     assert reply_of(edge.answer(sealed(hello))).kind == "edge"
-    remote = edge._hosted.remote
+    below = edge._hosted.remote
     post.away = {101}
     edge.idle()
-    assert remote.seated == {0}
+    assert below.seated == {0}
     post.away = set()
     post.residents |= parts(tmp_path, (2,))
     for _ in range(3):
         edge.idle()
-    assert remote.seated == {0, 1}
-    assert [text for text in remote.refused.values()] == [
+    assert below.seated == {0, 1}
+    assert [text for text in below.refused.values()] == [
         "edge 'edge-a' has told the cloud who is below it; 'device-2' may join its next run"
     ]
     assert (102, "bye") in [(node, kind) for node, kind, _ in post.log]
@@ -215,6 +216,21 @@ def test_an_edge_looks_after_its_devices_while_the_cloud_asks_nothing(tmp_path):
     post.nodes = Lost(residents={}).nodes
     with pytest.raises(Disowned):
         edge.idle()
+
+
+def test_a_goodbye_ends_though_an_answer_to_it_breaks_off(tmp_path, monkeypatch):
+    """A device that ends while it answers: Flower awaits the rest, and the cloud the edge."""
+    monkeypatch.setattr(remote, "_GOODBYE", 0.2)
+    post, freed = PostAtHand(residents=parts(tmp_path, (0, 1))), threading.Event()
+    edge = EdgeResident(name="edge-a", folder=tmp_path / "edge", post=post)
+    setup = prepare(experiment_for_four())
+    hello = Hello(run=RUN, experiment=to_json(setup.experiment), spec=asdict(setup.data.spec))
+    edge.answer(sealed(hello))
+    post.pull = lambda names: freed.wait() and []
+    assert reply_of(edge.answer(sealed(Bye(run=RUN)))).kind == "missing"
+    assert edge.over and not (tmp_path / "edge" / RUN).exists()
+    assert [kind for _, kind, _ in post.log][-2:] == ["bye", "bye"]
+    freed.set()
 
 
 def test_who_answers_at_a_socket_has_time_while_nobody_asks(tmp_path, monkeypatch):
