@@ -36,6 +36,9 @@ from tesserafl.run.surveying import Surveying
 
 _log = logging.getLogger(__name__)
 
+_GRACE_SECONDS = 30.0
+"""That an edge has beyond the round's time: each message takes seconds, and it ends in time by
+itself unless something is wrong."""
 _EDGES = "edges"
 """What a checkpoint calls what is known of the edges, beside the federation's."""
 
@@ -87,8 +90,8 @@ class Cloud:
         if served:
             self.engine.gather_any(served)
         begun = time.perf_counter()
-        deadline = None if self.waiting is None else self.waiting.round_seconds
-        self.engine.seconds = min(self.task_seconds, deadline or math.inf)
+        deadline = math.inf if self.waiting is None else self.waiting.round_seconds or math.inf
+        self.engine.seconds = min(self.task_seconds, deadline + _GRACE_SECONDS)
         periods = self._periods(state, below)
         sweep = CloudRound(
             setup=self.setup,
@@ -99,7 +102,7 @@ class Cloud:
             numbers={seat: self.seats.numbers(seat) for seat in served},
             periods=periods,
             heard=self.heard,
-            seconds=self.engine.seconds,
+            seconds=min(self.task_seconds, deadline),
             waiting=waits,
             late={seat: {c.id: self.late[c.id] for c in each} for seat, each in busy.items()},
         )

@@ -212,7 +212,7 @@ def test_an_edge_that_misses_the_deadline_itself_costs_its_devices_the_round(tmp
         [0, 1, 2, 3],
     ]
     assert [(f["client"], f["reason"], f["text"]) for f in rounds[1]["failures"]] == [
-        (client, "expired", "edge 'edge-1': no answer within 40 s") for client in (2, 3)
+        (client, "expired", "edge 'edge-1': no answer within 70 s") for client in (2, 3)
     ]
 
 
