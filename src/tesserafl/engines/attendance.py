@@ -129,7 +129,7 @@ class Attendance:
                     names.difference_update({name for name, _ in post.pull(names)})
                     pause(_PAUSE)
 
-        # In a thread: of an answer that breaks off Flower awaits the rest for hours.
+        # In a thread: of an answer that breaks off Flower awaits the rest for minutes.
         thread = threading.Thread(target=hear, daemon=True)
         thread.start()
         thread.join(seconds)
