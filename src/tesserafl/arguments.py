@@ -12,9 +12,9 @@ from tesserafl.core.errors import ConfigError, did_you_mean
 from tesserafl.data import DataSettings
 from tesserafl.experiments import EXPERIMENTS, Named
 from tesserafl.models import HuggingFace, LoRA
-from tesserafl.run.edge import Hosting
 from tesserafl.run.experiment import REGISTRIES, Experiment, choose, from_file
 from tesserafl.run.holding import Local
+from tesserafl.run.hosting import Hosting
 from tesserafl.run.learn import LearnSettings
 from tesserafl.run.on_devices import Deployment
 from tesserafl.run.serve import Link
@@ -99,6 +99,9 @@ class EdgeOptions:
 class PlanOptions:
     """Options of the command itself."""
 
+    edges: bool = False
+    """the clients are below edges that are machines (tessera serve --edges); simulated edges are
+    fleet.edges"""
     json: bool = False
     """print the plan as one JSON object"""
 

@@ -149,11 +149,12 @@ def _plan(args: list[str]) -> None:
     from rich.console import Console
 
     from tesserafl.arguments import PlanOptions, configured
+    from tesserafl.run.on_devices import as_tree
     from tesserafl.run.plan import described, make_plan
     from tesserafl.run.setup import prepare
 
     _, _, options, experiment, _ = configured("plan", args, PlanOptions())
-    plan = make_plan(prepare(experiment))
+    plan = make_plan(prepare(as_tree(experiment) if options.edges else experiment))
     if options.json:
         print(json.dumps(asdict(plan)))
     else:

@@ -21,9 +21,10 @@ from tesserafl.engines.seam import Engine
 from tesserafl.run.begin import first_federation
 from tesserafl.run.costs import CostTable
 from tesserafl.run.deployed import Deployment, begin
-from tesserafl.run.edge import EdgeResident, Hosting
+from tesserafl.run.edge import EdgeResident
 from tesserafl.run.experiment import Experiment, to_json
 from tesserafl.run.files import write_json
+from tesserafl.run.hosting import Hosting
 from tesserafl.run.player import Clocked, Player
 from tesserafl.run.runner import play
 from tesserafl.run.setup import Setup, make_engine, prepare

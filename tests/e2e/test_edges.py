@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,15 +53,53 @@ def test_a_tree_of_processes_gives_the_bits_of_tessera_run(tmp_path: Path) -> No
     experiment = digits({"name": "hierfavg", "local_steps": 2, "edge_rounds": 2}, rounds=3)
     with site(tmp_path) as here:
         here.serve(experiment, "--port", str(here.port), "--devices", "4", "--edges", "2")
-        for edge, clients in EDGES.items():
-            port = str(free_port())
-            place = f"127.0.0.1:{here.port}"
-            here.begin(edge, "edge", place, "--name", edge, "--port", port, "--once")
-            for client in clients:
-                name = f"device-{client}"
-                taken = ("--client", str(client), "--device", "cpu", "--once")
-                here.begin(name, "join", f"127.0.0.1:{port}", "--name", name, *taken)
+        joined(here, "--once")
         compare(here, experiment, tmp_path / "here")
+
+
+def joined(here: Site, *options: str) -> None:
+    """Begin the server's edges and their devices, without keys."""
+    for edge, clients in EDGES.items():
+        port = str(free_port())
+        here.begin(edge, "edge", f"127.0.0.1:{here.port}", "--name", edge, "--port", port, *options)
+        for client in clients:
+            name = f"device-{client}"
+            taken = ("--client", str(client), "--device", "cpu", *options)
+            here.begin(name, "join", f"127.0.0.1:{port}", "--name", name, *taken)
+
+
+def test_models_of_their_own_stay_on_devices_below_edges_and_are_measured_there(
+    tmp_path: Path,
+) -> None:
+    experiment = digits({"name": "local"}, rounds=2)
+    experiment = replace(experiment, data=replace(experiment.data, test=0.2))
+    with site(tmp_path) as here:
+        here.serve(experiment, "--port", str(here.port), "--devices", "4", "--edges", "2")
+        joined(here, "--once")
+        compare(here, experiment, tmp_path / "here", "accuracy_personal")
+        assert len(here.summary()["accuracy_personal"]) == 4
+
+
+def test_a_device_below_an_edge_that_stops_for_two_rounds_counts_when_it_goes_on(
+    tmp_path: Path,
+) -> None:
+    """An edge needs one answer of two; a device stands still after round 2 and goes on after 4."""
+    experiment = digits({"name": "hierfavg", "local_steps": 2}, rounds=8)
+    with site(tmp_path) as here:
+        waits = ("--waiting.quorum", "0.5", "--waiting.round-seconds", "300")
+        here.serve(experiment, "--port", str(here.port), "--devices", "4", "--edges", "2", *waits)
+        joined(here)
+        signals = {2: signal.SIGSTOP, 4: signal.SIGCONT}
+        for _ in here.while_it_runs():
+            done = len(here.events("round"))
+            for round in [round for round in signals if done >= round]:
+                here.running["device-3"].send_signal(signals.pop(round))
+        found, rounds = here.finish(), here.events("round")
+    assert found["rounds"] == 8 and not signals
+    assert not any(event["failures"] for event in rounds)
+    late = [row["staleness"] for e in rounds for row in e["clients"] if row["client"] == 3]
+    assert max(late) >= 1, late
+    assert {row["edge"] for row in rounds[-1]["clients"]} == set(EDGES)
 
 
 def test_tomtits_tree_with_keys_on_both_tiers(tmp_path: Path) -> None:
@@ -78,7 +118,7 @@ def test_tomtits_tree_with_keys_on_both_tiers(tmp_path: Path) -> None:
         compare(here, experiment, tmp_path / "here")
 
 
-def compare(here: Site, experiment: Experiment, folder: Path) -> None:
+def compare(here: Site, experiment: Experiment, folder: Path, *more: str) -> None:
     """Wait for the run's end; it has the bits of the same tree in virtual time."""
     found = here.finish()
     for name, process in here.running.items():
@@ -86,8 +126,9 @@ def compare(here: Site, experiment: Experiment, folder: Path) -> None:
     rounds = events_of(here.run)
     assert not any(event["failures"] for event in rounds), rounds
     assert {row["edge"] for row in rounds[0]["clients"]} == set(EDGES)
-    wanted = simulated(experiment, 2, folder, here.run)
-    for key in ("state_sha256", "accuracy", "loss", "bytes_up", "bytes_down", "coverage"):
+    scheduled = here.run if "periods" in rounds[0] else None
+    wanted = simulated(experiment, 2, folder, scheduled)
+    for key in ("state_sha256", "accuracy", "loss", "bytes_up", "bytes_down", "coverage", *more):
         assert found[key] == wanted[key], key
 
 

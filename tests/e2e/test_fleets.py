@@ -305,7 +305,7 @@ def test_a_file_without_edges_is_a_star(tmp_path: Path) -> None:
         ({"fleet": {"profiles": ["phone"], "edges": 9}}, r"edges is 9, but there are only 6"),
         (
             {"fleet": {"profiles": ["phone"], "edges": 2}, "clock": FREE},
-            r"the rounds of a tree are synchronous; clock\.mode is 'asynchronous'",
+            r"the nodes of a tree play rounds, and clock\.mode 'asynchronous' has none",
         ),
         ({"fleet": {}, "method": {"name": "hierfavg"}}, "'hierfavg' on a tree needs edges"),
         (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,6 +16,8 @@ from tesserafl.engines.seam import Reason
 
 _LOOK_EVERY = 1.0
 """Seconds between two looks at who is there."""
+_PAUSE = 0.05
+"""Seconds between two looks for answers to a goodbye."""
 _MOST_PROFILE_BYTES = 1 << 17
 """Of what a device answers to a Hello."""
 
@@ -105,13 +109,30 @@ class Attendance:
         with contextlib.suppress(Undelivered):
             self.turned_away.add(post.push(node, bye, seconds))
 
-    def dismiss(self, post: Post, seconds: float) -> set[str]:
-        """Tell the devices that the run is over, if the post works; the messages' names."""
+    def dismiss(
+        self,
+        post: Post,
+        seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Tell the devices that the run is over, if the post works; they have so long to hear."""
         bye, names = sealed(Bye(run=self.hello.run)), set[str]()
         nodes, self.known = self.known & self.present.keys(), set()
         with contextlib.suppress(Exception):  # a post's own: the devices find out by themselves
             names |= {post.push(node, bye, seconds) for node in sorted(nodes)}
-        return names
+        until = clock() + seconds
+
+        def hear() -> None:
+            with contextlib.suppress(Exception):
+                while names and clock() < until:
+                    names.difference_update({name for name, _ in post.pull(names)})
+                    pause(_PAUSE)
+
+        # In a thread: of an answer that breaks off Flower awaits the rest for minutes.
+        thread = threading.Thread(target=hear, daemon=True)
+        thread.start()
+        thread.join(seconds)
 
     def answered(self, name: str, reply: Envelope | Undelivered) -> tuple[int | None, set[int]]:
         """The client that took its seat by the answer to a Hello, and those that lost theirs."""

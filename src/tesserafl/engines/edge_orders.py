@@ -2,6 +2,7 @@
 
     Hello   here is the experiment             -> EdgeProfile, Refusal
     Sweep   play this round with your devices  -> Answer, Missing, Stranger, Refusal
+    Survey  measure what your devices keep     -> Answer (a Surveyed), Missing, Stranger, Refusal
 
 All other orders are those of devices (orders.py): parcels go to and fro in the same way.
 """
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from tesserafl.engines.heads import Natural, RunId, Strict
+from tesserafl.engines.heads import Natural, Pair, RunId, Share, Strict
 
 if TYPE_CHECKING:  # a client app reads orders, and has no torch
     from tesserafl.core.messages import Client
@@ -47,6 +48,19 @@ class Member(Strict):
     mixing: Natural
 
 
+class Waits(Strict):
+    """How an edge waits for its devices; see `run.averages.Patience`."""
+
+    quorum: Annotated[float, Field(gt=0, le=1)]
+    wanted: Natural
+    asked: Natural
+    banks: bool
+    """Whether an answer that comes after its average counts in a later one."""
+    late: list[Natural]
+    """Clients below the edge that are at work yet, as far as the cloud has heard: their answers may
+    come. What others were asked before is forgotten."""
+
+
 class Sweep(Strict):
     """A round of the cloud, for one edge."""
 
@@ -55,24 +69,56 @@ class Sweep(Strict):
     letter: dict[str, Any]
     """Of the cloud's state."""
     cohort: list[Member]
-    """All that take part, in the round's order: the grid of exact sums goes by them."""
+    """All whose answers may come, those that are asked first, in the round's order: the grid of
+    exact sums goes by them."""
     together: list[Natural]
     """Those of them whom the method deals parts to at once."""
     own: list[Natural]
-    """Those below the edge."""
+    """Those below the edge that are asked."""
     numbers: dict[str, Natural]
     """Device -> the client that it is, of all below the edge."""
     rounds: Annotated[int, Field(ge=1)]
     """Averages of the edge."""
-    steps: list[Annotated[list[Natural], Field(min_length=2, max_length=2)]]
+    steps: list[Pair]
     """Clients and their steps, those that do not train as the experiment says."""
-    heard: list[Annotated[list[Natural], Field(min_length=2, max_length=2)]]
+    heard: list[Pair]
     """Own clients, and the rounds of the tasks that they answered last: with what they kept then
     they begin."""
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """Until the cloud gives the edge up."""
     most_bytes: Natural
     """Of tensors in a parcel of the answer."""
+    waits: Waits | None = None
+    """None: the edge waits until all of its devices have answered or failed."""
+
+
+class Survey(Strict):
+    """Asks what the own models of an edge's clients reach, on test examples of theirs."""
+
+    kind: Literal["survey"] = "survey"
+    run: RunId
+    letter: dict[str, Any]
+    """Of the global state."""
+    numbers: dict[str, Natural]
+    """Device -> the client that it is, of all below the edge."""
+    heard: list[Pair]
+    """As a `Sweep`'s, of all below the edge."""
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Until the cloud gives the edge up."""
+
+
+class JudgedBelow(Strict):
+    """What one client's own model reaches; see `orders.Judged`."""
+
+    client: Natural
+    accuracy: Share
+    share: Share | None
+
+
+class Surveyed(Strict):
+    """The answer to a `Survey`; who is not there or has no test examples is left out."""
+
+    judged: list[JudgedBelow]
 
 
 def member_of(client: Client) -> Member:

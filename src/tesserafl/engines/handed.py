@@ -190,6 +190,10 @@ class Below:
             update, _ = update_of(handed.updates[number], {**own, "memory": {}}, task)
             check_update(task, update, self.state.params, self.model)
             updates.append(update)
+        if numbers:
+            raise MessageError(
+                f"an edge hands on an update of client {min(numbers)}, whose task is not known"
+            )
         for update in updates:
             total.add(update)
         return sum(update.num_bytes for update in updates)

@@ -7,6 +7,9 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 Natural = Annotated[int, Field(ge=0, lt=1 << 48)]
+Pair = Annotated[list[Natural], Field(min_length=2, max_length=2)]
+"""JSON has lists where we have pairs."""
+Share = Annotated[float, Field(ge=0, le=1)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 """Also the name of a folder on the device, so nothing else may be in it."""

@@ -27,9 +27,9 @@ from typing import IO, Annotated, Any, Literal
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from tesserafl.core.errors import MessageError
-from tesserafl.engines.edge_orders import EdgeProfile, Sweep
+from tesserafl.engines.edge_orders import EdgeProfile, Survey, Sweep
 from tesserafl.engines.frames import read_frame, write_frame
-from tesserafl.engines.heads import Digest, Natural, RunId, Strict
+from tesserafl.engines.heads import Digest, Natural, RunId, Share, Strict
 from tesserafl.engines.turns import Examine, Examined, Fold, Standing, Turn, Turned
 
 _MOST_HEAD_BYTES = 64 << 20
@@ -164,13 +164,13 @@ class Judged(Strict):
     """What the client's own model reaches."""
 
     kind: Literal["judged"] = "judged"
-    accuracy: Annotated[float, Field(ge=0, le=1)]
-    share: Annotated[float, Field(ge=0, le=1)] | None
+    accuracy: Share
+    share: Share | None
     """How much its own expert counts, of mixtures."""
 
 
 Order = Annotated[
-    Hello | Store | Work | Fetch | Rest | Judge | Bye | Sweep | Turn | Fold | Examine,
+    Hello | Store | Work | Fetch | Rest | Judge | Bye | Sweep | Survey | Turn | Fold | Examine,
     Field(discriminator="kind"),
 ]
 Reply = Annotated[

@@ -6,7 +6,6 @@ until the task's deadline. Devices keep their own memory; the server only knows 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
@@ -165,11 +164,7 @@ class Remote:
 
     def goodbye(self) -> None:
         """Tell the devices that the run is over, if the post works."""
-        names, until = self._attendance.dismiss(self.post, _GOODBYE), self.clock() + _GOODBYE
-        with contextlib.suppress(Exception):  # a post's own: the devices find out by themselves
-            while names and self.clock() < until:
-                names -= {name for name, _ in self.post.pull(names)}
-                self.pause(_PAUSE)
+        self._attendance.dismiss(self.post, _GOODBYE, self.clock, self.pause)
 
     def _wait(self, enough: Callable[[], bool], seconds: float = math.inf) -> None:
         """Work on until it is enough, at most so long."""

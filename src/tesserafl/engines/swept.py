@@ -14,7 +14,7 @@ from tesserafl.core.messages import Client
 from tesserafl.core.params import Params
 from tesserafl.core.places import PartHeader, part_from_json
 from tesserafl.core.submodel import SubModel
-from tesserafl.engines.heads import Natural, Strict
+from tesserafl.engines.heads import Natural, Pair, Strict
 from tesserafl.engines.seam import Reason
 
 _Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -70,6 +70,11 @@ class Swept(Strict):
     parts: list[PartHeader]
     sketch: _Coordinates
     """Of its model."""
+    late: list[Natural]
+    """Clients that are at work yet."""
+    heard: list[Pair]
+    """Clients, and the rounds of the tasks that they answered last, counted or not: with what they
+    kept then they begin."""
 
     def trained(self, shapes: Params) -> list[SubModel]:
         """What the rows' devices trained; MessageError if it is not of this model."""
@@ -98,6 +103,7 @@ def swept_of(header: Mapping[str, Any], clients: Mapping[int, Client], rounds: i
     if len(swept.rows) + len(swept.failures) > most or len(swept.parts) > len(swept.rows):
         raise MessageError(f"an edge's devices were asked {most} times, and it tells of more")
     told = {row.client for row in swept.rows} | {loss.client for loss in swept.failures}
+    told |= {*swept.late, *(client for client, _ in swept.heard)}
     if not told <= clients.keys():
         raise MessageError(
             f"an edge tells of client {min(told - clients.keys())}, which is not below it"

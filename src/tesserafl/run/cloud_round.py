@@ -6,15 +6,17 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from pydantic import BaseModel
 
 from tesserafl.core.answers import MAX_METRIC
-from tesserafl.core.errors import TesseraError
+from tesserafl.core.errors import MessageError, TesseraError
 from tesserafl.core.messages import Client, Task
+from tesserafl.core.method import Method
 from tesserafl.core.params import num_bytes
 from tesserafl.core.schedule import Periods, Report, Seen
-from tesserafl.engines.edge_orders import Sweep, member_of
+from tesserafl.engines.edge_orders import Sweep, Waits, member_of
 from tesserafl.engines.federation import Star
 from tesserafl.engines.handed import Below
 from tesserafl.engines.parcels import Letter
@@ -22,7 +24,8 @@ from tesserafl.engines.seam import Failed
 from tesserafl.engines.steps import Told
 from tesserafl.engines.sums import Sums
 from tesserafl.engines.swept import Swept, swept_of
-from tesserafl.run.averages import numbered
+from tesserafl.run.averages import Patience, numbered, staleness
+from tesserafl.run.overdue import Overdue, without_values
 from tesserafl.run.rounds import Notes, failure, training_of
 from tesserafl.run.setup import Setup
 
@@ -36,6 +39,7 @@ _LEAST = 1e-9
 class _Asked:
     """What one edge is asked."""
 
+    seat: int
     sweep: Sweep
     below: Below
 
@@ -57,7 +61,9 @@ class CloudRound:
     setup: Setup
     federation: Star
     cohort: Mapping[int, Client]
+    """Who is asked, and after them whose late answers may come."""
     below: Mapping[int, Sequence[Client]]
+    """Seat -> those below its edge that are asked."""
     names: Mapping[int, str]
     numbers: Mapping[int, Mapping[str, int]]
     """Seat -> device -> the client that it is."""
@@ -65,6 +71,12 @@ class CloudRound:
     heard: Mapping[int, int]
     seconds: float
     """That an edge has."""
+    waiting: tuple[Patience, bool] | None = None
+    """How long edges wait for their devices, and whether late answers count; None: for all."""
+    late: Mapping[int, Overdue] = field(default_factory=dict)
+    """Seat -> those below its edge that are at work."""
+    stays: dict[int, Overdue] = field(default_factory=dict)
+    """The same after the round."""
     backhaul: int = 0
     answered: dict[int, int] = field(default_factory=dict)
     """Client -> the round of the task that it answered last."""
@@ -79,9 +91,11 @@ class CloudRound:
             for client in clients
         }
         # Those whose edges hand on are the cloud's own clients, for a method that deals parts.
-        once = [client for client in self.cohort if client not in several]
+        busy = {client for each in self.late.values() for client in each}
+        once = [client for client in self.cohort if client not in several | busy]
         for seat, clients in self.below.items():
             own, periods = [client.id for client in clients], self._of(seat)
+            overdue = sorted(self.late.get(seat, ()))
             together = once
             if periods.rounds > 1:
                 together = [client for client in self.cohort if client in own]
@@ -94,19 +108,20 @@ class CloudRound:
                 numbers=dict(self.numbers[seat]),
                 rounds=periods.rounds,
                 steps=[[c, steps] for c, steps in sorted(periods.steps.items()) if c in own],
-                heard=[[client, self.heard[client]] for client in own if client in self.heard],
+                heard=[[c, self.heard[c]] for c in (*own, *overdue) if c in self.heard],
                 seconds=self.seconds,
                 most_bytes=0,
+                waits=self._waits(seat),
             )
             below = Below(
                 model=self.setup.model,
-                method=self.setup.experiment.method,
+                method=self._method,
                 state=self.federation.state,
-                clients={client.id: client for client in clients},
+                clients={c: self.cohort[c] for c in (*own, *overdue)},
                 rounds=periods.rounds,
-                tasks=partial(self._tasks, together, own, periods),
+                tasks=partial(self._tasks, seat, together, own, periods),
             )
-            self._asked[seat] = _Asked(sweep=sweep, below=below)
+            self._asked[seat] = _Asked(sweep=sweep, below=below, seat=seat)
         return self._asked
 
     def take(self, answer: Told | Failed, total: Sums, took: float, notes: Notes) -> Report | None:
@@ -121,7 +136,8 @@ class CloudRound:
                 _log.exception("an answer of edge %r could not be read", edge)
                 text = f"its answer could not be read: {error!r:.500}"
                 answer = Failed(client=answer.client, reason="error", text=text)
-        for client in asked.below.clients:
+        self.stays[asked.seat] = dict(self.late.get(asked.seat, {}))  # they are asked for again
+        for client in asked.sweep.own:
             text = f"edge {edge!r}: {answer.text}"
             notes.failures.append({**failure(client, answer.reason, text), "edge": edge})
         return None
@@ -133,11 +149,16 @@ class CloudRound:
         swept = swept_of(header, below.clients, below.rounds)
         trained = swept.trained(below.state.params)
         heard = {row.client for row in swept.rows}
+        stays = self._staying(asked, swept)
         up = below.fold(total, (swept.handed, groups), heard)
+        self.stays[asked.seat] = stays
         self.backhaul += num_bytes(below.state.params) + up
         for row in swept.rows:
-            notes.clients.append({**row.noted, "edge": edge})
-            self.answered[row.client] = row.round
+            more: dict[str, Any] = {"edge": edge}
+            if self.waiting is not None:
+                more |= {"staleness": staleness(below.state.round, row.round, below.state.rounds)}
+            notes.clients.append({**row.noted, **more})
+        self.answered |= {client: round for client, round in swept.heard}
         notes.trained += trained
         notes.failures += [{**loss.model_dump(), "edge": edge} for loss in swept.failures]
         return measured(swept, below.rounds, told.seconds, took)
@@ -145,12 +166,43 @@ class CloudRound:
     def _of(self, seat: int) -> Periods:
         return self.periods.get(self.names[seat], Periods())
 
-    def _tasks(self, together: Iterable[int], own: Iterable[int], each: Periods) -> list[Task]:
+    def _waits(self, seat: int) -> Waits | None:
+        if self.waiting is None:
+            return None
+        patience, banks = self.waiting
+        return Waits(
+            quorum=patience.quorum,
+            wanted=patience.wanted,
+            asked=patience.asked,
+            banks=banks,
+            late=sorted(self.late.get(seat, ())),
+        )
+
+    def _staying(self, asked: _Asked, swept: Swept) -> Overdue:
+        """Who is at work below an edge after the round; MessageError if it cannot be."""
+        before: Overdue = self.late.get(asked.seat, {})
+        known: dict[int, Task] = {}
+        if swept.late and self.waiting is None:
+            raise MessageError(
+                "an edge that was to wait for all its devices says that some are late"
+            )
+        if swept.late and not self._method.entrywise and asked.below.rounds == 1:
+            known = {task.client.id: without_values(task) for task in asked.below.tasks()}
+        return {c: known.get(c, before.get(c)) for c in swept.late}
+
+    @property
+    def _method(self) -> Method:
+        return self.setup.experiment.method
+
+    def _tasks(
+        self, seat: int, together: Iterable[int], own: Iterable[int], each: Periods
+    ) -> list[Task]:
         state, clients, asked = self.federation.state, [self.cohort[c] for c in together], set(own)
         training = training_of(self.setup, self.federation)
-        method = self.setup.experiment.method
-        tasks = method.configure(self.setup.model, state, clients, training)
-        return [task for task in numbered(tasks, state, each.steps, 1) if task.client.id in asked]
+        tasks = self._method.configure(self.setup.model, state, clients, training)
+        dealt = [task for task in numbered(tasks, state, each.steps, 1) if task.client.id in asked]
+        late = [task for task in self.late.get(seat, {}).values() if task is not None]
+        return [*dealt, *late]
 
 
 def measured(swept: Swept, rounds: int, seconds: float, took: float) -> Report:

@@ -157,16 +157,21 @@ def serve_over(
         remote.goodbye()
         return summary
 
+    federation = first_federation(setup, elsewhere=True)
+    tree = None
+    if isinstance(seats, EdgeSeats):
+        tree = cloud(setup, remote, federation, seats, deployment.waiting)
+
     def player(setup: Setup, engine: Engine, federation: Federation, costs: CostTable) -> Player:
-        if isinstance(seats, EdgeSeats):
-            return cloud(setup, remote, federation, seats)
+        if tree is not None:
+            return tree
         if not deployment.waiting.for_all:
             return live(setup, remote, federation, costs, deployment.waiting)
         synchronous = player_of(setup, engine, federation, costs)
         return Patient(player=synchronous, setup=setup, engine=remote, federation=federation)
 
-    federation = first_federation(setup, elsewhere=True)
-    summary = play(setup, federation, folder, remote, listener, player)
+    judge = remote.judge if tree is None else tree.judge
+    summary = play(setup, federation, folder, remote, listener, player, judge)
     write_json(folder / "wire.json", {"down": remote.bytes_down, "up": remote.bytes_up})
     remote.goodbye()
     return summary

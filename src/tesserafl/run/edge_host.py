@@ -29,9 +29,11 @@ from pydantic import TypeAdapter, ValidationError
 from tesserafl.core.errors import CheckpointError, TesseraError
 from tesserafl.engines.attendance import Disowned, Post
 from tesserafl.run.children import die_with_parent, tail_of
-from tesserafl.run.edge import EdgeResident, Hosting
+from tesserafl.run.edge import EdgeResident
 from tesserafl.run.files import alone_in, read_json, write_json
+from tesserafl.run.guests import GUESTS
 from tesserafl.run.holding import Local
+from tesserafl.run.hosting import Hosting
 from tesserafl.run.join import (
     AGAIN_SECONDS,
     Line,
@@ -41,7 +43,6 @@ from tesserafl.run.join import (
     stopped_by_signals,
     supernode,
 )
-from tesserafl.run.seats import GUESTS
 from tesserafl.run.serve import Flower, Link, invitation, opened
 
 _log = logging.getLogger(__name__)
@@ -212,7 +213,7 @@ def edge_noted(post: Post, folder: Path) -> None:
             Path(edge.socket).unlink(missing_ok=True)
             server.bind(edge.socket)
             server.listen(8)
-            answer_at(server, _Noting(resident=resident, folder=folder))
+            answer_at(server, _Noting(resident=resident, folder=folder), resident.idle)
     except Disowned:  # another process is started for the edge
         raise
     except (TesseraError, OSError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from tesserafl.core.errors import CheckpointError, ConfigError
 from tesserafl.core.messages import Client
 from tesserafl.engines.edge_orders import EdgeDevice, EdgeProfile
 from tesserafl.run.files import read_json, write_json
-from tesserafl.run.seats import GUESTS
+from tesserafl.run.guests import GUESTS, Guests
 
 _PROFILES: TypeAdapter[dict[int, EdgeProfile]] = TypeAdapter(dict[int, EdgeProfile])
 
@@ -30,9 +29,10 @@ class EdgeSeats:
     """Seat -> its edge."""
     settled: bool = False
     """Whether the rounds have begun."""
-    _told: dict[str, str] = field(default_factory=dict)
+    guests: Guests = field(init=False)
 
     def __post_init__(self) -> None:
+        self.guests = Guests(path=self.path.with_name(GUESTS))
         if not self.path.exists():
             return
         try:
@@ -69,16 +69,13 @@ class EdgeSeats:
     def seat(self, voucher: str, profile: EdgeProfile) -> int | str:
         """The seat that an edge takes, or why it has none; see `Seats.seat`."""
         seat = self._seat(voucher, profile)
-        text = seat
-        if not isinstance(seat, str):
-            own = ", ".join(device.name for device in profile.devices)
-            if not self.settled:
-                self.taken[seat] = profile
-            text = f"has joined as an edge, with {own}"
-        if self._told.get(profile.name) != text:
-            self._told[profile.name] = str(text)
-            with self.path.with_name(GUESTS).open("a", encoding="utf-8") as book:
-                book.write(json.dumps({"device": profile.name, "text": text}) + "\n")
+        if isinstance(seat, str):
+            self.guests.tell(profile.name, seat)
+            return seat
+        if not self.settled:
+            self.taken[seat] = profile
+        own = ", ".join(device.name for device in profile.devices)
+        self.guests.tell(profile.name, f"has joined as an edge, with {own}")
         return seat
 
     def _seat(self, voucher: str, profile: EdgeProfile) -> int | str:

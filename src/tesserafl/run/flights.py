@@ -19,6 +19,9 @@ from tesserafl.run.costs import CostTable
 from tesserafl.run.rounds import Notes, answers
 from tesserafl.run.setup import Setup
 
+LATE = "came after its round had ended"
+"""Why an answer does not count, of which nothing else is wrong."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flight:
@@ -94,6 +97,13 @@ class Flight:
         delta = {name: tensor.clone() for name, tensor in self.update.delta.items()}
         extra = {name: tensor.clone() for name, tensor in self.update.extra.items()}
         return replace(self, update=replace(self.update, delta=delta, extra=extra))
+
+    def refused(self) -> Flight:
+        """The flight, as one whose answer came too late to count."""
+        if not self.answered:
+            return self
+        row = {"client": self.client, "reason": "expired", "text": LATE}
+        return replace(self, update=None, trained=None, row=row)
 
     def waiting_since(self, moment: float) -> Flight:
         """The flight of a device that waited for its task."""
@@ -232,6 +242,26 @@ def flight_of(header: Mapping[str, Any], groups: Mapping[str, Params]) -> Flight
         row=header["row"],
         trained=trained,
     )
+
+
+def flights_parts(flights: Iterable[Flight]) -> tuple[list[dict[str, Any]], dict[str, Params]]:
+    """Flights for a checkpoint: their headers, and groups of tensors whose names begin `clock-`."""
+    headers, tensors = list[dict[str, Any]](), dict[str, Params]()
+    for number, flight in enumerate(flights):
+        header, groups = flight_parts(flight)
+        headers.append(header)
+        tensors |= {f"clock-{number}-{name}": group for name, group in groups.items()}
+    return headers, tensors
+
+
+def flights_of(headers: Iterable[Mapping[str, Any]], tensors: Mapping[str, Params]) -> list[Flight]:
+    """The inverse of `flights_parts`."""
+    return [
+        flight_of(header, {n: tensors[f"clock-{number}-{n}"] for n in UPDATE_GROUPS})
+        if header["update"] is not None
+        else flight_of(header, {})
+        for number, header in enumerate(headers)
+    ]
 
 
 def _failed(task: Task, pieces: tuple[Piece, ...], reason: str, text: str) -> Flight:

@@ -19,8 +19,8 @@ from tesserafl.core.errors import CheckpointError, TesseraError
 from tesserafl.run.children import tail_of
 from tesserafl.run.deployed import AT_WORK
 from tesserafl.run.files import alone_in, read_json
+from tesserafl.run.guests import GUESTS
 from tesserafl.run.runner import Listener
-from tesserafl.run.seats import GUESTS
 
 _PAUSE = 0.5
 _LOOK_SECONDS = 15.0

@@ -1,4 +1,4 @@
-"""What a device holds of a run: the experiment, its data, and what trains on it."""
+"""What a device, or an edge, holds of a run: the experiment, its data, and what trains on it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from tesserafl.core.errors import ConfigError, DataError, MessageError
 from tesserafl.core.messages import Client
-from tesserafl.data import ClientData, FederatedData, Spec, load_own
+from tesserafl.data import ClientData, Examples, FederatedData, Spec, load_own
 from tesserafl.engines.client import ClientWorker
 from tesserafl.engines.kept import Kept
 from tesserafl.models import FeatureAdapter, HuggingFace, LoRA, Prompts
@@ -54,10 +55,7 @@ def hold(local: Local, values: Mapping[str, Any], spec_values: Mapping[str, Any]
         TesseraError: they are no experiment, or the device lacks what it needs.
     """
     experiment = here(from_json(values), local)
-    try:
-        spec = TypeAdapter(Spec).validate_python(spec_values)
-    except ValidationError as error:
-        raise MessageError(f"what a model must know of the data is wrong: {error}") from error
+    spec = _spec_of(spec_values)
     if local.client is not None:
         setup = prepare(experiment)
         if setup.data.spec != spec:
@@ -89,6 +87,35 @@ def hold(local: Local, values: Mapping[str, Any], spec_values: Mapping[str, Any]
         client_worker(setup), examples=lambda _: data.train, validation=lambda _: data.validation
     )
     return Holding(experiment=experiment, data=data, setup=setup, worker=worker)
+
+
+def setup_without_data(
+    local: Local, values: Mapping[str, Any], spec_values: Mapping[str, Any]
+) -> Setup:
+    """An experiment's model and method, for who has none of its data; values are a Hello's.
+
+    Raises:
+        TesseraError: it is no experiment, or its model is not on this machine.
+    """
+    experiment, spec = here(from_json(values), local, data=False), _spec_of(spec_values)
+    # Of examples the shape alone is needed, to count costs with.
+    types: dict[str, Any] = {"image": torch.uint8, "vector": torch.float32, "tokens": torch.int32}
+    inputs = torch.zeros(1, *spec.shape, dtype=types[spec.kind])
+    places = spec.shape if spec.task == "causal-lm" else ()
+    one = Examples(inputs=inputs, labels=torch.zeros(1, *places, dtype=torch.int64))
+    none = one.take(torch.zeros(0, dtype=torch.int64))
+    shape = ClientData(train=one, validation=none, test=none)
+    data = FederatedData(spec=spec, clients=(shape,), test=none, elsewhere=True)
+    model = experiment.model.build_model(spec)
+    return Setup(experiment=experiment, data=data, model=model, clients=())
+
+
+def _spec_of(values: Mapping[str, Any]) -> Spec:
+    try:
+        spec: Spec = TypeAdapter(Spec).validate_python(values)
+    except ValidationError as error:
+        raise MessageError(f"what a model must know of the data is wrong: {error}") from error
+    return spec
 
 
 def here(experiment: Experiment, local: Local, data: bool = True) -> Experiment:

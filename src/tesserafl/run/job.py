@@ -10,6 +10,7 @@ from tesserafl.core.params import norm
 from tesserafl.core.schedule import Periods, Report, Seen, Sketch
 from tesserafl.engines.fleet import Edge, Fleet
 from tesserafl.engines.sums import Sums
+from tesserafl.run.averages import Patience
 from tesserafl.run.flights import Flight
 
 
@@ -18,6 +19,11 @@ class Job:
     """One round of the cloud."""
 
     cohort: Mapping[int, Client]
+    """Who is asked, and after them whose late answers may come."""
+    asked: frozenset[int]
+    """Who of them is asked in the round, unless its node's last average ended without it."""
+    patience: Patience | None
+    """None: nodes wait for all of their devices."""
     periods: Mapping[str, Periods]
     steps: Mapping[int, int]
     """client -> its steps"""

@@ -42,6 +42,8 @@ _log = logging.getLogger(__name__)
 AGAIN_SECONDS = 60.0
 """Between two starts of a SuperNode: a server misses a node after 52 to 54 s (two heartbeats)."""
 _PAUSE = 0.5
+_IDLE_SECONDS = 1.0
+"""That nobody asks for something, until `idle` is called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,11 +201,21 @@ class Answers(Protocol):
         ...
 
 
-def answer_at(server: socket.socket, resident: Answers) -> None:
-    """Answer who connects, one after another, until the socket is closed."""
+def answer_at(
+    server: socket.socket, resident: Answers, idle: Callable[[], None] | None = None
+) -> None:
+    """Answer who connects, one after another, until the socket is closed.
+
+    `idle` is called about once a second while nobody does.
+    """
+    server.settimeout(None if idle is None else _IDLE_SECONDS)
     while True:
         try:
             connection, _ = server.accept()
+        except TimeoutError:
+            if idle is not None:
+                idle()
+            continue
         except OSError:  # closed
             return
         with connection, connection.makefile("rwb") as both:

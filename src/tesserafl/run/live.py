@@ -9,25 +9,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from tesserafl.core.answers import check_update
 from tesserafl.core.coverage import Coverage
-from tesserafl.core.errors import ConfigError, UpdateError
-from tesserafl.core.messages import Client, Task, Update
+from tesserafl.core.errors import ConfigError
+from tesserafl.core.messages import Client, Update
 from tesserafl.engines.federation import Federation, Held, Star, Traffic
 from tesserafl.engines.remote import Remote
-from tesserafl.engines.seam import Failed, Outcome
+from tesserafl.run.averages import rounded_up
 from tesserafl.run.costs import CostTable
+from tesserafl.run.enough import Counted, Working
 from tesserafl.run.player import Player
 from tesserafl.run.rounds import (
     Notes,
     check_answered,
     count,
-    failure,
     fold,
-    note_answer,
     training_of,
 )
 from tesserafl.run.setup import Setup
@@ -103,10 +101,8 @@ class Live:
     setup: Setup
     engine: Remote
     federation: Star
-    costs: CostTable
     waiting: Waiting
-    _working: dict[int, Task] = field(default_factory=dict)
-    """Client -> its task, of this round or of one before."""
+    working: Working
 
     @property
     def over(self) -> bool:
@@ -143,60 +139,41 @@ class Live:
     def _until_enough(self, notes: Notes, traffic: dict[int, Traffic]) -> Iterator[Update]:
         """The updates that make the next model."""
         settings, wanted = self.waiting, self.setup.experiment.clients_per_round
-        most, late = _up(wanted * (1 + settings.over_selection)), False
+        most, round = rounded_up(wanted * (1 + settings.over_selection)), self.federation.round
+        late = False
         while not (cohort := self._idle(most)) and not late:
             # All that are there are late, so the round begins with the first that is not any more.
             for outcome in self.engine.poll(_ALONE):
-                _, update = self._taken(outcome, notes, traffic)
-                if update is not None:
+                taken = self.working.take(outcome, round, self.federation.shapes, notes)
+                if taken is not None and taken.counted is not None:
                     late = True
-                    yield update
+                    yield self._noted(taken.counted, notes, traffic)
         cohort = [client for client in cohort if client.id not in traffic]  # one answer of each
-        needed = min(_up(settings.quorum * wanted), len(cohort))
+        needed = min(rounded_up(settings.quorum * wanted), len(cohort))
         tasks = self.federation.tasks(cohort, training_of(self.setup, self.federation))
-        until = self.engine.clock() + (settings.round_seconds or math.inf)
-        left, answered = len(cohort), 0
-        while left and answered < needed and self.engine.clock() < until:
-            while len(self._working) < self.engine.capacity and (task := next(tasks, None)):
-                self._working[task.client.id] = task
-                self.engine.submit([task])
-            for outcome in self.engine.poll(until - self.engine.clock()):
-                own, update = self._taken(outcome, notes, traffic)
-                left -= own
-                if update is not None:
-                    answered += own
-                    yield update
+        if not cohort:
+            return
+        for counted in self.working.until_enough(
+            tasks,
+            len(cohort),
+            needed,
+            settings.round_seconds,
+            round,
+            self.federation.shapes,
+            notes,
+        ):
+            yield self._noted(counted, notes, traffic)
 
-    def _taken(
-        self, outcome: Outcome, notes: Notes, traffic: dict[int, Traffic]
-    ) -> tuple[bool, Update | None]:
-        """Whether an outcome is of this round, and the update that it gives."""
-        task = self._working.pop(outcome.client, None)
-        if task is None:  # answered before: of one task one answer counts
-            return False, None
-        own = task.round == self.federation.round
-        if isinstance(outcome, Failed):
-            notes.failures.append(failure(outcome.client, outcome.reason, outcome.text))
-            return own, None
-        if not own and self.waiting.late == "refuse":
-            text = "came after its round had ended"
-            notes.failures.append(failure(outcome.client, "expired", text))
-            return False, None
-        try:
-            check_update(task, outcome.update, self.federation.shapes, self.setup.model)
-        except UpdateError as error:
-            notes.failures.append(failure(outcome.client, "error", str(error)))
-            return own, None
-        traffic[outcome.client] = Traffic(outcome.update.num_bytes, task.num_bytes)
-        note_answer(task, outcome, self.costs, notes)
-        row = notes.clients[-1]
-        row["bytes_up"], row["bytes_down"] = traffic[outcome.client]
-        row["staleness"] = self.federation.round - task.round
-        return own, outcome.update
+    def _noted(self, counted: Counted, notes: Notes, traffic: dict[int, Traffic]) -> Update:
+        update, row = counted.update, notes.clients[-1]
+        traffic[update.client] = Traffic(update.num_bytes, counted.down)
+        row["bytes_up"], row["bytes_down"] = traffic[update.client]
+        row["staleness"] = self.federation.round - counted.round
+        return update
 
     def _idle(self, most: int) -> list[Client]:
         """Devices that are there and do nothing, in the round's order."""
-        idle = self.engine.seated - self._working.keys()
+        idle = self.engine.seated - self.working.tasks.keys()
         order = self.setup.order(self.federation.round)
         return [self.setup.clients[number] for number in order if number in idle][:most]
 
@@ -210,14 +187,20 @@ def live(
         ConfigError: it simulates clients that do not answer.
     """
     assert isinstance(federation, Star), "devices have a server"
+    check_answers(setup)
+    return Live(
+        setup=setup,
+        engine=engine,
+        federation=federation,
+        waiting=waiting,
+        working=Working(setup=setup, engine=engine, costs=costs, banks=waiting.late == "bank"),
+    )
+
+
+def check_answers(setup: Setup) -> None:
+    """Raise ConfigError if the experiment simulates clients that do not answer."""
     if setup.experiment.dropout:
         raise ConfigError(
             f"dropout {setup.experiment.dropout} simulates devices that do not answer; set it to 0 "
             f"where real ones do the work until a quorum or a deadline"
         )
-    return Live(setup=setup, engine=engine, federation=federation, costs=costs, waiting=waiting)
-
-
-def _up(number: float) -> int:
-    """Rounded up, but for what floats are off: 10 x 1.1 is 11."""
-    return math.ceil(round(number, 9))

@@ -84,22 +84,22 @@ def _check_peers(experiment: Experiment, deployment: Deployment) -> None:
         )
 
 
+def as_tree(experiment: Experiment) -> Experiment:
+    """The experiment on edges that are machines; raises ConfigError if it is for no tree."""
+    asked = experiment.network.topology
+    if asked not in ("auto", "tree"):
+        raise ConfigError(
+            f"a run with edges is a tree, and network.topology is {asked!r}: leave it away, or "
+            f"leave --edges away"
+        )
+    return replace(experiment, network=replace(experiment.network, topology="tree"))
+
+
 def _placed(experiment: Experiment, deployment: Deployment) -> Experiment:
     """The experiment, on a star or a tree; raises ConfigError if these devices cannot be that."""
     asked, method = experiment.network.topology, experiment.method
     if deployment.edges:
-        refused = {
-            f"network.topology {asked!r}": asked not in ("auto", "tree"),
-            "waiting.*": not deployment.waiting.for_all,
-            "a method whose clients have models of their own": hasattr(method, "personal"),
-        }
-        if any(refused.values()):
-            what = ", ".join(name for name, there in refused.items() if there)
-            raise ConfigError(
-                f"a run with edges goes without {what}; see docs/howto/edge-tier.md for what is "
-                f"not there yet"
-            )
-        return replace(experiment, network=replace(experiment.network, topology="tree"))
+        return as_tree(experiment)
     if asked == "tree" or (asked == "auto" and method.topology == "tree"):
         raise ConfigError(
             "a tree needs edges: say with --edges how many join (docs/howto/edge-tier.md), or set "

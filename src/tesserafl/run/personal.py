@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +17,14 @@ from tesserafl.core.wire import Parts
 from tesserafl.data.examples import Examples
 from tesserafl.engines.compression import apart
 from tesserafl.engines.federation import Federation
-from tesserafl.engines.remote import Remote
+from tesserafl.engines.orders import Judged
 from tesserafl.engines.seam import Done, Engine
 from tesserafl.run.evaluate import Evaluator
 from tesserafl.run.setup import Setup, evaluator_of
+
+Judging = Callable[[Parts], Mapping[int, Judged]]
+"""Measures the models of clients elsewhere, by a global state: client -> what it found. Who is not
+there is left out."""
 
 
 def check_personal(setup: Setup) -> None:
@@ -52,20 +56,24 @@ def check_personal(setup: Setup) -> None:
 
 
 def personal_accuracies(
-    setup: Setup, engine: Engine, federation: Federation, evaluator: Evaluator
+    setup: Setup,
+    engine: Engine,
+    federation: Federation,
+    evaluator: Evaluator,
+    judge: Judging | None = None,
 ) -> dict[str, list[float]]:
     """Accuracies of the clients that have a test of their own, in the clients' order.
 
     `accuracy_personal`: with what the method's clients keep (`personal`); of mixtures also
     `own_share`, how much the client's own expert counts there. `accuracy_finetuned`: the global
     model after `finetune_epochs` of training on the client's own examples.
+
+    `judge`: where what clients keep, and what they test with, is on devices; None: it is here.
     """
     method, found = setup.experiment.method, {}
     state = federation.assembled()
-    if isinstance(
-        engine, Remote
-    ):  # what clients keep, and what they test with, is on their devices
-        return _elsewhere(setup, engine, state)
+    if judge is not None:
+        return _elsewhere(setup, judge, state)
     tested = [c for c in setup.clients if len(setup.data.clients[c.id].test)]
     if tested and hasattr(method, "personal"):
         models = [
@@ -91,6 +99,15 @@ def state_parts(state: State) -> Parts:
     return values, {"params": state.params, "extra": dict(state.extra)}
 
 
+def state_of(parts: Parts) -> State:
+    """The inverse of `state_parts`; raises MessageError."""
+    header, groups = parts
+    try:
+        return State(params=groups["params"], extra=groups["extra"], **header)
+    except (KeyError, TypeError) as error:
+        raise MessageError(f"a global state lacks {error}, or has it in excess") from error
+
+
 def personal_accuracy(
     setup: Setup, parts: Parts, memory: Memory, examples: Examples
 ) -> tuple[float, float | None]:
@@ -99,24 +116,21 @@ def personal_accuracy(
     Raises:
         MessageError: the parts are not those of a state.
     """
-    header, groups = parts
     method = setup.experiment.method
     if not hasattr(method, "personal"):
         raise MessageError("clients of this method have no models of their own")
-    try:
-        state = State(params=groups["params"], extra=groups["extra"], **header)
-    except (KeyError, TypeError) as error:
-        raise MessageError(f"a global state lacks {error}, or has it in excess") from error
+    state = state_of(parts)
     model = method.personal(setup.model, state, apart(memory)[0])
     evaluator = evaluator_of(setup)
     return evaluator.evaluate(model, examples).accuracy, evaluator.share(model, examples)
 
 
-def _elsewhere(setup: Setup, engine: Remote, state: State) -> dict[str, list[float]]:
+def _elsewhere(setup: Setup, judge: Judging, state: State) -> dict[str, list[float]]:
     """As measured on the devices that are there, in the clients' order."""
     if not hasattr(setup.experiment.method, "personal"):
         return {}
-    judged = engine.judge(state_parts(state)).values()
+    found_of = judge(state_parts(state))
+    judged = [found_of[client] for client in sorted(found_of)]
     if not judged:
         return {}
     found = {"accuracy_personal": [each.accuracy for each in judged]}

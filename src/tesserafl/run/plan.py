@@ -10,7 +10,7 @@ from rich.table import Table
 from tesserafl.core.coverage import Coverage
 from tesserafl.core.messages import Task
 from tesserafl.core.method import State
-from tesserafl.core.params import num_entries
+from tesserafl.core.params import num_bytes, num_entries
 from tesserafl.core.submodel import SubModel
 from tesserafl.engines.compression import answer_bytes, task_bytes
 from tesserafl.models.costs import frozen_entries
@@ -55,6 +55,19 @@ class PlannedClass:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlannedEdge:
+    """What goes over an edge's link in a round of the cloud, if its devices are of all classes."""
+
+    bytes_down: int
+    """Of the model."""
+    bytes_up_once: int | None
+    """Where it averages once: of its devices' sum, in integers. None: it hands on each device's
+    update, for a method that looks at them one by one."""
+    bytes_up_several: int | None
+    """Where it averages more often: of its model. None: the method has nothing for that."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The classes of clients and how the coverage grows."""
 
@@ -69,6 +82,8 @@ class Plan:
     """Rounds -> share of the global model's entries that were trained at least once."""
     peering: Peering | None
     """What peers store and send; None: a server and its clients."""
+    edge: PlannedEdge | None
+    """What an edge of a tree sends and receives; None: there are none."""
 
 
 def make_plan(setup: Setup, coverage_rounds: Sequence[int] = (1, 2, 5, 10, 20, 50, 100)) -> Plan:
@@ -96,6 +111,24 @@ def make_plan(setup: Setup, coverage_rounds: Sequence[int] = (1, 2, 5, 10, 20, 5
         classes=tuple(_classes(setup, state, entries, costs)),
         coverage=_coverage(setup, state, Coverage(shapes), wanted),
         peering=peering,
+        edge=_edge(setup, state) if topology_of(experiment) == "tree" else None,
+    )
+
+
+def _edge(setup: Setup, state: State) -> PlannedEdge:
+    method, reported = setup.experiment.method, set[str]()
+    for kind in classes_of(setup.experiment, setup.model, setup.clients, state):
+        wanted = kind.task.wanted.deltas
+        views = _trained(kind.task).views
+        reported |= {v.name for n, v in views.items() if wanted is None or n in wanted}
+    size = num_bytes(state.params)
+    # Integers of 8 bytes; a parameter of which somebody reports a part is summed as a whole.
+    sums = sum(8 * state.params[name].numel() for name in reported)
+    several = method.entrywise or hasattr(method, "relayed")
+    return PlannedEdge(
+        bytes_down=size,
+        bytes_up_once=sums if method.entrywise else None,
+        bytes_up_several=size if several else None,
     )
 
 
@@ -179,5 +212,17 @@ def described(plan: Plan) -> Iterator[str | Table]:
     yield table
     grown = ", ".join(f"{share:.1%} after {rounds}" for rounds, share in plan.coverage.items())
     yield f"Coverage of the global model by round: {grown}"
+    if plan.edge is not None:
+        edge = plan.edge
+        once = "every update of its devices"
+        if edge.bytes_up_once is not None:
+            once = f"{edge.bytes_up_once / 1e6:.3g} MB up"
+        more = "it can average once only"
+        if edge.bytes_up_several is not None:
+            more = f"{edge.bytes_up_several / 1e6:.3g} MB up if more often"
+        yield (
+            f"The link of an edge, in a round of the cloud: {edge.bytes_down / 1e6:.3g} MB down; "
+            f"{once} if it averages once, {more}"
+        )
     if plan.peering is not None:
         yield from peering_described(plan.peering, plan.num_entries)

@@ -120,10 +120,10 @@ def fleet_for(setup: Setup, federation: Federation) -> Fleet | None:
             "virtual time is for runs with a server; leave fleet away, or set network.topology to "
             "'star'"
         )
-    if topology_of(experiment) != "star" and experiment.clock.mode != "synchronous":
+    if topology_of(experiment) != "star" and experiment.clock.mode == "asynchronous":
         raise ConfigError(
-            f"the rounds of a tree are synchronous; clock.mode is {experiment.clock.mode!r}: use "
-            f"network.topology 'star', whose messages pass the edges' links"
+            "the nodes of a tree play rounds, and clock.mode 'asynchronous' has none: use "
+            "'semi-synchronous', or network.topology 'star', whose messages pass the edges' links"
         )
     return fleet_of(experiment.fleet, len(setup.clients), experiment.seed)
 

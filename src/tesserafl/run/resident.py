@@ -9,17 +9,14 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from tesserafl.core.errors import MessageError, TesseraError
+from tesserafl.core.errors import TesseraError
 from tesserafl.core.messages import Memory
-from tesserafl.core.wire import Parts, task_of, update_parts
-from tesserafl.engines.incoming import Later, read_letter
+from tesserafl.core.wire import task_of, update_parts
+from tesserafl.engines.incoming import Later
 from tesserafl.engines.orders import (
-    Answer,
     Bye,
     Envelope,
     Fetch,
@@ -27,7 +24,6 @@ from tesserafl.engines.orders import (
     Judge,
     Judged,
     Missing,
-    Parcels,
     Profile,
     Refusal,
     Rest,
@@ -40,6 +36,7 @@ from tesserafl.engines.orders import (
 from tesserafl.engines.parcels import Letter, Outgoing, letter_of
 from tesserafl.engines.process import threads
 from tesserafl.engines.turns import Examine, Fold, Standing, Turn
+from tesserafl.run.answering import answered_once, fetched, lacking, read_kept, rest_of
 from tesserafl.run.children import give_back_memory
 from tesserafl.run.files import read_json, write_json
 from tesserafl.run.holding import Holding, Local, hold
@@ -135,24 +132,20 @@ class Resident:
         return Spool(folder=self.folder / run)
 
     def _work(self, order: Work, spool: Spool) -> Envelope:
-        letter = letter_of(order.letter)
         asked = digest_of(order.model_dump(exclude={"most_bytes"}))
-        if (kept := spool.answer(asked)) is None:
-            names = [note.sha256 for note in letter.parcels]
-            if missing := spool.missing(names):
-                return sealed(Missing(parcels=missing))
-            spool.keep_only(names)
-            self._train(order, asked, spool)
-            kept = spool.answer(asked)
-            assert kept is not None
-        return answer_kept(kept, spool, order.most_bytes)
+        letter = letter_of(order.letter)
 
-    def _train(self, order: Work, asked: str, spool: Spool) -> None:
+        def work() -> None:
+            self._train(order, letter, asked, spool)
+
+        return answered_once(letter, asked, spool, order.most_bytes, work)
+
+    def _train(self, order: Work, letter: Letter, asked: str, spool: Spool) -> None:
         holding = self._known(order.run)
         assert holding is not None, "asked before"
         # Its parameters stay on the disk: what is trained is the one copy in memory.
         later = Later(groups=frozenset({"params"}), read=spool.piece)
-        task, _ = task_of(*read_kept(letter_of(order.letter), spool, later))
+        task, _ = task_of(*read_kept(letter, spool, later))
         if task.client.id != order.client:
             raise TesseraError(f"the task is client {task.client.id}'s, the order {order.client}'s")
         if self.local.client not in (None, order.client):
@@ -177,8 +170,8 @@ class Resident:
         holding = self._known(order.run)
         assert holding is not None, "asked before"
         letter = letter_of(order.letter)
-        if missing := spool.missing(note.sha256 for note in letter.parcels):
-            return sealed(Missing(parcels=missing))
+        if (lacks := lacking(letter, spool)) is not None:
+            return lacks
         if not len(holding.data.test):
             raise TesseraError("this device keeps no test examples of its own")
         parts = read_kept(letter, spool)
@@ -229,41 +222,9 @@ class Resident:
         return sealed(Missing(parcels=[]))
 
 
-def read_kept(letter: Letter, spool: Spool, later: Later | None = None) -> Parts:
-    """The message of a letter, all of whose parcels are on the disk; `later`: what stays there."""
-    try:
-        return read_letter(letter, spool.fetch, later)
-    except MessageError:
-        spool.keep_only(())  # damaged on the disk, perhaps: let it be sent again
-        raise
-
-
 def _recalled(order: Work | Judge, spool: Spool) -> Memory:
     memory = spool.recall(order.remembers)
     if memory is None:
         _log.warning("what was kept after round %s is lost; begins anew", order.remembers)
         return {}
     return memory
-
-
-def answer_kept(kept: Mapping[str, Any], spool: Spool, most_bytes: int) -> Envelope:
-    """An answer that lies on the disk, with as many of its parcels as that."""
-    inline = spool.answered_in(letter_of(kept["letter"]).parcels, most_bytes)
-    return sealed(Answer(letter=kept["letter"], seconds=kept["seconds"]), inline)
-
-
-def fetched(order: Fetch, spool: Spool) -> Envelope:
-    """Parcels of the answer that is kept."""
-    found = {name: spool.answered(name) for name in order.parcels}
-    if missing := [name for name, data in found.items() if data is None]:
-        return sealed(Missing(parcels=missing))
-    return sealed(Parcels(), {name: data for name, data in found.items() if data is not None})
-
-
-def rest_of(order: Rest, spool: Spool) -> Envelope:
-    """Further parcels of the answer that is kept, if it is that round's."""
-    kept = spool.answer()
-    if kept is None or kept["letter"]["header"].get("round") != order.round:
-        return sealed(Missing(parcels=[]))
-    notes = letter_of(kept["letter"]).parcels
-    return sealed(Parcels(), spool.answered_in(notes, order.most_bytes, order.number))

@@ -34,7 +34,7 @@ from tesserafl.run.export import export_model
 from tesserafl.run.federate import links_of
 from tesserafl.run.files import alone_in, read_json, write_json
 from tesserafl.run.ledger import Ledger
-from tesserafl.run.personal import personal_accuracies
+from tesserafl.run.personal import Judging, personal_accuracies
 from tesserafl.run.player import Player, player_of
 from tesserafl.run.report import write_partition, write_report
 from tesserafl.run.setup import Setup, evaluator_of, make_engine, prepare
@@ -83,10 +83,11 @@ def play(
     engine: Engine,
     listener: Listener | None = None,
     player: MakePlayer = player_of,
+    judge: Judging | None = None,
 ) -> dict[str, Any]:
     """Play a run on an engine, from its newest checkpoint; closes the engine.
 
-    Returns the summary.
+    Returns the summary. `judge` measures clients' own models, where these are elsewhere.
     """
     with (
         contextlib.closing(engine),
@@ -103,6 +104,7 @@ def play(
             log=log,
             listener=listener,
             player=player,
+            judge=judge,
         )
         return run.to_the_end()
 
@@ -116,6 +118,7 @@ class _Run:
     log: EventLog
     listener: Listener | None
     player: MakePlayer
+    judge: Judging | None
     ledger: Ledger = field(default_factory=Ledger)
 
     @property
@@ -255,7 +258,9 @@ class _Run:
             summary["trainable_share"] = summary["params_trained"] / frozen
         if local:
             summary["accuracy_clients"] = local
-        summary |= personal_accuracies(self.setup, self.engine, self.federation, evaluator)
+        summary |= personal_accuracies(
+            self.setup, self.engine, self.federation, evaluator, self.judge
+        )
         if copies := self.federation.copies():
             summary["accuracy_peers"] = self._of_copies(copies, evaluator)
         self._emit({"kind": "finish", **summary})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 from tesserafl.core.errors import CheckpointError, ConfigError
 from tesserafl.engines.orders import Profile
 from tesserafl.run.files import read_json, write_json
+from tesserafl.run.guests import GUESTS, Guests
 
-GUESTS = "guests.jsonl"
-"""Beside the seats: who came, and what became of it, one JSON object a line."""
 _PROFILES: TypeAdapter[dict[int, Profile]] = TypeAdapter(dict[int, Profile])
 
 
@@ -37,9 +35,10 @@ class Seats:
     """Name of a device that cannot be a client of this run -> what it lacks."""
     settled: bool = False
     """Whether the rounds have begun: clients' numbers do not change any more."""
-    _told: dict[str, str] = field(default_factory=dict)
+    guests: Guests = field(init=False)
 
     def __post_init__(self) -> None:
+        self.guests = Guests(path=self.path.with_name(GUESTS))
         if not self.path.exists():
             return
         try:
@@ -55,16 +54,9 @@ class Seats:
         told is written beside the seats, once, for who watches the run.
         """
         client = self._seat(voucher, profile)
-        self._tell(
-            profile, client if isinstance(client, str) else f"has joined, as client {client}"
-        )
+        text = client if isinstance(client, str) else f"has joined, as client {client}"
+        self.guests.tell(profile.name, text)
         return client
-
-    def _tell(self, profile: Profile, text: str) -> None:
-        if self._told.get(profile.name) != text:
-            self._told[profile.name] = text
-            with self.path.with_name(GUESTS).open("a", encoding="utf-8") as book:
-                book.write(json.dumps({"device": profile.name, "text": text}) + "\n")
 
     def _seat(self, voucher: str, profile: Profile) -> int | str:
         if voucher and voucher != profile.name:
@@ -110,7 +102,7 @@ class Seats:
         for old, why in found.items():
             if isinstance(why, str):
                 self.short[self.taken[old].name] = why
-                self._tell(self.taken.pop(old), why)
+                self.guests.tell(self.taken.pop(old).name, why)
         if not self.taken and self.short:
             name, why = min(self.short.items())
             raise ConfigError(f"no device that has joined can take part; {name!r}: {why}")

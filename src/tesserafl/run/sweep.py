@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tesserafl.core.messages import Client, Memory, Task, Update
+from tesserafl.core.messages import Client, Memory, Task
 from tesserafl.core.method import State
 from tesserafl.core.params import norm
 from tesserafl.core.places import part_to_json
@@ -19,8 +20,9 @@ from tesserafl.engines.handed import handed_change, handed_sums
 from tesserafl.engines.seam import Engine, Outcome
 from tesserafl.engines.sums import Sums, sums_of
 from tesserafl.engines.swept import Loss, Row, Swept
-from tesserafl.run.averages import Several, numbered, turns
+from tesserafl.run.averages import Patience, Several, fits, numbered, round_of, turns
 from tesserafl.run.costs import CostTable
+from tesserafl.run.enough import Counted, Working
 from tesserafl.run.rounds import Notes, answers, training_of
 from tesserafl.run.setup import Setup
 
@@ -39,8 +41,14 @@ class Sweeping:
     costs: CostTable
     order: Sweep
     sketch: Sketch | None
+    heard: Mapping[int, int]
+    """Client -> the round of the task that it answered last; kept by who asks the devices."""
     begins: Callable[[], None] = lambda: None
     """Called before each average."""
+    working: Working | None = None
+    """Devices that are not waited for until all have answered; None: the edge waits for all."""
+    seconds: float = math.inf
+    """That an average has, where it does not wait for all."""
     _rows: list[Row] = field(default_factory=list)
     _failures: list[Loss] = field(default_factory=list)
     _parts: dict[object, SubModel] = field(default_factory=dict)
@@ -49,6 +57,7 @@ class Sweeping:
     def play(self, state: State) -> Parts:
         """The averages; what the edge hands on, and what it says of its devices."""
         order, method = self.order, self.setup.experiment.method
+        self._forget()
         cohort = {member.id: Client(**member.model_dump()) for member in order.cohort}
         together = [cohort[client] for client in order.together]
         empty = sums_of(self.setup.model, method, cohort, state.params)
@@ -72,9 +81,28 @@ class Sweeping:
             failures=self._failures,
             parts=[],
             sketch=[] if self.sketch is None else list(self.sketch.model(model.params)),
+            late=[] if self.working is None else sorted(self.working.tasks),
+            heard=[[c, self.heard[c]] for c in self._clients if c in self.heard],
         )
         parts = [part_to_json(part) for part in self._parts.values()]
         return {**swept.model_dump(), "parts": parts}, groups
+
+    @property
+    def _clients(self) -> list[int]:
+        """Below the edge, whose answers may have come."""
+        late = [] if self.order.waits is None else self.order.waits.late
+        return [*self.order.own, *late]
+
+    def _forget(self) -> None:
+        """Go on with those late devices alone that the cloud knows of; name those that are lost."""
+        if self.working is None or self.order.waits is None:
+            return
+        late = set(self.order.waits.late)
+        for client in self.working.tasks.keys() - late:
+            del self.working.tasks[client]
+        for client in sorted(late - self.working.tasks.keys()):
+            text = "its edge knows of its work no more"
+            self._failures.append(Loss(client=client, reason="crashed", text=text))
 
     def _average(self, state: State, together: Sequence[Client], number: int, total: Sums) -> None:
         self.begins()
@@ -86,23 +114,61 @@ class Sweeping:
             compression=experiment.compression,
         )
         own, steps = set(self.order.own), {client: each for client, each in self.order.steps}
-        down: dict[int, int] = {}
-
-        def tasks() -> Iterator[Task]:
-            dealt = star.tasks(together, training_of(self.setup, star))
-            for task in numbered(dealt, state, steps, number):
-                if task.client.id in own:
-                    down[task.client.id] = task.num_bytes
-                    yield task
-
-        notes, watched = Notes(), _Watched(engine=self.engine)
-        for update in answers(self.setup, watched, tasks(), state.params, self.costs, notes):
-            total.add(update)
-            self._note(notes, update, watched.took[update.client], down[update.client])
-            del update  # its memory serves the next client
+        busy = () if self.working is None else self.working.tasks.keys()
+        together = [client for client in together if client.id not in busy]
+        dealt = star.tasks(together, training_of(self.setup, star))
+        tasks = (task for task in numbered(dealt, state, steps, number) if task.client.id in own)
+        notes = Notes()
+        if self.working is None:
+            counted = self._all(tasks, state, notes)
+        else:
+            asked = sum(client.id in own for client in together)
+            counted = self._enough(self.working, asked, tasks, state, number, notes)
+        for each in counted:
+            total.add(each.update)
+            self._note(notes, each)
+            del each  # its memory serves the next client
         self._failures += [Loss(**failure) for failure in notes.failures]
 
-    def _note(self, notes: Notes, update: Update, took: float, down: int) -> None:
+    def _all(self, tasks: Iterator[Task], state: State, notes: Notes) -> Iterator[Counted]:
+        """The answers of all that answer."""
+        down, engine = dict[int, int](), _Watched(engine=self.engine)
+
+        def measured() -> Iterator[Task]:
+            for task in tasks:
+                down[task.client.id] = task.num_bytes
+                yield task
+
+        for update in answers(self.setup, engine, measured(), state.params, self.costs, notes):
+            took = engine.took[update.client]
+            yield Counted(update=update, round=update.round, down=down[update.client], seconds=took)
+
+    def _enough(
+        self,
+        working: Working,
+        asked: int,
+        tasks: Iterator[Task],
+        state: State,
+        number: int,
+        notes: Notes,
+    ) -> Iterator[Counted]:
+        """The answers until a quorum of those asked, or a deadline; those of late devices too."""
+        waits = self.order.waits
+        assert waits is not None, "who does not wait for all was told how"
+        patience = Patience(quorum=waits.quorum, wanted=waits.wanted, asked=waits.asked)
+        working.fits = lambda task: fits(self.setup.experiment.method, state, task.round, number)
+        return working.until_enough(
+            tasks,
+            asked,
+            patience.needed(asked),
+            self.seconds,
+            round_of(state, number),
+            state.params,
+            notes,
+        )
+
+    def _note(self, notes: Notes, counted: Counted) -> None:
+        update, took, down = counted.update, counted.seconds, counted.down
         noted, part = notes.clients[-1], notes.trained[-1]
         places = tuple((name, view.key) for name, view in part.views.items())
         self._parts.setdefault(places, part)

@@ -23,15 +23,15 @@ from tesserafl.engines.clock import EventQueue
 from tesserafl.engines.federation import Federation
 from tesserafl.engines.fleet import Fleet
 from tesserafl.engines.seam import Engine
+from tesserafl.run.averages import rounded_up
 from tesserafl.run.costs import CostTable
-from tesserafl.run.flights import UPDATE_GROUPS, Flight, flight_of, flight_parts, fly
+from tesserafl.run.flights import Flight, flights_of, flights_parts, fly
 from tesserafl.run.roster import Roster, deserted
 from tesserafl.run.rounds import Notes, check_answered, count, fold, training_of
 from tesserafl.run.setup import Setup
 
 _FAILURES = 100
 """Works that fail in a row, for each device, before nothing more is hoped for."""
-_LATE = {"reason": "expired", "text": "came after its round had ended"}
 
 
 @dataclass(kw_only=True)
@@ -88,29 +88,20 @@ class Timed:
     def held(self) -> tuple[dict[str, Any], dict[str, Params]]:
         """All that a checkpoint needs beside the federation."""
         waiting = self.queue.waiting()
+        flights, tensors = flights_parts([*(f for _, _, f in waiting), *self.ended])
         values: dict[str, Any] = {
             "now": self.now,
             "taken": self.queue.taken,
             "sent": self.sent,
             "asked": sorted(self._roster.asked),
             "keys": [key for _, key, _ in waiting],
-            "flights": [],
+            "flights": flights,
         }
-        tensors: dict[str, Params] = {}
-        for number, flight in enumerate([*(f for _, _, f in waiting), *self.ended]):
-            header, groups = flight_parts(flight)
-            values["flights"].append(header)
-            tensors |= {f"clock-{number}-{name}": group for name, group in groups.items()}
         return values, tensors
 
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Params]) -> None:
         """Go on from a checkpoint."""
-        flights = [
-            flight_of(header, {n: tensors[f"clock-{number}-{n}"] for n in UPDATE_GROUPS})
-            if header["update"] is not None
-            else flight_of(header, {})
-            for number, header in enumerate(values["flights"])
-        ]
+        flights = flights_of(values["flights"], tensors)
         self.queue = EventQueue(now=values["now"], taken=values["taken"])
         for key, flight in zip(values["keys"], flights, strict=False):
             self.queue.put(flight.ends, key, flight)
@@ -138,10 +129,10 @@ class Timed:
 
     def _semi_synchronous(self) -> Notes:
         settings, wanted = self.setup.experiment.clock, self.setup.experiment.clients_per_round
-        cohort = self._pick(_up(wanted * (1 + settings.over_selection)))
+        cohort = self._pick(rounded_up(wanted * (1 + settings.over_selection)))
         begin, version = self.now, self.federation.round
         self._send(cohort)
-        needed = min(_up(settings.quorum * wanted), len(cohort))
+        needed = min(rounded_up(settings.quorum * wanted), len(cohort))
         until = begin + (settings.deadline_seconds or math.inf)
         under_way, answered = len(cohort), 0
         while under_way and answered < needed and self.queue.next_time() <= until:
@@ -270,10 +261,7 @@ class Timed:
         waiting = self.queue.waiting()
         self.queue = EventQueue(now=self.now, taken=self.queue.taken)
         for ends, key, flight in waiting:
-            if flight.answered:
-                row = {"client": flight.client, **_LATE}
-                flight = replace(flight, update=None, trained=None, row=row)
-            self.queue.put(ends, key, flight)
+            self.queue.put(ends, key, flight.refused())
 
     def _folded(self, ended: Sequence[Flight], *, waited: bool) -> Notes:
         """The next model, from the answers among what ended."""
@@ -293,8 +281,3 @@ class Timed:
             device = self.fleet.devices[flight.client].device
             flight.note_in(notes, device, staleness=version - flight.round)
         notes.folded = replace(notes.folded, traffic=notes.traffic)
-
-
-def _up(number: float) -> int:
-    """Rounded up, but for what floats are off: 10 x 1.1 is 11."""
-    return math.ceil(round(number, 9))

@@ -7,6 +7,8 @@
                            by those who trained it
 
 An edge is a server to those below and a client to the node above; the method's hooks are the same.
+Semi-synchronous nodes wait for their devices as `averages.Patience` says, and the node above waits
+for them.
 """
 
 from __future__ import annotations
@@ -27,10 +29,21 @@ from tesserafl.engines.federation import Folded, Star
 from tesserafl.engines.fleet import CLOUD, Edge, Fleet
 from tesserafl.engines.seam import Engine
 from tesserafl.engines.sums import Sums, sums_of
-from tesserafl.run.averages import Schedule, Several, decided, numbered, report_of, turns
+from tesserafl.run.averages import (
+    Schedule,
+    Several,
+    decided,
+    fits,
+    numbered,
+    report_of,
+    share_of,
+    staleness,
+    turns,
+)
 from tesserafl.run.costs import CostTable
-from tesserafl.run.flights import Flight, fly
+from tesserafl.run.flights import Flight, flights_of, flights_parts, fly
 from tesserafl.run.job import Job
+from tesserafl.run.lateness import Lateness
 from tesserafl.run.roster import deserted
 from tesserafl.run.rounds import Notes, check_answered, count, training_of
 from tesserafl.run.setup import Setup
@@ -57,6 +70,10 @@ class Tree:
     reports: dict[str, Report] = field(default_factory=dict)
     """edge -> of its last round"""
     accuracy: float | None = None
+    late: Lateness = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.late = Lateness(setup=self.setup, fleet=self.fleet)
 
     @property
     def over(self) -> bool:
@@ -77,17 +94,21 @@ class Tree:
         if all(placed.online_from(begin) == math.inf for placed in self.fleet.devices):
             raise deserted(begin)
         method = self.setup.experiment.method
-        cohort = {client.id: client for client in self.setup.cohort(state.round)}
-        periods = self._periods(state, cohort)
+        asked, patience = self.late.asked(state.round)
+        periods = self._periods(state, {client.id: client for client in asked})
+        cohort = {client.id: client for client in (*asked, *self.late.clients)}
         job = Job(
             cohort=cohort,
+            asked=frozenset(client.id for client in asked),
+            patience=patience,
             periods=periods,
             steps={c: n for each in periods.values() for c, n in each.steps.items()},
             empty=sums_of(self.setup.model, method, cohort, state.params),
         )
-        total, self.now = self._average(CLOUD, state, begin, 1, job)
+        seconds = self.setup.experiment.clock.deadline_seconds or math.inf
+        total, self.now = self._average(CLOUD, state, begin, seconds, 1, job)
         self.federation.state = total.finish(state)
-        self._note(job, begin, notes)
+        self._note(job, begin, state.round, notes)
         check_answered(state.round, notes)
         count(self.federation, coverage, notes)
         reported = {edge: job.report(edge, self.fleet) for edge in job.taken}
@@ -98,12 +119,15 @@ class Tree:
     def held(self) -> tuple[dict[str, Any], dict[str, Params]]:
         """All that a checkpoint needs beside the federation."""
         reports = {edge: asdict(report) for edge, report in self.reports.items()}
-        return {"now": self.now, "reports": reports, "accuracy": self.accuracy}, {}
+        late, tensors = flights_parts(flight for _, flight in sorted(self.late.flights.items()))
+        known = {"now": self.now, "reports": reports, "accuracy": self.accuracy, "late": late}
+        return known, tensors
 
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Params]) -> None:
         """Go on from a checkpoint."""
         self.now, self.accuracy = values["now"], values["accuracy"]
         self.reports = {edge: report_of(report) for edge, report in values["reports"].items()}
+        self.late.flights = {f.client: f for f in flights_of(values["late"], tensors)}
 
     def _periods(self, state: State, cohort: Mapping[int, Client]) -> Mapping[str, Periods]:
         if self.schedule is None:
@@ -125,31 +149,38 @@ class Tree:
         return decided(self.schedule, self.setup.model, state, situation)
 
     def _average(
-        self, node: str, state: State, start: float, number: int, job: Job
+        self, node: str, state: State, start: float, seconds: float, number: int, job: Job
     ) -> tuple[Sums, float]:
         """What those below a node report in one of its averages, and when the last one has.
 
         Edges that average once hand on what they get: for the method those below them are the
-        node's own clients. `number` tells this average from all others of the round.
+        node's own clients. The node waits so many seconds for its devices. `number` tells this
+        average from all others of the round.
         """
-        starts, sums = {node: start}, {node: job.empty()}
+        starts, sums, waits = {node: start}, {node: job.empty()}, {node: seconds}
         passing: list[Edge] = []
         deeper: list[Edge] = []
         self._reach(node, state, job, starts, passing, deeper)
         ends = dict(starts)
         sums |= {edge.name: job.empty() for edge in passing}
-        clients = [c for c in job.cohort.values() if self.fleet.homes[c.id] in starts]
-        for flight in self._fly(clients, state, starts, number, job):
-            home = self.fleet.homes[flight.client]
-            ends[home] = max(ends[home], flight.ends)
+        for edge in passing:
+            waits[edge.name] = share_of(waits[edge.parent], 1)
+        here = [c for c in job.cohort.values() if self.fleet.homes[c.id] in starts]
+        free = job.asked - self.late.flights.keys()
+        clients = [client for client in here if client.id in free]
+        flights = self._fly(clients, state, starts, number, job)
+        for flight in self.late.landing(flights, starts, ends, waits, job.patience):
+            if not fits(self.setup.experiment.method, state, flight.round, number):
+                flight = flight.refused()
             if flight.update is not None:
-                sums[home].add(flight.update)
+                sums[self.fleet.homes[flight.client]].add(flight.update)
                 job.changed(flight.update, self.sketch)
             job.flights.append(flight.without_update())
             del flight  # its update's memory serves the next client
         for edge in deeper:
             parent = edge.parent
-            arrives = self._several(edge, state, starts[parent], number, job, sums[parent])
+            below = share_of(waits[parent], job.rounds(edge))
+            arrives = self._several(edge, state, starts[parent], below, number, job, sums[parent])
             ends[parent] = max(ends[parent], arrives)
         for edge in reversed(passing):
             if self.sketch is not None:
@@ -183,16 +214,24 @@ class Tree:
             self._reach(edge.name, state, job, starts, passing, deeper)
 
     def _several(
-        self, edge: Edge, state: State, start: float, number: int, job: Job, above: Sums
+        self,
+        edge: Edge,
+        state: State,
+        start: float,
+        seconds: float,
+        number: int,
+        job: Job,
+        above: Sums,
     ) -> float:
-        """An edge averages several times; its change is added to the sum above.
+        """An edge averages several times, each within so many seconds; its change is added to the
+        sum above.
 
         Returns when it is there.
         """
         begin = now = start + edge.link.seconds_down(num_bytes(state.params))
         several, before = Several(model=state), len(job.flights)
         for turn in turns(job.rounds(edge), number):
-            total, now = self._average(edge.name, several.model, now, turn, job)
+            total, now = self._average(edge.name, several.model, now, seconds, turn, job)
             several.average(total)
         model = several.model
         if self.sketch is not None:
@@ -231,7 +270,7 @@ class Tree:
         large = state.params
         return fly(self.setup, self.engine, self.fleet, tasks, begin, large, self.costs)
 
-    def _note(self, job: Job, begin: float, notes: Notes) -> None:
+    def _note(self, job: Job, begin: float, round: int, notes: Notes) -> None:
         """The round's rows; between its works, and until the round ends, a device waits."""
         free = dict.fromkeys(job.cohort, begin)
         for position, flight in enumerate(job.flights):
@@ -239,11 +278,13 @@ class Tree:
             free[flight.client] = flight.ends
         last = {flight.client: position for position, flight in enumerate(job.flights)}
         for position in last.values():
-            job.flights[position] = job.flights[position].waiting_until(self.now)
+            if job.flights[position].start >= begin:  # it was asked in this round
+                job.flights[position] = job.flights[position].waiting_until(self.now)
         # Not in the order of the training: a sum of joules depends on its order.
         for flight in sorted(job.flights, key=lambda flight: flight.client):
-            home = self.fleet.homes[flight.client]
-            flight.note_in(notes, self.fleet.devices[flight.client].device, edge=home)
+            device, home = self.fleet.devices[flight.client].device, self.fleet.homes[flight.client]
+            more = {"staleness": staleness(round, flight.round, self.federation.rounds)}
+            flight.note_in(notes, device, edge=home, **(more if job.patience else {}))
         notes.virtual_seconds = self.now - begin
         notes.backhaul = job.backhaul
         if job.periods:

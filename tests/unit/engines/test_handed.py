@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -214,6 +215,19 @@ def test_of_devices_that_did_not_answer_nothing_is_added() -> None:
         below(HierFAVG(), state, 1).fold(empty(HierFAVG(), state), sent(parts), OWN[:1])
 
 
+def test_an_update_counts_only_beside_its_task() -> None:
+    """Of a client that was asked in a round before, the cloud may not know what."""
+    method = FedNova()
+    state = method.init(MODEL, 0, 3)
+    parts, _ = at_the_edge(method, state, 1)
+    known = below(method, state, 1)
+    fewer = replace(known, tasks=lambda: [t for t in known.tasks() if t.client.id == OWN[0]])
+    total = empty(method, state)
+    with pytest.raises(MessageError, match=f"client {OWN[1]}, whose task is not known"):
+        fewer.fold(total, sent(parts), OWN)
+    assert sha256(total.finish(state).params) == sha256(state.params)
+
+
 @pytest.mark.parametrize(("method", "rounds"), CASES, ids=NAMES)
 def test_an_edge_that_heard_nobody_adds_nothing(method: MethodSettings, rounds: int) -> None:
     state = method.init(MODEL, 0, 3)
@@ -255,6 +269,8 @@ def told(**changes: Any) -> dict[str, Any]:
         "failures": [],
         "parts": [PART],
         "sketch": [],
+        "late": [],
+        "heard": [],
         **changes,
     }
 
@@ -275,6 +291,10 @@ def test_what_an_edge_says_of_its_devices_is_looked_at() -> None:
         (told(rows=[ROW] * 3), "it tells of more"),
         (told(failures=[{**loss, "reason": "asleep"}]), "Input should be"),
         (told(failures=[{**loss, "client": 7}]), "client 7, which is not below it"),
+        (told(late=[2]), "client 2, which is not below it"),
+        (told(late=[-1]), "greater than or equal"),
+        (told(heard=[[2, 0]]), "client 2, which is not below it"),
+        (told(heard=[[1]]), "at least 2 items"),
         (told(more=1), "Extra inputs"),
     ):
         with pytest.raises(MessageError, match=text):

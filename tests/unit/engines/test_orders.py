@@ -9,6 +9,7 @@ import pytest
 
 from tesserafl.core.errors import MessageError
 from tesserafl.engines import orders
+from tesserafl.engines.edge_orders import Survey
 from tesserafl.engines.orders import (
     Answer,
     Bye,
@@ -39,6 +40,7 @@ ORDERS = [
     Fetch(run=RUN, parcels=[NAME]),
     Judge(run=RUN, client=3, remembers=2, letter={}),
     Bye(run=RUN),
+    Survey(run=RUN, letter={}, numbers={"a": 3}, heard=[[3, 2]], seconds=60.0),
 ]
 REPLIES = [
     Profile(name="a", client=None, num_examples=1, memory_mib=0.5),
@@ -55,7 +57,7 @@ def test_orders_and_replies_come_out_as_they_went_in():
     assert [order_of(sealed(order)) for order in ORDERS] == ORDERS
     assert [reply_of(sealed(reply)) for reply in REPLIES] == REPLIES
     assert {order.kind for order in ORDERS} | {reply.kind for reply in REPLIES} == {
-        *("hello", "store", "work", "fetch", "judge", "bye"),
+        *("hello", "store", "work", "fetch", "judge", "bye", "survey"),
         *("profile", "missing", "stranger", "refusal", "answer", "parcels", "judged"),
     }
 

@@ -24,14 +24,13 @@ from tesserafl.engines.network import NetworkSettings
 from tesserafl.engines.orders import Answer, order_of, reply_of, sealed
 from tesserafl.engines.parcels import Outgoing, letter_of
 from tesserafl.engines.swept import Swept
-from tesserafl.methods import EqualFinish, FedAvg, FedBRB, FedNova, FedSALoRA, HierFAVG, Tomtit
+from tesserafl.methods import EqualFinish, FedAvg, FedBRB, FedNova, HierFAVG, Tomtit
 from tesserafl.models import MLP
-from tesserafl.run import deployed, edge, runner
+from tesserafl.run import deployed, hosting, runner
 from tesserafl.run.cloud_round import measured
 from tesserafl.run.deployed import Deployment, begin, serve_over
 from tesserafl.run.experiment import EngineSettings, Experiment
 from tesserafl.run.holding import Local
-from tesserafl.run.live import Waiting
 from tesserafl.run.resident import Resident
 from tesserafl.run.spool import Spool
 
@@ -46,17 +45,17 @@ def _prepared_once(monkeypatch):
         monkeypatch.setattr(module, "prepare", deployed.prepare)
     # Reports are drawn in other tests.
     monkeypatch.setattr(runner, "write_report", lambda folder, setup: None)
-    monkeypatch.setattr(edge, "setup_without_data", cache_of(edge.setup_without_data))
+    monkeypatch.setattr(hosting, "setup_without_data", cache_of(hosting.setup_without_data))
 
 
 def cache_of(made):
     """Edges share what they probe of an experiment."""
     known = {}
 
-    def setup(local, hello):
-        key = json.dumps(hello.experiment, sort_keys=True)
+    def setup(local, experiment, spec):
+        key = json.dumps(experiment, sort_keys=True)
         if key not in known:
-            known[key] = made(local, hello)
+            known[key] = made(local, experiment, spec)
         return known[key]
 
     return setup
@@ -322,7 +321,7 @@ def test_no_schedule_falls_over_what_an_edge_says_it_took():
     plain = {"round": 0, "examples": 10, "steps": 4, "trained_entries": 1, "entries": 1}
     plain |= {"flops": 1.0, "seconds": 2.0, "link_seconds": 1.0, "bytes_up": 1, "bytes_down": 1}
     plain |= {"change": 1.0, "sketch": [], "part": 0, "metrics": {}}
-    header = {"handed": {}, "failures": [], "parts": [], "sketch": []}
+    header = {"handed": {}, "failures": [], "parts": [], "sketch": [], "late": [], "heard": []}
     swept = Swept.model_validate({**header, "rows": [{**plain, **row} for row in rows]})
     for seconds in (0.0, 5e-324, 3.0, 1e308):
         report = measured(swept, 2, seconds, 4.0)
@@ -375,15 +374,9 @@ def test_who_is_no_edge_has_no_seat(tmp_path):
 
 
 def test_what_a_tree_elsewhere_cannot_do_is_refused(tmp_path):
-    for changes, deployment, text in (
-        ({}, {"waiting": Waiting(quorum=0.5)}, r"without waiting\.\*"),
-        ({"network": NetworkSettings(topology="star")}, {}, "without network.topology 'star'"),
-        ({"method": FedSALoRA()}, {}, "models of their own"),
-    ):
-        with pytest.raises(ConfigError, match=text):
-            begin(
-                _experiment(**changes), Deployment(devices=4, edges=2, **deployment), tmp_path / "r"
-            )
+    star = _experiment(network=NetworkSettings(topology="star"))
+    with pytest.raises(ConfigError, match=r"a tree, and network\.topology is 'star'"):
+        begin(star, Deployment(devices=4, edges=2), tmp_path / "r")
     with pytest.raises(ConfigError, match="say with --edges how many join"):
         begin(_experiment(), Deployment(devices=4), tmp_path / "r")
     assert not (tmp_path / "r").exists()

@@ -8,21 +8,26 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from devices_at_hand import PostAtHand, parts
+from devices_at_hand import PostAtHand, experiment_for_four, parts
 
 from tesserafl.core.errors import CheckpointError, TesseraError
+from tesserafl.engines import remote
 from tesserafl.engines.attendance import Disowned
-from tesserafl.engines.orders import Bye, Store, reply_of, sealed
+from tesserafl.engines.orders import Bye, Hello, Store, reply_of, sealed
 from tesserafl.run import edge_host, join, serve
-from tesserafl.run.edge import EdgeResident, Hosting
+from tesserafl.run.edge import EdgeResident
 from tesserafl.run.edge_host import edge_noted, host, is_edge
+from tesserafl.run.experiment import to_json
 from tesserafl.run.files import read_json
 from tesserafl.run.holding import Local
+from tesserafl.run.hosting import Hosting
 from tesserafl.run.join import Line
 from tesserafl.run.serve import Link
+from tesserafl.run.setup import prepare
 
 RUN = "b" * 32
 LISTENS = """
@@ -79,6 +84,11 @@ def _free():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+class Lost(PostAtHand):
+    def nodes(self):
+        raise Disowned("Flower refuses this process")
 
 
 def _until(there):
@@ -148,10 +158,6 @@ def test_a_server_app_that_flower_loses_is_started_again(programs, hosted, tmp_p
 
 
 def test_a_server_app_whose_post_is_another_s_ends_without_an_error_of_the_edge(tmp_path):
-    class Lost(PostAtHand):
-        def nodes(self):
-            raise Disowned("Flower refuses this process")
-
     lost = Lost(residents={})
     resident = EdgeResident(name="edge-a", folder=tmp_path, post=lost)
     resident.answer = lambda envelope: lost.nodes()
@@ -167,6 +173,84 @@ def test_a_server_app_whose_post_is_another_s_ends_without_an_error_of_the_edge(
                     pipe.flush()
                     with pytest.raises(Disowned):
                         join.answer_at(server, resident)
+
+
+def test_an_edge_looks_after_its_devices_while_the_cloud_asks_nothing(tmp_path):
+    """Who comes late hears that it has no seat, and who comes back is there again."""
+    setup = prepare(experiment_for_four())
+    post = PostAtHand(residents=parts(tmp_path, (0, 1)))
+    edge = EdgeResident(name="edge-a", folder=tmp_path / "edge", post=post)
+
+    def watch(remote):
+        remote.clock, remote.pause = iter(range(0, 10**6, 5)).__next__, lambda _: None
+
+    edge.watch = watch
+    edge.idle()  # of no run
+    hello = Hello(run=RUN, experiment=to_json(setup.experiment), spec=asdict(setup.data.spec))
+    assert reply_of(edge.answer(sealed(hello))).kind == "edge"
+    below = edge._hosted.remote
+    post.away = {101}
+    edge.idle()
+    assert below.seated == {0}
+    post.away = set()
+    post.residents |= parts(tmp_path, (2,))
+    for _ in range(3):
+        edge.idle()
+    assert below.seated == {0, 1}
+    assert [text for text in below.refused.values()] == [
+        "edge 'edge-a' has told the cloud who is below it; 'device-2' may join its next run"
+    ]
+    assert (102, "bye") in [(node, kind) for node, kind, _ in post.log]
+
+    again = EdgeResident(name="edge-a", folder=tmp_path / "edge", post=post)
+    again.watch = watch
+    for _ in range(3):
+        again.idle()  # it goes on with the run, and nobody has asked for something yet
+    assert again._hosted.remote.seated == {0, 1}
+
+    def broken():
+        raise ValueError("the post is broken")
+
+    post.nodes = broken
+    edge.idle()  # it goes on
+    post.nodes = Lost(residents={}).nodes
+    with pytest.raises(Disowned):
+        edge.idle()
+
+
+def test_a_goodbye_ends_though_an_answer_to_it_breaks_off(tmp_path, monkeypatch):
+    """A device that ends while it answers: Flower awaits the rest, and the cloud the edge."""
+    monkeypatch.setattr(remote, "_GOODBYE", 0.2)
+    post, freed = PostAtHand(residents=parts(tmp_path, (0, 1))), threading.Event()
+    edge = EdgeResident(name="edge-a", folder=tmp_path / "edge", post=post)
+    setup = prepare(experiment_for_four())
+    hello = Hello(run=RUN, experiment=to_json(setup.experiment), spec=asdict(setup.data.spec))
+    edge.answer(sealed(hello))
+    post.pull = lambda names: freed.wait() and []
+    assert reply_of(edge.answer(sealed(Bye(run=RUN)))).kind == "missing"
+    assert edge.over and not (tmp_path / "edge" / RUN).exists()
+    assert [kind for _, kind, _ in post.log][-2:] == ["bye", "bye"]
+    freed.set()
+
+
+def test_who_answers_at_a_socket_has_time_while_nobody_asks(tmp_path, monkeypatch):
+    monkeypatch.setattr(join, "_IDLE_SECONDS", 0.01)
+    calls = []
+
+    def idle():
+        calls.append(1)
+        if len(calls) == 3:
+            raise Disowned("it is over")
+
+    with (
+        tempfile.TemporaryDirectory() as place,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server,
+    ):
+        server.bind(f"{place}/edge")
+        server.listen(1)
+        with pytest.raises(Disowned):
+            join.answer_at(server, None, idle)
+    assert len(calls) == 3
 
 
 def test_an_edge_that_has_no_seat_keeps_what_it_has(tmp_path):
