@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ from tesserafl.methods._mixture import (
     NARROW,
     OFFSET,
     OWN,
+    READ,
     WIDEN,
     Gate,
+    GateInput,
     Mixture,
     MixtureLoss,
     named,
@@ -50,6 +52,9 @@ class Experts:
     gate: Literal["shared", "private", "linear", "half"] = "shared"
     """the gate's adapter is averaged in every round, or stays; or the gate has no adapter; or there
     is no gate, only halves"""
+    gate_input: GateInput = "pretrained"
+    """whose features the gate reads: the foundation model's as it came, the global expert's, the
+    own expert's, or both experts'"""
     gate_width: int = 32
     """b: bottleneck of the gate's adapter"""
     temperature: float = 1.0
@@ -63,8 +68,16 @@ class Experts:
     on all"""
     own_start: Literal["global", "pretrained"] = "global"
     """what a client's expert begins as: the global one, or the foundation model as it came"""
+    mix: Literal["logits", "feature"] = "logits"
+    """what is mixed: logits, or normalised features of which logits are cosines"""
+    experts: Literal["mixed", "top1", "straight"] = "mixed"
+    """whether a client's model mixes both experts' answers, or the expert that the gate prefers
+    answers alone"""
 
-    num_references: ClassVar[int] = 2
+    @property
+    def num_references(self) -> int:
+        """Frozen sets of parameters that a client looks at beside those that it trains."""
+        return 1 + (BASE in self._reads)
 
     def check_experts(self) -> None:
         """Check the settings.
@@ -101,7 +114,7 @@ class Experts:
             raise ConfigError(
                 "the method's gate reads features of a frozen model; choose --model lora"
             )
-        size = model.feature_size()
+        size = len(READ[self.gate_input]) * model.feature_size()
         if self.gate in ("linear", "half"):
             return {}, size
         return new_adapter(size, self.gate_width, seed), size
@@ -115,13 +128,20 @@ class Experts:
         """Train the own expert and the gate; the global expert is looked up."""
         expert, own, gate = self._held(model, task, memory)
         references = {GLOBAL: expert}
-        if gate:
+        if BASE in self._reads:
             references[BASE] = as_it_came(model, expert)
         trainable = frozenset(own) if task.trainable is None else task.trainable
         return Fit(
             params={**own, **gate},
             training=task.training,
-            objective=MixtureLoss(self._gate, self.own, self.balance),
+            objective=MixtureLoss(
+                self._gate,
+                self.own,
+                self.balance,
+                self._reads,
+                self.experts == "straight",
+                self.mix == "feature",
+            ),
             trainable=trainable.union(gate),
             beside=frozenset(gate),
             references=references,
@@ -160,12 +180,18 @@ class Experts:
             return Predictor(model=model, params=state.params)
         small = resized_to(model, part_like(model, own))
         params = {**named(GLOBAL, expert), **named(OWN, own), **state.extra, **_private(memory)}
-        params |= named(BASE, as_it_came(model, expert))
-        return Predictor(model=small, params=params, rule=Mixture(self._gate))
+        if BASE in self._reads:
+            params |= named(BASE, as_it_came(model, expert))
+        rule = Mixture(self._gate, self._reads, self.experts != "mixed", self.mix == "feature")
+        return Predictor(model=small, params=params, rule=rule)
 
     @property
     def _gate(self) -> Gate:
         return Gate(self.temperature, learned=self.gate != "half")
+
+    @property
+    def _reads(self) -> tuple[str, ...]:
+        return () if self.gate == "half" else READ[self.gate_input]
 
     def _shared(self, gate: Params) -> list[str]:
         return [n for n in (NARROW, WIDEN) if self.gate == "shared" and n in gate]

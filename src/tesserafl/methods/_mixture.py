@@ -2,16 +2,18 @@
 
     g = softmax((H z' + h) / T),  z' = z + U tanh(D z),  answer = g_1 global(x) + g_2 own(x)
 
-z [batch, d] are features of the frozen foundation model, brought to mean 0 and variance 1. D [b, d]
-and U [d, b] are the gate's adapter; H [2, d] and h [2] choose. U, H and h begin at zero: g is 1/2.
+z [batch, d] are features of the frozen foundation model, or of the experts, brought to mean 0 and
+variance 1. D [b, d] and U [d, b] are the gate's adapter; H [2, d] and h [2] choose. U, H and h
+begin at zero: g is 1/2.
 A language model answers at every place of a text; there z is [batch, time, d], and g is chosen for
 each place by the features of that place, which know nothing of what comes after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +24,15 @@ from tesserafl.core.model import Output
 from tesserafl.core.params import Params
 
 GLOBAL, OWN, BASE = "global", "own", "base"
-"""The experts, and the model whose features the gate reads."""
+"""The experts, and the foundation model."""
+GateInput = Literal["pretrained", "global", "own", "both"]
+READ: Mapping[GateInput, tuple[str, ...]] = {
+    "pretrained": (BASE,),
+    "global": (GLOBAL,),
+    "own": (OWN,),
+    "both": (GLOBAL, OWN),
+}
+"""Whose features the gate reads, one behind the other."""
 NARROW, WIDEN = "gate/narrow", "gate/widen"
 """D and U."""
 CHOOSE, OFFSET = "gate/choose", "gate/offset"
@@ -75,6 +85,20 @@ class Gate:
         return torch.softmax((z @ params[CHOOSE].T + params[OFFSET]) / self.temperature, dim=-1)
 
 
+def joined(features: Sequence[Tensor | None]) -> Tensor:
+    """Features [..., d] of several models, one behind the other."""
+    found = [each for each in features if each is not None]
+    assert len(found) == len(features), "a model without features was trained with a gate"
+    return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
+
+
+def length_of(shares: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor:
+    """Norm [..., 1] of the mean by shares [..., 2] of two directions [..., d]."""
+    assert first is not None and second is not None, "a model without features"
+    one, two = (torch.nn.functional.normalize(each, dim=-1) for each in (first, second))
+    return mixed(shares, one, two).norm(dim=-1, keepdim=True)
+
+
 def mixed(shares: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Logits of two experts [..., classes] by their shares [..., 2]."""
     return shares[..., :1] * first + shares[..., 1:] * second
@@ -85,22 +109,60 @@ class Mixture:
     """How the experts answer together: a `Rule`, for parameters that `named` has named."""
 
     gate: Gate
+    reads: tuple[str, ...] = (BASE,)
+    """Whose features the gate reads."""
+    top1: bool = False
+    """Whether the expert that counts more answers alone; of equals the global one does."""
+    features: bool = False
+    """Whether normalised features are mixed, and not logits, where these are cosines of them."""
 
     def __call__(self, forward: Forward, params: Params, inputs: Tensor) -> Output:
-        """The mixed logits."""
-        first = forward(part_of(params, GLOBAL), inputs).logits
-        second = forward(part_of(params, OWN), inputs).logits
-        if self.gate.learned:
-            shares = self.shares(forward, params, inputs)
-        else:
-            shares = self.gate(params, first)
-        return Output(mixed(shares, first, second), None)
+        """The mixed logits, or those of the preferred expert."""
+        if self.top1:
+            return Output(self._preferred(forward, params, inputs), None)
+        known = {name: forward(part_of(params, name), inputs) for name in (GLOBAL, OWN)}
+        shares = self._shares(forward, params, inputs, known)
+        answer = mixed(shares, known[GLOBAL].logits, known[OWN].logits)
+        if self.features:
+            answer = answer / length_of(shares, known[GLOBAL].features, known[OWN].features)
+        return Output(answer, None)
 
     def shares(self, forward: Forward, params: Params, inputs: Tensor) -> Tensor:
         """What the gate says, as the labels lie: [batch, 2] or [batch, time, 2]."""
-        out = forward(part_of(params, BASE), inputs)
-        assert out.features is not None, "a model without features was trained with a gate"
-        return self.gate(params, out.features if self.gate.learned else out.logits)
+        return self._shares(forward, params, inputs, {})
+
+    def _shares(
+        self, forward: Forward, params: Params, inputs: Tensor, known: dict[str, Output]
+    ) -> Tensor:
+        """`known`: what was run for all of these inputs; what is run here comes to it."""
+        reads = self.reads if self.gate.learned else (GLOBAL,)
+        for name in reads:
+            if name not in known:
+                known[name] = forward(part_of(params, name), inputs)
+        if not self.gate.learned:
+            return self.gate(params, known[GLOBAL].logits)
+        return self.gate(params, joined([known[name].features for name in reads]))
+
+    def _preferred(self, forward: Forward, params: Params, inputs: Tensor) -> Tensor:
+        """Logits; an expert runs for the examples alone where it is preferred."""
+        known: dict[str, Output] = {}
+        shares = self._shares(forward, params, inputs, known)
+        owns = shares[..., 1] > shares[..., 0]
+        answer: Tensor | None = None
+        for expert, chosen in ((GLOBAL, ~owns), (OWN, owns)):
+            rows = chosen.reshape(len(chosen), -1).any(dim=1)
+            if expert in known:
+                logits, rows = known[expert].logits, torch.ones_like(rows)
+            elif rows.any():
+                some = inputs if rows.all() else inputs[rows]
+                logits = forward(part_of(params, expert), some).logits
+            else:
+                continue
+            if answer is None:
+                answer = logits.new_zeros(len(inputs), *logits.shape[1:])
+            answer[chosen] = logits[chosen[rows]]
+        assert answer is not None, "every example has a preferred expert"
+        return answer
 
 
 @dataclass(frozen=True)
@@ -108,7 +170,8 @@ class MixtureLoss:
     """Cross-entropy of the mixture, of the own expert, and a pull towards equal shares.
 
     It trains the own expert, which is the model's parameters, and the gate. Of the references it
-    reads the features of `BASE` and the logits of `GLOBAL`. Where examples are held out, the gate
+    reads the logits of `GLOBAL` and the features that the gate does. The gate learns to choose by
+    the own expert's features, not to change them. Where examples are held out, the gate
     learns from these and the expert from the others: on examples that the expert was trained on,
     it looks better than it is.
     """
@@ -118,6 +181,12 @@ class MixtureLoss:
     """lambda_1: weight of the own expert's loss, which trains it even where the gate does not."""
     balance: float
     """lambda_b: weight of KL(mean share || 1/2), against a gate that knows one expert only."""
+    reads: tuple[str, ...] = (BASE,)
+    """Whose features the gate reads."""
+    straight: bool = False
+    """Whether the preferred expert answers alone, with the slope of the shares."""
+    features: bool = False
+    """Whether normalised features are mixed, and not logits, where these are cosines of them."""
 
     def __call__(
         self,
@@ -128,19 +197,44 @@ class MixtureLoss:
         extra: Mapping[str, Tensor],
     ) -> Tensor:
         """The loss of a batch, a scalar."""
-        own = masked(forward(params, inputs).logits, extra)
+        out = forward(params, inputs)
+        own = masked(out.logits, extra)
         other = masked(extra[logits_of(GLOBAL)], extra)
-        shares = self.gate(params, extra[BASE] if self.gate.learned else other)
+        shares = self.gate(params, self._read(out, extra) if self.gate.learned else other)
+        if self.straight:
+            hard = torch.stack(
+                [shares[..., 0] >= shares[..., 1], shares[..., 1] > shares[..., 0]], -1
+            )
+            shares = hard.to(shares) + shares - shares.detach()
         counts = (labels.reshape(len(labels), -1) != IGNORED).any(dim=1)
         if HELD_OUT not in extra:
-            loss = mean_over(mixed(shares, other, own), labels, counts)
+            mean = self._mixed(shares, other, own, extra, out.features)
+            loss = mean_over(mean, labels, counts)
             return loss + self._of_own(own, labels, counts) + self._unequal(shares, labels, counts)
         held = extra[HELD_OUT]
         learns, chooses = counts & ~held, counts & held
-        loss = mean_over(mixed(shares.detach(), other, own), labels, learns)
+        mean = self._mixed(shares.detach(), other, own, extra, out.features)
+        loss = mean_over(mean, labels, learns)
         loss = loss + self._of_own(own, labels, learns)
-        loss = loss + mean_over(mixed(shares, other, own.detach()), labels, chooses)
+        seen = None if out.features is None else out.features.detach()
+        mean = self._mixed(shares, other, own.detach(), extra, seen)
+        loss = loss + mean_over(mean, labels, chooses)
         return loss + self._unequal(shares, labels, chooses)
+
+    def _mixed(
+        self,
+        shares: Tensor,
+        other: Tensor,
+        own: Tensor,
+        extra: Mapping[str, Tensor],
+        features: Tensor | None,
+    ) -> Tensor:
+        answer = mixed(shares, other, own)
+        return answer / length_of(shares, extra[GLOBAL], features) if self.features else answer
+
+    def _read(self, out: Output, extra: Mapping[str, Tensor]) -> Tensor:
+        own = None if out.features is None else out.features.detach()
+        return joined([own if name == OWN else extra[name] for name in self.reads])
 
     def _of_own(self, logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         return self.own * mean_over(logits, labels, rows) if self.own else logits.new_zeros(())
