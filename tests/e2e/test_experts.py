@@ -73,10 +73,21 @@ PLATEAU = {
 """Any two accuracies make a plateau."""
 METHODS = {"fedfmsl": PLATEAU, "pfl_moe": {"name": "pfl_moe", "ratio": [1.0]}}
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+OTHERWISE = {
+    **PLATEAU,
+    "smoothing": 0.5,
+    "averaging": "flexlora",
+    "gate_input": "both",
+    "experts": "top1",
+}
 one_method = pytest.mark.parametrize(
     "method",
-    [METHODS["fedfmsl"], pytest.param(METHODS["pfl_moe"], marks=pytest.mark.slow)],
-    ids=["fedfmsl", "pfl_moe"],
+    [
+        METHODS["fedfmsl"],
+        OTHERWISE,
+        pytest.param(METHODS["pfl_moe"], marks=pytest.mark.slow),
+    ],
+    ids=["fedfmsl", "fedfmsl otherwise", "pfl_moe"],
 )
 
 

@@ -1,0 +1,345 @@
+"""FedFMSL's options: means of products, a smoothed plateau, what the gate reads, who answers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from test_causal_gate import METHODS as OF_TEXTS
+from test_causal_gate import Run as TextRun
+from test_causal_gate import answers as text_answers
+from test_causal_gate import shares_of as text_shares_of
+from test_causal_gate import some_texts
+from test_fedfmsl import (
+    CLIENTS,
+    Run,
+    active,
+    answers,
+    block_of,
+    in_stage_two,
+    some_inputs,
+    vit,
+    worker_fitted,
+)
+from torch import Tensor
+
+from tesserafl.core.errors import ConfigError
+from tesserafl.core.fit import logits_of
+from tesserafl.core.lowrank import Collected, aggregation_error
+from tesserafl.core.messages import Update
+from tesserafl.core.method import Predictor, State, weights_of
+from tesserafl.core.model import Output
+from tesserafl.core.params import Params, sha256
+from tesserafl.engines.compression import CompressionSettings
+from tesserafl.methods import FedFMSL, FedIT, FFALoRA, FlexLoRA, PFLMoE
+from tesserafl.methods import _mixture as mixture
+from tesserafl.methods._activation import Activation
+from tesserafl.models.scaling import forward_of
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+AVERAGING = {"fedit": FedIT(), "ffa_lora": FFALoRA(), "flexlora": FlexLoRA()}
+INPUTS = ("pretrained", "global", "own", "both")
+each_averaging = pytest.mark.parametrize("averaging", AVERAGING)
+each_input = pytest.mark.parametrize("given", INPUTS)
+
+
+# A smoothed plateau
+
+
+def test_a_plateau_of_the_smoothed_accuracy() -> None:
+    plan = Activation(start=2, step=2, patience=3, tolerance=0.041, smoothing=0.5)
+    # Means: 0.4, 0.44, 0.42, 0.44; the accuracies themselves are twice as far apart.
+    up_and_down: list[float | None] = [0.40, 0.48, 0.40, 0.46]
+    assert active(plan, up_and_down) == [2, 2, 2, 4, 4]
+    assert active(replace(plan, smoothing=0.0), up_and_down) == [2, 2, 2, 2, 2]
+    # Means of a jump go on rising: 0.4, 0.5, 0.55, 0.575, 0.5875.
+    jump: list[float | None] = [0.4, 0.6, 0.6, 0.6, 0.6]
+    assert active(plan, jump) == [2, 2, 2, 2, 2, 4]
+    assert active(replace(plan, smoothing=0.0), jump) == [2, 2, 2, 2, 4, 4]
+
+
+def test_the_mean_lasts_over_a_plateau_and_not_over_a_stage() -> None:
+    plan = Activation(start=1, step=1, patience=2, tolerance=0.11, smoothing=0.5)
+    notes = plan.begin(9)
+    for accuracy in (0.2, 0.4, None, 0.7):
+        notes = plan.after(notes, 9, accuracy)
+    # 0.2, 0.3: a plateau. Then nobody measured, and (0.3 + 0.7) / 2 is the first of a new queue.
+    assert (notes["active"], notes["recent"]) == (2, [0.5])
+    assert plan.after(plan.begin(9), 9, 0.9)["recent"] == [0.9]
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
+def test_a_mean_that_cannot_be_is_refused(smoothing: float) -> None:
+    with pytest.raises(ConfigError, match=r"method.smoothing must be in \[0, 1\); got"):
+        FedFMSL(smoothing=smoothing).init(vit(), 0, 4)
+
+
+# How stage one averages
+
+
+@each_averaging
+def test_with_everything_active_stage_one_is_the_named_method_to_the_bit(averaging: str) -> None:
+    ours = Run(FedFMSL(schedule="all", stage_one=1.0, averaging=averaging))
+    theirs = Run(AVERAGING[averaging])
+    for _ in range(3):
+        sent, expected = ours.play(), theirs.play()
+        assert [u.delta.keys() for u in sent] == [u.delta.keys() for u in expected]
+    assert sha256(ours.state.params) == sha256(theirs.state.params)
+
+
+def error_of(before: State, after: State, updates: list[Update], weighting: str) -> float:
+    kept = Collected(vit(), weights_of(CLIENTS, weighting))
+    for _ in kept.watching(before.params, updates):
+        pass
+    error = aggregation_error(vit(), after.params, kept.shares)
+    assert error is not None
+    return error
+
+
+@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+def test_one_factor_averages_exactly_and_both_do_not(weighting: str) -> None:
+    errors = {}
+    for averaging in ("fedit", "ffa_lora"):
+        settings = {"depths": (1, 2, 3, 4), "stage_one": 1.0, "averaging": averaging}
+        run = Run(FedFMSL(schedule="manual", weighting=weighting, **settings))
+        for _ in range(4):
+            before, updates = run.state, run.updates(run.tasks())
+            after = run.fold(updates)
+        errors[averaging] = error_of(before, after, updates, weighting)
+    assert errors["ffa_lora"] < 1e-6  # float32's rounding
+    assert errors["fedit"] > 1e-3
+
+
+def product(params: Params, pair: object) -> Tensor:
+    return params[pair.up].double() @ params[pair.down].double()
+
+
+def test_a_product_is_averaged_over_those_that_trained_it() -> None:
+    run = Run(FedFMSL(schedule="all", caps=(4, 1, 2, 1), averaging="flexlora", stage_one=1.0))
+    before, tasks = run.state, run.tasks()
+    draw = torch.Generator().manual_seed(1)
+    updates = [
+        replace(u, delta={n: torch.randn(d.shape, generator=draw) for n, d in u.delta.items()})
+        for u in run.updates(tasks)
+    ]
+    after = run.fold(updates)
+    owners = {3: (0, 1, 2, 3), 2: (0, 2), 1: (0,), 0: (0,)}
+    weights = {c.id: c.num_examples for c in CLIENTS}
+    for pair in vit().low_rank:
+        who = owners[block_of(pair.up)]
+        mean = sum(
+            weights[i]
+            * product({n: tasks[i].params[n] + updates[i].delta[n] for n in pair[:2]}, pair)
+            for i in who
+        ) / sum(weights[i] for i in who)
+        u, s, vh = torch.linalg.svd(mean, full_matrices=False)
+        best = u[:, :2] * s[:2] @ vh[:2]  # of rank 2, as the adapters are
+        torch.testing.assert_close(product(after.params, pair), best, rtol=0, atol=1e-5)
+        assert len(who) == 1 or s[2] > 0.1  # something is lost
+    for name in before.params.keys() - {n for pair in vit().low_rank for n in pair[:2]}:
+        mean = sum(u.delta[name].double() * weights[u.client] for u in updates) / 31
+        expected = before.params[name] + mean
+        torch.testing.assert_close(after.params[name].double(), expected, rtol=0, atol=1e-7)
+
+
+@each_averaging
+def test_what_nobody_trained_stays_and_order_changes_no_bit(averaging: str) -> None:
+    settings = {"schedule": "manual", "depths": (1, 2), "window": 1, "averaging": averaging}
+    run = Run(FedFMSL(stage_one=1.0, **settings))
+    run.play()
+    before, updates = run.state, run.updates(run.tasks())
+    found = {
+        sha256(run.method.aggregate(vit(), before, CLIENTS, iter(order)).params)
+        for order in itertools.permutations(updates)
+    }
+    assert found == {sha256(run.fold(updates).params)}
+    changed = {
+        block_of(name)
+        for name, value in before.params.items()
+        if not torch.equal(value, run.state.params[name])
+    }
+    assert changed == {None, 2}
+
+
+def test_own_experts_train_both_factors_and_nothing_is_decomposed() -> None:
+    for averaging in ("ffa_lora", "flexlora"):
+        run = in_stage_two(averaging=averaging)
+        whole = sha256(run.state.params)
+        run.play()
+        own = mixture.part_of(run.memories[0], "own")
+        assert all(not torch.equal(own[n], run.state.params[n]) for n in vit().shapes)
+        assert sha256(run.state.params) == whole
+
+
+def test_what_was_lost_has_no_place_after_a_decomposition() -> None:
+    settings = CompressionSettings(deltas="int8", error_feedback=True)
+    settings.check(FedFMSL(averaging="ffa_lora"), "star")
+    with pytest.raises(ConfigError, match="another order, basis or model"):
+        settings.check(FedFMSL(averaging="flexlora"), "star")
+
+
+# What the gate reads
+
+
+@each_input
+def test_the_mixture_begins_as_the_global_expert_whatever_the_gate_reads(given: str) -> None:
+    for settings in ({}, {"experts": "top1"}, {"gate": "linear"}):
+        run = in_stage_two(gate_input=given, **settings)
+        task = run.tasks()[0]
+        fit = run.method.local(vit(), task, {})
+        begun = worker_fitted(run, task, fit.params)
+        memory = run.method.own_report(vit(), task, begun, {})[1]
+        mixed = answers(run.method.personal(vit(), run.state, memory), some_inputs())
+        whole = answers(run.method.predictor(vit(), run.state), some_inputs())
+        torch.testing.assert_close(mixed, whole, rtol=0, atol=1e-6)
+
+
+@each_input
+def test_the_gates_adapter_is_as_wide_as_what_it_reads(given: str) -> None:
+    run = in_stage_two(gate_input=given)
+    (task, *_) = run.tasks()
+    width = 32 if given == "both" else 16
+    assert task.extra["gate/narrow"].shape == (32, width)
+    fit = run.method.local(vit(), task, {})
+    assert fit.params["gate/choose"].shape == (2, width)
+    assert fit.references.keys() == {"global", *(["base"] if given == "pretrained" else [])}
+    assert run.method.num_references == len(fit.references)
+    before = run.state.extra
+    run.play(2)
+    assert all(not torch.equal(before[name], run.state.extra[name]) for name in before)
+
+
+def test_halves_look_at_the_global_expert_alone() -> None:
+    assert FedFMSL(gate="half").num_references == PFLMoE(gate="half").num_references == 1
+    assert FedFMSL().num_references == PFLMoE().num_references == 2
+
+
+@each_input
+def test_the_gate_says_in_training_what_it_says_in_a_test(given: str) -> None:
+    run = in_stage_two(gate_input=given)
+    run.play(2)
+    predictor = run.method.personal(vit(), run.state, run.memories[0])
+    module = predictor.model.module().eval()
+    forward = forward_of(predictor.model, predictor.model.whole(), module, "none")
+    own = mixture.part_of(predictor.params, "own")
+    with torch.no_grad():
+        shares = predictor.rule.shares(forward, predictor.params, some_inputs())
+        glob = forward(mixture.part_of(predictor.params, "global"), some_inputs())
+        # The foundation model: no adapter.
+        came = {n: torch.zeros_like(t) if block_of(n) is not None else t for n, t in own.items()}
+        base = forward(came, some_inputs()).features
+        extra = {"base": base, "global": glob.features, logits_of("global"): glob.logits}
+        mean = answers(predictor, some_inputs())
+    assert (shares - 0.5).abs().max() > 1e-3
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    loss = mixture.MixtureLoss(predictor.rule.gate, 0.0, 0.0, reads=predictor.rule.reads)
+    with torch.no_grad():
+        found = loss(forward, {**predictor.params, **own}, some_inputs(), labels, extra)
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(mean, labels))
+
+
+def test_the_gate_does_not_change_the_features_that_it_reads() -> None:
+    """Of the own expert: the slope of the loss goes by its logits alone."""
+    feature = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    params = {**mixture.new_choice(2), "gate/choose": torch.tensor([[1.0, 0.0], [0.0, 1.0]])}
+    extra = {
+        logits_of("global"): torch.tensor([[2.0, 0.0], [0.0, 2.0]]),
+        "global": feature.detach(),
+    }
+    loss = mixture.MixtureLoss(mixture.Gate(), own=0.5, balance=1.0, reads=("global", "own"))
+    params["gate/choose"] = torch.eye(2).repeat(1, 2)
+    out = Output(torch.tensor([[0.0, 1.0], [3.0, 0.0]]), feature)
+    value = loss(lambda p, x: out, params, torch.zeros(2, 1), torch.tensor([0, 1]), extra)
+    assert not value.requires_grad
+
+
+# One expert
+
+
+def spied(predictor: Predictor, calls: list[int]) -> Callable[[Params, Tensor], Output]:
+    module = predictor.model.module().eval()
+    forward = forward_of(predictor.model, predictor.model.whole(), module, "none")
+
+    def call(params: Params, inputs: Tensor) -> Output:
+        calls.append(len(inputs))
+        return forward(params, inputs)
+
+    return call
+
+
+@torch.no_grad()
+def alone(predictor: Predictor, expert: str) -> Tensor:
+    params = mixture.part_of(predictor.params, expert)
+    return answers(Predictor(model=predictor.model, params=params), some_inputs())
+
+
+@each_input
+def test_the_preferred_expert_answers_and_the_other_does_not_run(given: str) -> None:
+    run = in_stage_two(gate_input=given, experts="top1", temperature=0.1)
+    run.play(2)
+    predictor = run.method.personal(vit(), run.state, run.memories[0])
+    # The middle of what the gate says here, so that both experts are preferred somewhere.
+    params, rule = dict(predictor.params), predictor.rule
+    calls: list[int] = []
+    forward = torch.no_grad()(spied(predictor, calls))
+    shares = rule.shares(forward, params, some_inputs())
+    middle = (shares[:, 1] / shares[:, 0]).log().sort().values[2:4].mean()
+    params["gate/offset"] = params["gate/offset"] - torch.tensor([0.0, 0.1 * float(middle)])
+    predictor = replace(predictor, params=params)
+    shares = rule.shares(forward, params, some_inputs())
+    owns = shares[:, 1] > shares[:, 0]
+    assert 0 < int(owns.sum()) < 6
+    calls.clear()
+    found = rule(forward, params, some_inputs()).logits
+    expected = torch.where(owns[:, None], alone(predictor, "own"), alone(predictor, "global"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    number = int(owns.sum())
+    assert (
+        calls
+        == {
+            "pretrained": [6, 6 - number, number],
+            "global": [6, number],
+            "own": [6, 6 - number],
+            "both": [6, 6],
+        }[given]
+    )
+    for offset, expert in ((-99.0, "global"), (99.0, "own")):
+        calls.clear()
+        certain = {**params, "gate/offset": torch.tensor([0.0, offset])}
+        found = rule(forward, certain, some_inputs()).logits
+        assert torch.equal(found, alone(predictor, expert))
+        assert len(calls) == (1 if given == expert else 2)
+
+
+def test_at_every_place_of_a_text_the_preferred_expert_answers() -> None:
+    method = replace(OF_TEXTS["shared"], experts="top1")
+    top, mean = TextRun(method).play(4).personal(0), TextRun(OF_TEXTS["shared"]).play(4).personal(0)
+    # Training is that of a mixture.
+    assert sha256(top.params) == sha256(mean.params)
+    params = dict(top.params)
+    shares = text_shares_of(top, some_texts())
+    middle = (shares[..., 1] / shares[..., 0]).log().median()
+    params["gate/offset"] = params["gate/offset"] - torch.tensor([0.0, float(middle)])
+    top = replace(top, params=params)
+    shares = text_shares_of(top, some_texts())
+    owns = shares[..., 1] > shares[..., 0]
+    assert bool(owns.any()) and not bool(owns.all())
+    experts = [
+        text_answers(Predictor(model=top.model, params=mixture.part_of(params, name)), some_texts())
+        for name in ("global", "own")
+    ]
+    expected = torch.where(owns[..., None], experts[1], experts[0])
+    torch.testing.assert_close(text_answers(top, some_texts()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_halves_prefer_the_global_expert() -> None:
+    run = in_stage_two(gate="half", experts="top1")
+    run.play()
+    predictor = run.method.personal(vit(), run.state, run.memories[0])
+    assert torch.equal(answers(predictor, some_inputs()), alone(predictor, "global"))
