@@ -68,9 +68,7 @@ class Experts:
     on all"""
     own_start: Literal["global", "pretrained"] = "global"
     """what a client's expert begins as: the global one, or the foundation model as it came"""
-    mix: Literal["logits", "feature"] = "logits"
-    """what is mixed: logits, or normalised features of which logits are cosines"""
-    experts: Literal["mixed", "top1", "straight"] = "mixed"
+    experts: Literal["mixed", "top1"] = "mixed"
     """whether a client's model mixes both experts' answers, or the expert that the gate prefers
     answers alone"""
 
@@ -134,14 +132,7 @@ class Experts:
         return Fit(
             params={**own, **gate},
             training=task.training,
-            objective=MixtureLoss(
-                self._gate,
-                self.own,
-                self.balance,
-                self._reads,
-                self.experts == "straight",
-                self.mix == "feature",
-            ),
+            objective=MixtureLoss(self._gate, self.own, self.balance, self._reads),
             trainable=trainable.union(gate),
             beside=frozenset(gate),
             references=references,
@@ -182,7 +173,7 @@ class Experts:
         params = {**named(GLOBAL, expert), **named(OWN, own), **state.extra, **_private(memory)}
         if BASE in self._reads:
             params |= named(BASE, as_it_came(model, expert))
-        rule = Mixture(self._gate, self._reads, self.experts != "mixed", self.mix == "feature")
+        rule = Mixture(self._gate, self._reads, self.experts == "top1")
         return Predictor(model=small, params=params, rule=rule)
 
     @property

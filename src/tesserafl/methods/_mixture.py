@@ -92,13 +92,6 @@ def joined(features: Sequence[Tensor | None]) -> Tensor:
     return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
 
 
-def length_of(shares: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor:
-    """Norm [..., 1] of the mean by shares [..., 2] of two directions [..., d]."""
-    assert first is not None and second is not None, "a model without features"
-    one, two = (torch.nn.functional.normalize(each, dim=-1) for each in (first, second))
-    return mixed(shares, one, two).norm(dim=-1, keepdim=True)
-
-
 def mixed(shares: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Logits of two experts [..., classes] by their shares [..., 2]."""
     return shares[..., :1] * first + shares[..., 1:] * second
@@ -113,8 +106,6 @@ class Mixture:
     """Whose features the gate reads."""
     top1: bool = False
     """Whether the expert that counts more answers alone; of equals the global one does."""
-    features: bool = False
-    """Whether normalised features are mixed, and not logits, where these are cosines of them."""
 
     def __call__(self, forward: Forward, params: Params, inputs: Tensor) -> Output:
         """The mixed logits, or those of the preferred expert."""
@@ -122,10 +113,7 @@ class Mixture:
             return Output(self._preferred(forward, params, inputs), None)
         known = {name: forward(part_of(params, name), inputs) for name in (GLOBAL, OWN)}
         shares = self._shares(forward, params, inputs, known)
-        answer = mixed(shares, known[GLOBAL].logits, known[OWN].logits)
-        if self.features:
-            answer = answer / length_of(shares, known[GLOBAL].features, known[OWN].features)
-        return Output(answer, None)
+        return Output(mixed(shares, known[GLOBAL].logits, known[OWN].logits), None)
 
     def shares(self, forward: Forward, params: Params, inputs: Tensor) -> Tensor:
         """What the gate says, as the labels lie: [batch, 2] or [batch, time, 2]."""
@@ -183,10 +171,6 @@ class MixtureLoss:
     """lambda_b: weight of KL(mean share || 1/2), against a gate that knows one expert only."""
     reads: tuple[str, ...] = (BASE,)
     """Whose features the gate reads."""
-    straight: bool = False
-    """Whether the preferred expert answers alone, with the slope of the shares."""
-    features: bool = False
-    """Whether normalised features are mixed, and not logits, where these are cosines of them."""
 
     def __call__(
         self,
@@ -201,36 +185,16 @@ class MixtureLoss:
         own = masked(out.logits, extra)
         other = masked(extra[logits_of(GLOBAL)], extra)
         shares = self.gate(params, self._read(out, extra) if self.gate.learned else other)
-        if self.straight:
-            hard = torch.stack(
-                [shares[..., 0] >= shares[..., 1], shares[..., 1] > shares[..., 0]], -1
-            )
-            shares = hard.to(shares) + shares - shares.detach()
         counts = (labels.reshape(len(labels), -1) != IGNORED).any(dim=1)
         if HELD_OUT not in extra:
-            mean = self._mixed(shares, other, own, extra, out.features)
-            loss = mean_over(mean, labels, counts)
+            loss = mean_over(mixed(shares, other, own), labels, counts)
             return loss + self._of_own(own, labels, counts) + self._unequal(shares, labels, counts)
         held = extra[HELD_OUT]
         learns, chooses = counts & ~held, counts & held
-        mean = self._mixed(shares.detach(), other, own, extra, out.features)
-        loss = mean_over(mean, labels, learns)
+        loss = mean_over(mixed(shares.detach(), other, own), labels, learns)
         loss = loss + self._of_own(own, labels, learns)
-        seen = None if out.features is None else out.features.detach()
-        mean = self._mixed(shares, other, own.detach(), extra, seen)
-        loss = loss + mean_over(mean, labels, chooses)
+        loss = loss + mean_over(mixed(shares, other, own.detach()), labels, chooses)
         return loss + self._unequal(shares, labels, chooses)
-
-    def _mixed(
-        self,
-        shares: Tensor,
-        other: Tensor,
-        own: Tensor,
-        extra: Mapping[str, Tensor],
-        features: Tensor | None,
-    ) -> Tensor:
-        answer = mixed(shares, other, own)
-        return answer / length_of(shares, extra[GLOBAL], features) if self.features else answer
 
     def _read(self, out: Output, extra: Mapping[str, Tensor]) -> Tensor:
         own = None if out.features is None else out.features.detach()
