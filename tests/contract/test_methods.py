@@ -164,7 +164,7 @@ CUT: dict[str, MethodSettings] = {
         tolerance=1.0,
         smoothing=0.5,
         averaging="flexlora",
-        gate_input="both",
+        gate_input="global",
     ),
     "fedfmsl of one factor": FedFMSL(
         ratio=RATIO,

@@ -77,7 +77,7 @@ OTHERWISE = {
     **PLATEAU,
     "smoothing": 0.5,
     "averaging": "flexlora",
-    "gate_input": "both",
+    "gate_input": "global",
     "experts": "top1",
 }
 one_method = pytest.mark.parametrize(

@@ -24,10 +24,8 @@ from tesserafl.methods._mixture import (
     NARROW,
     OFFSET,
     OWN,
-    READ,
     WIDEN,
     Gate,
-    GateInput,
     Mixture,
     MixtureLoss,
     named,
@@ -52,9 +50,9 @@ class Experts:
     gate: Literal["shared", "private", "linear", "half"] = "shared"
     """the gate's adapter is averaged in every round, or stays; or the gate has no adapter; or there
     is no gate, only halves"""
-    gate_input: GateInput = "pretrained"
-    """whose features the gate reads: the foundation model's as it came, the global expert's, the
-    own expert's, or both experts'"""
+    gate_input: Literal["pretrained", "global"] = "pretrained"
+    """whose features the gate reads: the foundation model's as it came, or the global expert's,
+    which is run anyway"""
     gate_width: int = 32
     """b: bottleneck of the gate's adapter"""
     temperature: float = 1.0
@@ -75,7 +73,7 @@ class Experts:
     @property
     def num_references(self) -> int:
         """Frozen sets of parameters that a client looks at beside those that it trains."""
-        return 1 + (BASE in self._reads)
+        return 2 if self._reads == BASE else 1
 
     def check_experts(self) -> None:
         """Check the settings.
@@ -112,7 +110,7 @@ class Experts:
             raise ConfigError(
                 "the method's gate reads features of a frozen model; choose --model lora"
             )
-        size = len(READ[self.gate_input]) * model.feature_size()
+        size = model.feature_size()
         if self.gate in ("linear", "half"):
             return {}, size
         return new_adapter(size, self.gate_width, seed), size
@@ -126,7 +124,7 @@ class Experts:
         """Train the own expert and the gate; the global expert is looked up."""
         expert, own, gate = self._held(model, task, memory)
         references = {GLOBAL: expert}
-        if BASE in self._reads:
+        if self._reads == BASE:
             references[BASE] = as_it_came(model, expert)
         trainable = frozenset(own) if task.trainable is None else task.trainable
         return Fit(
@@ -171,7 +169,7 @@ class Experts:
             return Predictor(model=model, params=state.params)
         small = resized_to(model, part_like(model, own))
         params = {**named(GLOBAL, expert), **named(OWN, own), **state.extra, **_private(memory)}
-        if BASE in self._reads:
+        if self._reads == BASE:
             params |= named(BASE, as_it_came(model, expert))
         rule = Mixture(self._gate, self._reads, self.experts == "top1")
         return Predictor(model=small, params=params, rule=rule)
@@ -181,8 +179,8 @@ class Experts:
         return Gate(self.temperature, learned=self.gate != "half")
 
     @property
-    def _reads(self) -> tuple[str, ...]:
-        return () if self.gate == "half" else READ[self.gate_input]
+    def _reads(self) -> str:
+        return BASE if self.gate != "half" and self.gate_input == "pretrained" else GLOBAL
 
     def _shared(self, gate: Params) -> list[str]:
         return [n for n in (NARROW, WIDEN) if self.gate == "shared" and n in gate]

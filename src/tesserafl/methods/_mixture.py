@@ -2,8 +2,8 @@
 
     g = softmax((H z' + h) / T),  z' = z + U tanh(D z),  answer = g_1 global(x) + g_2 own(x)
 
-z [batch, d] are features of the frozen foundation model, or of the experts, brought to mean 0 and
-variance 1. D [b, d] and U [d, b] are the gate's adapter; H [2, d] and h [2] choose. U, H and h
+z [batch, d] are features of the frozen foundation model, or of the global expert, brought to mean 0
+and variance 1. D [b, d] and U [d, b] are the gate's adapter; H [2, d] and h [2] choose. U, H and h
 begin at zero: g is 1/2.
 A language model answers at every place of a text; there z is [batch, time, d], and g is chosen for
 each place by the features of that place, which know nothing of what comes after it.
@@ -11,9 +11,8 @@ each place by the features of that place, which know nothing of what comes after
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,14 +24,6 @@ from tesserafl.core.params import Params
 
 GLOBAL, OWN, BASE = "global", "own", "base"
 """The experts, and the foundation model."""
-GateInput = Literal["pretrained", "global", "own", "both"]
-READ: Mapping[GateInput, tuple[str, ...]] = {
-    "pretrained": (BASE,),
-    "global": (GLOBAL,),
-    "own": (OWN,),
-    "both": (GLOBAL, OWN),
-}
-"""Whose features the gate reads, one behind the other."""
 NARROW, WIDEN = "gate/narrow", "gate/widen"
 """D and U."""
 CHOOSE, OFFSET = "gate/choose", "gate/offset"
@@ -85,13 +76,6 @@ class Gate:
         return torch.softmax((z @ params[CHOOSE].T + params[OFFSET]) / self.temperature, dim=-1)
 
 
-def joined(features: Sequence[Tensor | None]) -> Tensor:
-    """Features [..., d] of several models, one behind the other."""
-    found = [each for each in features if each is not None]
-    assert len(found) == len(features), "a model without features was trained with a gate"
-    return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
-
-
 def mixed(shares: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Logits of two experts [..., classes] by their shares [..., 2]."""
     return shares[..., :1] * first + shares[..., 1:] * second
@@ -102,7 +86,7 @@ class Mixture:
     """How the experts answer together: a `Rule`, for parameters that `named` has named."""
 
     gate: Gate
-    reads: tuple[str, ...] = (BASE,)
+    reads: str = BASE
     """Whose features the gate reads."""
     top1: bool = False
     """Whether the expert that counts more answers alone; of equals the global one does."""
@@ -123,13 +107,11 @@ class Mixture:
         self, forward: Forward, params: Params, inputs: Tensor, known: dict[str, Output]
     ) -> Tensor:
         """`known`: what was run for all of these inputs; what is run here comes to it."""
-        reads = self.reads if self.gate.learned else (GLOBAL,)
-        for name in reads:
-            if name not in known:
-                known[name] = forward(part_of(params, name), inputs)
-        if not self.gate.learned:
-            return self.gate(params, known[GLOBAL].logits)
-        return self.gate(params, joined([known[name].features for name in reads]))
+        if self.reads not in known:
+            known[self.reads] = forward(part_of(params, self.reads), inputs)
+        out = known[self.reads]
+        assert out.features is not None, "a model without features was trained with a gate"
+        return self.gate(params, out.features if self.gate.learned else out.logits)
 
     def _preferred(self, forward: Forward, params: Params, inputs: Tensor) -> Tensor:
         """Logits; an expert runs for the examples alone where it is preferred."""
@@ -158,10 +140,9 @@ class MixtureLoss:
     """Cross-entropy of the mixture, of the own expert, and a pull towards equal shares.
 
     It trains the own expert, which is the model's parameters, and the gate. Of the references it
-    reads the logits of `GLOBAL` and the features that the gate does. The gate learns to choose by
-    the own expert's features, not to change them. Where examples are held out, the gate
-    learns from these and the expert from the others: on examples that the expert was trained on,
-    it looks better than it is.
+    reads the logits of `GLOBAL` and the features that the gate does. Where examples are held out,
+    the gate learns from these and the expert from the others: on examples that the expert was
+    trained on, it looks better than it is.
     """
 
     gate: Gate
@@ -169,7 +150,7 @@ class MixtureLoss:
     """lambda_1: weight of the own expert's loss, which trains it even where the gate does not."""
     balance: float
     """lambda_b: weight of KL(mean share || 1/2), against a gate that knows one expert only."""
-    reads: tuple[str, ...] = (BASE,)
+    reads: str = BASE
     """Whose features the gate reads."""
 
     def __call__(
@@ -181,10 +162,9 @@ class MixtureLoss:
         extra: Mapping[str, Tensor],
     ) -> Tensor:
         """The loss of a batch, a scalar."""
-        out = forward(params, inputs)
-        own = masked(out.logits, extra)
+        own = masked(forward(params, inputs).logits, extra)
         other = masked(extra[logits_of(GLOBAL)], extra)
-        shares = self.gate(params, self._read(out, extra) if self.gate.learned else other)
+        shares = self.gate(params, extra[self.reads] if self.gate.learned else other)
         counts = (labels.reshape(len(labels), -1) != IGNORED).any(dim=1)
         if HELD_OUT not in extra:
             loss = mean_over(mixed(shares, other, own), labels, counts)
@@ -195,10 +175,6 @@ class MixtureLoss:
         loss = loss + self._of_own(own, labels, learns)
         loss = loss + mean_over(mixed(shares, other, own.detach()), labels, chooses)
         return loss + self._unequal(shares, labels, chooses)
-
-    def _read(self, out: Output, extra: Mapping[str, Tensor]) -> Tensor:
-        own = None if out.features is None else out.features.detach()
-        return joined([own if name == OWN else extra[name] for name in self.reads])
 
     def _of_own(self, logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         return self.own * mean_over(logits, labels, rows) if self.own else logits.new_zeros(())
