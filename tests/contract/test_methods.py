@@ -172,7 +172,6 @@ CUT: dict[str, MethodSettings] = {
         averaging="ffa_lora",
         weighting="uniform",
         gate_input="global",
-        experts="top1",
     ),
     "pfl_moe in stage two": PFLMoE(ratio=RATIO, stage_one=0.0, held_out=0.2),
     "fedadapter in a long window": FedAdapter(

@@ -78,7 +78,6 @@ OTHERWISE = {
     "smoothing": 0.5,
     "averaging": "flexlora",
     "gate_input": "global",
-    "experts": "top1",
 }
 one_method = pytest.mark.parametrize(
     "method",
@@ -356,7 +355,7 @@ def test_the_papers_rows_run_on_texts(tmp_path, texts):
 @pytest.mark.slow
 def test_the_papers_rows_run_on_images(tmp_path):
     rows = rows_on(None)
-    assert len(rows) == 9 + 12
+    assert len(rows) == 9 + 15
     chosen = ("fedfmsl", "promptfl", "fedclip", "pfl_moe", "ablation-from-input")
     started({label: rows[label] for label in chosen}, tmp_path)
 

@@ -1,18 +1,12 @@
-"""FedFMSL's options: means of products, a smoothed plateau, what the gate reads, who answers."""
+"""FedFMSL's options: means of products, a smoothed plateau, what the gate reads."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from test_causal_gate import METHODS as OF_TEXTS
-from test_causal_gate import Run as TextRun
-from test_causal_gate import answers as text_answers
-from test_causal_gate import shares_of as text_shares_of
-from test_causal_gate import some_texts
 from test_fedfmsl import (
     CLIENTS,
     Run,
@@ -30,7 +24,7 @@ from tesserafl.core.errors import ConfigError
 from tesserafl.core.fit import logits_of
 from tesserafl.core.lowrank import Collected, aggregation_error
 from tesserafl.core.messages import Update
-from tesserafl.core.method import Predictor, State, weights_of
+from tesserafl.core.method import State, weights_of
 from tesserafl.core.model import Output
 from tesserafl.core.params import Params, sha256
 from tesserafl.engines.compression import CompressionSettings
@@ -189,7 +183,7 @@ def test_what_was_lost_has_no_place_after_a_decomposition() -> None:
 
 @each_input
 def test_the_mixture_begins_as_the_global_expert_whatever_the_gate_reads(given: str) -> None:
-    for settings in ({}, {"experts": "top1"}, {"gate": "linear"}):
+    for settings in ({}, {"gate": "linear"}):
         run = in_stage_two(gate_input=given, **settings)
         task = run.tasks()[0]
         fit = run.method.local(vit(), task, {})
@@ -242,87 +236,21 @@ def test_the_gate_says_in_training_what_it_says_in_a_test(given: str) -> None:
     torch.testing.assert_close(found, torch.nn.functional.cross_entropy(mean, labels))
 
 
-# One expert
-
-
-def spied(predictor: Predictor, calls: list[int]) -> Callable[[Params, Tensor], Output]:
-    module = predictor.model.module().eval()
-    forward = forward_of(predictor.model, predictor.model.whole(), module, "none")
-
-    def call(params: Params, inputs: Tensor) -> Output:
-        calls.append(len(inputs))
-        return forward(params, inputs)
-
-    return call
-
-
-@torch.no_grad()
-def alone(predictor: Predictor, expert: str) -> Tensor:
-    params = mixture.part_of(predictor.params, expert)
-    return answers(Predictor(model=predictor.model, params=params), some_inputs())
-
-
-@each_input
-def test_the_preferred_expert_answers_and_the_other_does_not_run(given: str) -> None:
-    run = in_stage_two(gate_input=given, experts="top1", temperature=0.1)
-    run.play(2)
-    predictor = run.method.personal(vit(), run.state, run.memories[0])
-    # The middle of what the gate says here, so that both experts are preferred somewhere.
-    params, rule = dict(predictor.params), predictor.rule
-    calls: list[int] = []
-    forward = torch.no_grad()(spied(predictor, calls))
-    shares = rule.shares(forward, params, some_inputs())
-    middle = (shares[:, 1] / shares[:, 0]).log().sort().values[2:4].mean()
-    params["gate/offset"] = params["gate/offset"] - torch.tensor([0.0, 0.1 * float(middle)])
-    predictor = replace(predictor, params=params)
-    shares = rule.shares(forward, params, some_inputs())
-    owns = shares[:, 1] > shares[:, 0]
-    assert 0 < int(owns.sum()) < 6
-    calls.clear()
-    found = rule(forward, params, some_inputs()).logits
-    expected = torch.where(owns[:, None], alone(predictor, "own"), alone(predictor, "global"))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    number = int(owns.sum())
-    assert (
-        calls
-        == {
-            "pretrained": [6, 6 - number, number],
-            "global": [6, number],
-            "own": [6, 6 - number],
-            "both": [6, 6],
-        }[given]
-    )
-    for offset, expert in ((-99.0, "global"), (99.0, "own")):
-        calls.clear()
-        certain = {**params, "gate/offset": torch.tensor([0.0, offset])}
-        found = rule(forward, certain, some_inputs()).logits
-        assert torch.equal(found, alone(predictor, expert))
-        assert len(calls) == (1 if given == expert else 2)
-
-
-def test_at_every_place_of_a_text_the_preferred_expert_answers() -> None:
-    method = replace(OF_TEXTS["shared"], experts="top1")
-    top, mean = TextRun(method).play(4).personal(0), TextRun(OF_TEXTS["shared"]).play(4).personal(0)
-    # Training is that of a mixture.
-    assert sha256(top.params) == sha256(mean.params)
-    params = dict(top.params)
-    shares = text_shares_of(top, some_texts())
-    middle = (shares[..., 1] / shares[..., 0]).log().median()
-    params["gate/offset"] = params["gate/offset"] - torch.tensor([0.0, float(middle)])
-    top = replace(top, params=params)
-    shares = text_shares_of(top, some_texts())
-    owns = shares[..., 1] > shares[..., 0]
-    assert bool(owns.any()) and not bool(owns.all())
-    experts = [
-        text_answers(Predictor(model=top.model, params=mixture.part_of(params, name)), some_texts())
-        for name in ("global", "own")
-    ]
-    expected = torch.where(owns[..., None], experts[1], experts[0])
-    torch.testing.assert_close(text_answers(top, some_texts()), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_halves_prefer_the_global_expert() -> None:
-    run = in_stage_two(gate="half", experts="top1")
+@pytest.mark.parametrize(
+    ("settings", "passes"), [({}, 3), ({"gate_input": "global"}, 2), ({"gate": "half"}, 2)]
+)
+def test_of_what_a_prediction_takes(settings: dict, passes: int) -> None:
+    run = in_stage_two(**settings)
     run.play()
     predictor = run.method.personal(vit(), run.state, run.memories[0])
-    assert torch.equal(answers(predictor, some_inputs()), alone(predictor, "global"))
+    module = predictor.model.module().eval()
+    forward = forward_of(predictor.model, predictor.model.whole(), module, "none")
+    calls = []
+
+    def counted(params: Params, inputs: Tensor) -> Output:
+        calls.append(params.keys())
+        return forward(params, inputs)
+
+    with torch.no_grad():
+        predictor.rule(counted, predictor.params, some_inputs())
+    assert calls == [vit().shapes.keys()] * passes

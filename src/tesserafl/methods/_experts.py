@@ -66,9 +66,6 @@ class Experts:
     on all"""
     own_start: Literal["global", "pretrained"] = "global"
     """what a client's expert begins as: the global one, or the foundation model as it came"""
-    experts: Literal["mixed", "top1"] = "mixed"
-    """whether a client's model mixes both experts' answers, or the expert that the gate prefers
-    answers alone"""
 
     @property
     def num_references(self) -> int:
@@ -171,8 +168,7 @@ class Experts:
         params = {**named(GLOBAL, expert), **named(OWN, own), **state.extra, **_private(memory)}
         if self._reads == BASE:
             params |= named(BASE, as_it_came(model, expert))
-        rule = Mixture(self._gate, self._reads, self.experts == "top1")
-        return Predictor(model=small, params=params, rule=rule)
+        return Predictor(model=small, params=params, rule=Mixture(self._gate, self._reads))
 
     @property
     def _gate(self) -> Gate:

@@ -88,51 +88,24 @@ class Mixture:
     gate: Gate
     reads: str = BASE
     """Whose features the gate reads."""
-    top1: bool = False
-    """Whether the expert that counts more answers alone; of equals the global one does."""
 
     def __call__(self, forward: Forward, params: Params, inputs: Tensor) -> Output:
-        """The mixed logits, or those of the preferred expert."""
-        if self.top1:
-            return Output(self._preferred(forward, params, inputs), None)
-        known = {name: forward(part_of(params, name), inputs) for name in (GLOBAL, OWN)}
-        shares = self._shares(forward, params, inputs, known)
-        return Output(mixed(shares, known[GLOBAL].logits, known[OWN].logits), None)
+        """The mixed logits."""
+        first = forward(part_of(params, GLOBAL), inputs)
+        second = forward(part_of(params, OWN), inputs)
+        if self.reads == GLOBAL:
+            shares = self._read(first, params)
+        else:
+            shares = self.shares(forward, params, inputs)
+        return Output(mixed(shares, first.logits, second.logits), None)
 
     def shares(self, forward: Forward, params: Params, inputs: Tensor) -> Tensor:
         """What the gate says, as the labels lie: [batch, 2] or [batch, time, 2]."""
-        return self._shares(forward, params, inputs, {})
+        return self._read(forward(part_of(params, self.reads), inputs), params)
 
-    def _shares(
-        self, forward: Forward, params: Params, inputs: Tensor, known: dict[str, Output]
-    ) -> Tensor:
-        """`known`: what was run for all of these inputs; what is run here comes to it."""
-        if self.reads not in known:
-            known[self.reads] = forward(part_of(params, self.reads), inputs)
-        out = known[self.reads]
+    def _read(self, out: Output, params: Params) -> Tensor:
         assert out.features is not None, "a model without features was trained with a gate"
         return self.gate(params, out.features if self.gate.learned else out.logits)
-
-    def _preferred(self, forward: Forward, params: Params, inputs: Tensor) -> Tensor:
-        """Logits; an expert runs for the examples alone where it is preferred."""
-        known: dict[str, Output] = {}
-        shares = self._shares(forward, params, inputs, known)
-        owns = shares[..., 1] > shares[..., 0]
-        answer: Tensor | None = None
-        for expert, chosen in ((GLOBAL, ~owns), (OWN, owns)):
-            rows = chosen.reshape(len(chosen), -1).any(dim=1)
-            if expert in known:
-                logits, rows = known[expert].logits, torch.ones_like(rows)
-            elif rows.any():
-                some = inputs if rows.all() else inputs[rows]
-                logits = forward(part_of(params, expert), some).logits
-            else:
-                continue
-            if answer is None:
-                answer = logits.new_zeros(len(inputs), *logits.shape[1:])
-            answer[chosen] = logits[chosen[rows]]
-        assert answer is not None, "every example has a preferred expert"
-        return answer
 
 
 @dataclass(frozen=True)
