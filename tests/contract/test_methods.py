@@ -162,7 +162,6 @@ CUT: dict[str, MethodSettings] = {
         step=1,
         patience=2,
         tolerance=1.0,
-        smoothing=0.5,
         averaging="flexlora",
         gate_input="global",
     ),

@@ -75,7 +75,6 @@ METHODS = {"fedfmsl": PLATEAU, "pfl_moe": {"name": "pfl_moe", "ratio": [1.0]}}
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 OTHERWISE = {
     **PLATEAU,
-    "smoothing": 0.5,
     "averaging": "flexlora",
     "gate_input": "global",
 }

@@ -1,4 +1,4 @@
-"""FedFMSL's options: means of products, a smoothed plateau, what the gate reads."""
+"""FedFMSL's options: other means in stage one, what the gate reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from test_fedfmsl import (
     CLIENTS,
     Run,
-    active,
     answers,
     block_of,
     in_stage_two,
@@ -30,7 +29,6 @@ from tesserafl.core.params import Params, sha256
 from tesserafl.engines.compression import CompressionSettings
 from tesserafl.methods import FedFMSL, FedIT, FFALoRA, FlexLoRA, PFLMoE
 from tesserafl.methods import _mixture as mixture
-from tesserafl.methods._activation import Activation
 from tesserafl.models.scaling import forward_of
 
 pytest.importorskip("transformers")
@@ -41,37 +39,6 @@ AVERAGING = {"fedit": FedIT(), "ffa_lora": FFALoRA(), "flexlora": FlexLoRA()}
 INPUTS = ("pretrained", "global")
 each_averaging = pytest.mark.parametrize("averaging", AVERAGING)
 each_input = pytest.mark.parametrize("given", INPUTS)
-
-
-# A smoothed plateau
-
-
-def test_a_plateau_of_the_smoothed_accuracy() -> None:
-    plan = Activation(start=2, step=2, patience=3, tolerance=0.041, smoothing=0.5)
-    # Means: 0.4, 0.44, 0.42, 0.44; the accuracies themselves are twice as far apart.
-    up_and_down: list[float | None] = [0.40, 0.48, 0.40, 0.46]
-    assert active(plan, up_and_down) == [2, 2, 2, 4, 4]
-    assert active(replace(plan, smoothing=0.0), up_and_down) == [2, 2, 2, 2, 2]
-    # Means of a jump go on rising: 0.4, 0.5, 0.55, 0.575, 0.5875.
-    jump: list[float | None] = [0.4, 0.6, 0.6, 0.6, 0.6]
-    assert active(plan, jump) == [2, 2, 2, 2, 2, 4]
-    assert active(replace(plan, smoothing=0.0), jump) == [2, 2, 2, 2, 4, 4]
-
-
-def test_the_mean_lasts_over_a_plateau_and_not_over_a_stage() -> None:
-    plan = Activation(start=1, step=1, patience=2, tolerance=0.11, smoothing=0.5)
-    notes = plan.begin(9)
-    for accuracy in (0.2, 0.4, None, 0.7):
-        notes = plan.after(notes, 9, accuracy)
-    # 0.2, 0.3: a plateau. Then nobody measured, and (0.3 + 0.7) / 2 is the first of a new queue.
-    assert (notes["active"], notes["recent"]) == (2, [0.5])
-    assert plan.after(plan.begin(9), 9, 0.9)["recent"] == [0.9]
-
-
-@pytest.mark.parametrize("smoothing", [-0.1, 1.0])
-def test_a_mean_that_cannot_be_is_refused(smoothing: float) -> None:
-    with pytest.raises(ConfigError, match=r"method.smoothing must be in \[0, 1\); got"):
-        FedFMSL(smoothing=smoothing).init(vit(), 0, 4)
 
 
 # How stage one averages

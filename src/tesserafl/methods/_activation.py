@@ -37,9 +37,6 @@ class Activation:
     """q: rounds that make a plateau"""
     tolerance: float = 0.005
     """epsilon: the accuracies of a plateau differ by less"""
-    smoothing: float = 0.0
-    """share of the rounds before in an exponential mean of the accuracies, in which a plateau is
-    then sought; 0: in the accuracies themselves"""
     ramp: int = 10
     """rounds in which schedule linear activates all blocks"""
     depths: tuple[int, ...] = ()
@@ -75,8 +72,6 @@ class Activation:
             )
         if self.tolerance < 0:
             raise ConfigError(f"method.tolerance must be 0 or more; got {self.tolerance}")
-        if not 0.0 <= self.smoothing < 1.0:
-            raise ConfigError(f"method.smoothing must be in [0, 1); got {self.smoothing}")
         if self.schedule == "manual" and (not self.depths or min(self.depths) < 1):
             raise ConfigError(
                 f"method.schedule 'manual' needs method.depths, numbers of blocks of at least 1, "
@@ -87,24 +82,20 @@ class Activation:
         """What a state notes before the first round of a stage; a model has `most` blocks."""
         active = self._scheduled(0, most)
         active = min(self.start, most) if active is None else active
-        return {"active": active, "reached": active, "recent": [], "mean": None, "since": 0}
+        return {"active": active, "reached": active, "recent": [], "since": 0}
 
     def after(self, notes: Mapping[str, Any], most: int, accuracy: float | None) -> dict[str, Any]:
         """What it notes after a round; `accuracy` is None where nobody measured one."""
         since, active, recent = notes["since"] + 1, notes["active"], list(notes["recent"])
-        mean = notes["mean"]
         if accuracy is not None:
-            before = accuracy if mean is None else mean
-            mean = self.smoothing * before + (1.0 - self.smoothing) * accuracy
-            recent = [*recent, mean][-self.patience :]
+            recent = [*recent, accuracy][-self.patience :]
         planned = self._scheduled(since, most)
         if planned is not None:
             active = planned
         elif active < most and self._is_flat(recent):
             active, recent = min(most, active + self.step), []
         reached = max(notes["reached"], active)
-        heard = {"recent": recent, "mean": mean}
-        return {"active": active, "reached": reached, "since": since, **heard}
+        return {"active": active, "reached": reached, "recent": recent, "since": since}
 
     def trained_by(self, model: Model, notes: Mapping[str, Any], client: Client) -> frozenset[str]:
         """What the client trains: of the active blocks as many as it can."""
