@@ -93,10 +93,10 @@ class Mixture:
         """The mixed logits."""
         first = forward(part_of(params, GLOBAL), inputs)
         second = forward(part_of(params, OWN), inputs)
-        if self.reads == GLOBAL:
-            shares = self._read(first, params)
-        else:
+        if self.gate.learned and self.reads != GLOBAL:
             shares = self.shares(forward, params, inputs)
+        else:
+            shares = self._read(first, params)
         return Output(mixed(shares, first.logits, second.logits), None)
 
     def shares(self, forward: Forward, params: Params, inputs: Tensor) -> Tensor:
