@@ -162,6 +162,22 @@ CUT: dict[str, MethodSettings] = {
         caps=(2, 1),
         weighting="uniform",
     ),
+    "fedfmsl by products": FedFMSL(
+        ratio=RATIO,
+        start=1,
+        step=1,
+        patience=2,
+        tolerance=1.0,
+        averaging="flexlora",
+        gate_input="global",
+    ),
+    "fedfmsl of one factor": FedFMSL(
+        ratio=RATIO,
+        schedule="all",
+        averaging="ffa_lora",
+        weighting="uniform",
+        gate_input="global",
+    ),
     "pfl_moe in stage two": PFLMoE(ratio=RATIO, stage_one=0.0, held_out=0.2),
     "fedadapter in a long window": FedAdapter(
         ratio=RATIO, start_depth=0, start_width=4, window=3, weighting="uniform"
@@ -747,6 +763,8 @@ def test_what_looks_at_the_whole_is_not_entrywise() -> None:
         "fedfmsl in stage two",
         "fedfmsl alone",
         "fedfmsl from the input",
+        "fedfmsl by products",
+        "fedfmsl of one factor",
         "pfl_moe",
         "pfl_moe in stage two",
         "pfl_moe by halves",

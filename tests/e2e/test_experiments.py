@@ -164,7 +164,7 @@ def test_the_experts_study_takes_its_parts_away_one_by_one():
     }
     assert named.rows(base, frozenset())["fedit"].finetune_epochs == 1
     ablations = {label: row for label, row in rows.items() if label.startswith("ablation-")}
-    assert len(ablations) == 12
+    assert len(ablations) == 15
     for row in ablations.values():
         changed = {
             field.name
@@ -173,7 +173,7 @@ def test_the_experts_study_takes_its_parts_away_one_by_one():
         }
         assert changed and replace(row, method=base.method) == replace(base, finetune_epochs=0)
         assert len(changed) == 1 or changed == {"own", "balance"}
-    assert len({str(row.method) for row in ablations.values()} | {str(base.method)}) == 13
+    assert len({str(row.method) for row in ablations.values()} | {str(base.method)}) == 16
     for changes in ({"method": FedIT()}, {"model": HuggingFace()}):
         with pytest.raises(ConfigError, match="leave --method and --model away"):
             named.rows(replace(base, **changes), frozenset())

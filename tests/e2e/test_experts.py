@@ -73,10 +73,19 @@ PLATEAU = {
 """Any two accuracies make a plateau."""
 METHODS = {"fedfmsl": PLATEAU, "pfl_moe": {"name": "pfl_moe", "ratio": [1.0]}}
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+OTHERWISE = {
+    **PLATEAU,
+    "averaging": "flexlora",
+    "gate_input": "global",
+}
 one_method = pytest.mark.parametrize(
     "method",
-    [METHODS["fedfmsl"], pytest.param(METHODS["pfl_moe"], marks=pytest.mark.slow)],
-    ids=["fedfmsl", "pfl_moe"],
+    [
+        METHODS["fedfmsl"],
+        OTHERWISE,
+        pytest.param(METHODS["pfl_moe"], marks=pytest.mark.slow),
+    ],
+    ids=["fedfmsl", "fedfmsl otherwise", "pfl_moe"],
 )
 
 
@@ -345,7 +354,7 @@ def test_the_papers_rows_run_on_texts(tmp_path, texts):
 @pytest.mark.slow
 def test_the_papers_rows_run_on_images(tmp_path):
     rows = rows_on(None)
-    assert len(rows) == 9 + 12
+    assert len(rows) == 9 + 15
     chosen = ("fedfmsl", "promptfl", "fedclip", "pfl_moe", "ablation-from-input")
     started({label: rows[label] for label in chosen}, tmp_path)
 

@@ -92,6 +92,15 @@ class Collected:
             (values, self.weights[client] / total) for client, values in sorted(self.values.items())
         ]
 
+    def shares_of(self, pair: LowRank) -> list[tuple[Params, float]]:
+        """Of the clients that trained this pair, each one's factors with its share of their weight.
+
+        By client, whatever the order.
+        """
+        values = {c: each for c, each in sorted(self.values.items()) if pair.down in each}
+        total = sum(self.weights[client] for client in values)
+        return [(each, self.weights[client] / total) for client, each in values.items()]
+
 
 def stacked(pair: LowRank, shares: Sequence[tuple[Params, float]]) -> tuple[Tensor, Tensor]:
     """up [out, sum of ranks] and down [sum of ranks, in] whose product is the mean product.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,6 +50,9 @@ class Experts:
     gate: Literal["shared", "private", "linear", "half"] = "shared"
     """the gate's adapter is averaged in every round, or stays; or the gate has no adapter; or there
     is no gate, only halves"""
+    gate_input: Literal["pretrained", "global"] = "pretrained"
+    """whose features the gate reads: the foundation model's as it came, or the global expert's,
+    which is run anyway"""
     gate_width: int = 32
     """b: bottleneck of the gate's adapter"""
     temperature: float = 1.0
@@ -64,7 +67,10 @@ class Experts:
     own_start: Literal["global", "pretrained"] = "global"
     """what a client's expert begins as: the global one, or the foundation model as it came"""
 
-    num_references: ClassVar[int] = 2
+    @property
+    def num_references(self) -> int:
+        """Frozen sets of parameters that a client looks at beside those that it trains."""
+        return 2 if self._reads == BASE else 1
 
     def check_experts(self) -> None:
         """Check the settings.
@@ -115,13 +121,13 @@ class Experts:
         """Train the own expert and the gate; the global expert is looked up."""
         expert, own, gate = self._held(model, task, memory)
         references = {GLOBAL: expert}
-        if gate:
+        if self._reads == BASE:
             references[BASE] = as_it_came(model, expert)
         trainable = frozenset(own) if task.trainable is None else task.trainable
         return Fit(
             params={**own, **gate},
             training=task.training,
-            objective=MixtureLoss(self._gate, self.own, self.balance),
+            objective=MixtureLoss(self._gate, self.own, self.balance, self._reads),
             trainable=trainable.union(gate),
             beside=frozenset(gate),
             references=references,
@@ -160,12 +166,17 @@ class Experts:
             return Predictor(model=model, params=state.params)
         small = resized_to(model, part_like(model, own))
         params = {**named(GLOBAL, expert), **named(OWN, own), **state.extra, **_private(memory)}
-        params |= named(BASE, as_it_came(model, expert))
-        return Predictor(model=small, params=params, rule=Mixture(self._gate))
+        if self._reads == BASE:
+            params |= named(BASE, as_it_came(model, expert))
+        return Predictor(model=small, params=params, rule=Mixture(self._gate, self._reads))
 
     @property
     def _gate(self) -> Gate:
         return Gate(self.temperature, learned=self.gate != "half")
+
+    @property
+    def _reads(self) -> str:
+        return BASE if self.gate != "half" and self.gate_input == "pretrained" else GLOBAL
 
     def _shared(self, gate: Params) -> list[str]:
         return [n for n in (NARROW, WIDEN) if self.gate == "shared" and n in gate]

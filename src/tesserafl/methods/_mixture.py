@@ -2,8 +2,9 @@
 
     g = softmax((H z' + h) / T),  z' = z + U tanh(D z),  answer = g_1 global(x) + g_2 own(x)
 
-z [batch, d] are features of the frozen foundation model, brought to mean 0 and variance 1. D [b, d]
-and U [d, b] are the gate's adapter; H [2, d] and h [2] choose. U, H and h begin at zero: g is 1/2.
+z [batch, d] are features of the frozen foundation model, or of the global expert, brought to mean 0
+and variance 1. D [b, d] and U [d, b] are the gate's adapter; H [2, d] and h [2] choose. U, H and h
+begin at zero: g is 1/2.
 A language model answers at every place of a text; there z is [batch, time, d], and g is chosen for
 each place by the features of that place, which know nothing of what comes after it.
 """
@@ -22,7 +23,7 @@ from tesserafl.core.model import Output
 from tesserafl.core.params import Params
 
 GLOBAL, OWN, BASE = "global", "own", "base"
-"""The experts, and the model whose features the gate reads."""
+"""The experts, and the foundation model."""
 NARROW, WIDEN = "gate/narrow", "gate/widen"
 """D and U."""
 CHOOSE, OFFSET = "gate/choose", "gate/offset"
@@ -85,20 +86,24 @@ class Mixture:
     """How the experts answer together: a `Rule`, for parameters that `named` has named."""
 
     gate: Gate
+    reads: str = BASE
+    """Whose features the gate reads."""
 
     def __call__(self, forward: Forward, params: Params, inputs: Tensor) -> Output:
         """The mixed logits."""
-        first = forward(part_of(params, GLOBAL), inputs).logits
-        second = forward(part_of(params, OWN), inputs).logits
-        if self.gate.learned:
+        first = forward(part_of(params, GLOBAL), inputs)
+        second = forward(part_of(params, OWN), inputs)
+        if self.gate.learned and self.reads != GLOBAL:
             shares = self.shares(forward, params, inputs)
         else:
-            shares = self.gate(params, first)
-        return Output(mixed(shares, first, second), None)
+            shares = self._read(first, params)
+        return Output(mixed(shares, first.logits, second.logits), None)
 
     def shares(self, forward: Forward, params: Params, inputs: Tensor) -> Tensor:
         """What the gate says, as the labels lie: [batch, 2] or [batch, time, 2]."""
-        out = forward(part_of(params, BASE), inputs)
+        return self._read(forward(part_of(params, self.reads), inputs), params)
+
+    def _read(self, out: Output, params: Params) -> Tensor:
         assert out.features is not None, "a model without features was trained with a gate"
         return self.gate(params, out.features if self.gate.learned else out.logits)
 
@@ -108,9 +113,9 @@ class MixtureLoss:
     """Cross-entropy of the mixture, of the own expert, and a pull towards equal shares.
 
     It trains the own expert, which is the model's parameters, and the gate. Of the references it
-    reads the features of `BASE` and the logits of `GLOBAL`. Where examples are held out, the gate
-    learns from these and the expert from the others: on examples that the expert was trained on,
-    it looks better than it is.
+    reads the logits of `GLOBAL` and the features that the gate does. Where examples are held out,
+    the gate learns from these and the expert from the others: on examples that the expert was
+    trained on, it looks better than it is.
     """
 
     gate: Gate
@@ -118,6 +123,8 @@ class MixtureLoss:
     """lambda_1: weight of the own expert's loss, which trains it even where the gate does not."""
     balance: float
     """lambda_b: weight of KL(mean share || 1/2), against a gate that knows one expert only."""
+    reads: str = BASE
+    """Whose features the gate reads."""
 
     def __call__(
         self,
@@ -130,7 +137,7 @@ class MixtureLoss:
         """The loss of a batch, a scalar."""
         own = masked(forward(params, inputs).logits, extra)
         other = masked(extra[logits_of(GLOBAL)], extra)
-        shares = self.gate(params, extra[BASE] if self.gate.learned else other)
+        shares = self.gate(params, extra[self.reads] if self.gate.learned else other)
         counts = (labels.reshape(len(labels), -1) != IGNORED).any(dim=1)
         if HELD_OUT not in extra:
             loss = mean_over(mixed(shares, other, own), labels, counts)

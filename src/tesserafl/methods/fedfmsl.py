@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from tesserafl.core.fit import Fit, Fitted, Training
 from tesserafl.core.messages import Client, Memory, Task, Update, Wanted
@@ -35,6 +35,7 @@ from tesserafl.methods._activation import Activation, Heard, counts_of, most_blo
 from tesserafl.methods._adapters import init_adapters
 from tesserafl.methods._experts import FEATURES, Experts
 from tesserafl.methods._extra import ExtraSum
+from tesserafl.methods._products import average_products
 from tesserafl.methods._width import ratio_of
 
 
@@ -46,9 +47,17 @@ class FedFMSL(Activation, Experts):
     """share of the rank that each client class trains, dealt to the clients in turn"""
     weighting: Weighting = "examples"
     """weight of a client in the mean: its number of examples, or one each"""
+    averaging: Literal["fedit", "ffa_lora", "flexlora"] = "fedit"
+    """how stage one averages adapters, as the method of that name: each factor by itself; one
+    factor, the other is frozen; or the products of both, decomposed again"""
 
     topology: ClassVar[Topology] = "star"
     entrywise: ClassVar[bool] = False
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether a round leaves factors in another basis than it found them in."""
+        return self.averaging == "flexlora"
 
     def init(self, model: Model, seed: int, rounds: int) -> State:
         """Adapters that change nothing, and the gate's adapter, likewise."""
@@ -71,13 +80,16 @@ class FedFMSL(Activation, Experts):
             part = self.held_by(model, state.notes, ratio_of(self.ratio, client), second)
             served = client.id in state.notes["served"]
             gates = second and (self.gate == "shared" or not served)
+            trained = self.trained_by(model, state.notes, client).intersection(part.views)
+            if self.averaging == "ffa_lora" and not second:
+                trained -= {pair.down for pair in model.low_rank}
             yield Task(
                 round=state.round,
                 client=client,
                 submodel=part,
                 params={} if served else cut(state.params, part),
                 training=training,
-                trainable=self.trained_by(model, state.notes, client).intersection(part.views),
+                trainable=trained,
                 extra=dict(state.extra) if gates else {},
                 options={"second": second, FEATURES: state.notes[FEATURES]},
                 wanted=self.own_wanted(state.extra) if second else Wanted(),
@@ -106,8 +118,9 @@ class FedFMSL(Activation, Experts):
     ) -> State:
         """Stage one: mean of an adapter over those that trained it. Stage two: of the gate's."""
         heard, gate = Heard(), ExtraSum(state.extra, clients, self.weighting)
-        after = average_trained(self, model, state, clients, gate.adding(heard.listening(updates)))
         second, most = self.is_second(state.round, state.rounds), most_blocks(model)
+        average = average_products if self.rewrites and not second else average_trained
+        after = average(self, model, state, clients, gate.adding(heard.listening(updates)))
         notes = {**state.notes, **self.after(state.notes, most, heard.mean(clients))}
         if not second and self.is_second(after.round, state.rounds):
             notes |= self.begin(most)

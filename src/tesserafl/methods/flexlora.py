@@ -12,24 +12,18 @@ factors, so that W is never made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from tesserafl.core.lowrank import Collected, stacked, truncated
-from tesserafl.core.messages import Client, Update
 from tesserafl.core.method import (
-    State,
     Topology,
     Weighting,
-    average_trained,
     predict_whole,
     report_deltas,
     train_everything,
-    weights_of,
 )
-from tesserafl.core.model import Model
 from tesserafl.methods._adapters import first_ranks, init_adapters
+from tesserafl.methods._products import average_products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +45,5 @@ class FlexLoRA:
     local = train_everything
     report = report_deltas
 
-    def aggregate(
-        self, model: Model, state: State, clients: Sequence[Client], updates: Iterable[Update]
-    ) -> State:
-        """Stack the factors, decompose, keep the largest; what is no factor is averaged."""
-        kept = Collected(model, weights_of(clients, self.weighting))
-        after = average_trained(self, model, state, clients, kept.apart(state.params, updates))
-        if not kept.values:
-            return after
-        params, shares = dict(after.params), kept.shares
-        for pair in model.low_rank:
-            old = state.params[pair.down]
-            up, down = truncated(*stacked(pair, shares), old)
-            params[pair.up], params[pair.down] = up.to(old.dtype), down.to(old.dtype)
-        return replace(after, params=params)
-
+    aggregate = average_products
     predictor = predict_whole

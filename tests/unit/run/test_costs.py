@@ -180,12 +180,15 @@ def test_costs_are_of_the_backward_pass_down_to_the_lowest_block() -> None:
     assert below.flops_per_example > of_blocks(2).flops_per_example
 
 
-def test_both_experts_that_are_looked_up_lie_in_memory() -> None:
+@pytest.mark.parametrize(
+    ("settings", "looked_up"), [({}, 2), ({"gate_input": "global"}, 1), ({"gate": "half"}, 1)]
+)
+def test_what_is_looked_up_lies_in_memory(settings: dict, looked_up: int) -> None:
+    """The global expert and, where the gate reads that, the foundation model."""
     whole = setup().model.whole()
-    mixing = table().of_part(whole, None)
+    mixing = table(method=FedFMSL(schedule="all", **settings)).of_part(whole, None)
     plain = table(method=FedIT()).of_part(whole, None)
-    assert isinstance(setup().experiment.method, FedFMSL)
-    assert mixing.peak_bytes == plain.peak_bytes + 2 * plain.bytes_each_way
+    assert mixing.peak_bytes == plain.peak_bytes + looked_up * plain.bytes_each_way
 
 
 def test_frozen_numbers_are_the_frozen_model_and_no_more() -> None:
