@@ -17,6 +17,7 @@ import logging
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -132,7 +133,8 @@ def join(
 
 def supernode(line: Line) -> list[str]:
     """The command that keeps the line to the server; ConfigError if Flower is not installed."""
-    command = [program("flower-supernode"), "--superlink", line.address, "--host", "127.0.0.1"]
+    node = [sys.executable, "-m", "tesserafl.run.sparing", program("flower-supernode")]
+    command = [*node, "--superlink", line.address, "--host", "127.0.0.1"]
     if line.keys is None:
         return [*command, "--insecure"]
     command += ["--root-certificates", str(line.keys.ca)]
