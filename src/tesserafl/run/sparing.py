@@ -3,8 +3,8 @@
     python -m tesserafl.run.sparing PROGRAM ARGUMENT...
 
 Flower's node leaves the bytes of messages that it has passed on in cycles of references. It makes
-few objects beside the many that it has imported, so Python's collector hardly ever looks at all, and
-a device that carries 50 MiB a round would hold some 25 MiB more after each.
+few objects beside the many that it has imported, so Python's collector hardly ever looks at all of
+them, and a device that carries 50 MiB a round would hold some 25 MiB more after each.
 """
 
 from __future__ import annotations
