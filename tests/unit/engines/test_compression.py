@@ -23,7 +23,7 @@ from tesserafl.engines.compression import (
     compressed,
     task_bytes,
 )
-from tesserafl.methods import METHODS, FedAsync, FedAvg, FLoRA, Local
+from tesserafl.methods import METHODS, FedAsync, FedAvg, FedFMSL, FLoRA, Local
 
 WHOLE = (slice(0, 4), slice(0, 3))
 LARGE = {"w": (4, 3), "b": (4,)}
@@ -215,7 +215,9 @@ def test_what_cannot_be_compressed_is_refused() -> None:
         settings.check(FedAvg(), "peers")
     settings.check(FedAvg(), "tree")
     CompressionSettings().check(Local(), "peers")
-    rewriting = {name for name, kind in METHODS.items() if getattr(kind, "rewrites", False)}
+    rewriting = {name for name, kind in METHODS.items() if getattr(kind(), "rewrites", False)}
     assert rewriting == {"flora", "flexlora", "matched_averaging", "flm", "fedadapter"}
+    with pytest.raises(ConfigError, match=r"error_feedback to false"):
+        settings.check(FedFMSL(averaging="flexlora"), "star")
     with pytest.raises(ConfigError, match="share"):
         CompressionSettings(share=0.0)
