@@ -1,6 +1,6 @@
 """A device answers one order; prints the largest resident bytes over those of its payload.
 
-python one_order.py FOLDER METHOD MIB CODING
+python one_order.py FOLDER METHOD MIB
 """
 
 from __future__ import annotations

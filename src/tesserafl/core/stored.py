@@ -62,6 +62,27 @@ class Stored(dict[str, Tensor]):
         """As of a dict, read one at a time."""
         return ValuesView(self)
 
+    def copy(self) -> dict[str, Tensor]:
+        """A plain dict: all of them, read."""
+        return dict(self)
+
+    def __copy__(self) -> dict[str, Tensor]:
+        return dict(self)
+
+    def __deepcopy__(self, memo: object) -> dict[str, Tensor]:
+        return dict(self)  # what is read is nobody else's
+
+    def __eq__(self, other: object) -> bool:
+        return self is other  # values are not compared: tensors have no one truth
+
+    def __ne__(self, other: object) -> bool:
+        return self is not other
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"Stored({', '.join(self)})"
+
     def __or__(self, other: Any) -> Any:
         return {**self, **other}
 
@@ -102,7 +123,7 @@ class Stored(dict[str, Tensor]):
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError("stored parameters cannot be replaced one by one; use dict(params)")
 
-    __setitem__ = __delitem__ = __ior__ = copy = _refuse
+    __setitem__ = __delitem__ = __ior__ = _refuse
     pop = popitem = update = setdefault = clear = _refuse
 
 

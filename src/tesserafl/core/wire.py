@@ -209,7 +209,7 @@ def _decoded(
     main = _group(groups, group)
     if how is None:
         return main
-    if isinstance(main, Stored) and how.coding == "bfloat16":
+    if isinstance(main, Stored) and how.coding == "bfloat16" and not groups.get("codes"):
         return main.in_float32(how.names)
     shapes = {name: view.shape for name, view in submodel.views.items()}
     return decoded(how.coding, main, _group(groups, "codes"), frozenset(how.names), shapes)

@@ -44,6 +44,8 @@ from tesserafl.engines.parcels import Letter, Outgoing, check_parcel, in_message
 from tesserafl.engines.seam import Done
 from tesserafl.engines.steps import Course, Step, Told
 
+_MOST_ORDERS = 10
+"""Of one task to one device."""
 _MOST_ANSWER_BYTES, _MOST_TENSOR_BYTES, _MOST_ENTRY_BYTES = 1 << 16, 1 << 10, 16
 """Of an answer: in all, for every tensor and for every entry; an entry has 8 bytes, or 4 with its
 place, and the rest is for the heads of parcels."""
@@ -87,6 +89,10 @@ class Errand:
     has: frozenset[str] = frozenset()
     """Parcels that the device should have: those of its last task."""
     course: Course = field(init=False)
+    _orders: int = 0
+    """How often the order was given again because nothing was said to be missing."""
+    _lacks: Sequence[str] = ()
+    """Parcels that the device said it lacks, while other messages were under way."""
     _last: Sequence[int] = ()
     """Parcels that go with the order, when the others have arrived."""
     _answer: Answer | None = None
@@ -107,12 +113,13 @@ class Errand:
         stores = [sealed(Store(run=self.run), self._of_task(group)) for group in groups[:-1]]
         return self.course.sending(*stores, self._work(groups[-1]), *self._rests(self.ahead))
 
-    def learnt(self) -> dict[str, Any]:
-        """`ahead` and `has` for the next one to the same device, when this one is done."""
-        assert self._letter is not None
-        messages = len(in_messages(self._letter.parcels, self.outgoing.most_bytes))
+    def learnt(self, before: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`ahead` and `has` for the next one to the same device, by what was known `before`."""
         has = frozenset(note.sha256 for note in self.outgoing.letter.parcels)
-        return {"ahead": messages, "has": has}
+        if self._letter is not None and self.task is not None:
+            messages = len(in_messages(self._letter.parcels, self.outgoing.most_bytes))
+            return {"ahead": messages, "has": has}
+        return {**before, "has": before["has"] | has} if before else before
 
     def replied(self, envelope: Envelope) -> Step:
         """What a reply leads to.
@@ -124,6 +131,10 @@ class Errand:
         if envelope.parcels and not isinstance(reply, Answer | Parcels):
             raise MessageError(f"a device sent parcels with its {reply.kind!r}")
         if isinstance(reply, Stranger):
+            # It begins anew, and nothing is known of what it has.
+            self.has, self.ahead, self._lacks = frozenset(), None, ()
+            self._answer = self._letter = None
+            self._parcels = {}
             return self.course.forgotten()
         if isinstance(reply, Missing):
             return self._missed(reply.parcels)
@@ -131,7 +142,9 @@ class Errand:
             return Step(result=reply)
         if isinstance(reply, Answer) and (self.task or self.ask) is not None:
             self._answer, self._letter = reply, self._bounded(letter_of(reply.letter))
-        elif isinstance(reply, Parcels) and self._letter is None and self.ahead:
+            names = {note.sha256 for note in self._letter.parcels}  # nothing of a letter before
+            self._parcels = {name: data for name, data in self._parcels.items() if name in names}
+        elif isinstance(reply, Parcels) and self._letter is None and self.ahead is not None:
             return self._missed(())  # of an earlier answer
         elif not (isinstance(reply, Parcels) and self._letter is not None):
             raise MessageError(f"a device answered {reply.kind!r} where that answers nothing")
@@ -168,12 +181,17 @@ class Errand:
 
     def _missed(self, parcels: Sequence[str]) -> Step:
         if self._letter is not None:
-            if parcels or not self.ahead:
+            if parcels or self.ahead is None:
                 raise MessageError(f"the device of client {self.client} has lost its answer")
             return self._collected(self._letter, {})
+        self._lacks = parcels or self._lacks
         if self.course.waiting:
             return Step()
+        parcels, self._lacks = self._lacks, ()
         if not parcels:
+            self._orders += 1
+            if self._orders > _MOST_ORDERS:
+                raise MessageError(f"the device of client {self.client} does not do its task")
             return self.course.sending(self._work(self._last))
         self.course.losing_parcels()
         letter, wanted = self.outgoing.letter, set(parcels)
@@ -208,7 +226,7 @@ class Errand:
         """Take what came of an answer, and ask for the rest of it."""
         assert letter is not None
         notes = {note.sha256: note for note in letter.parcels}
-        if self.ahead:  # what was asked for ahead may be of an answer before this one
+        if self.ahead is not None:  # what was asked for ahead may be of an answer before this one
             parcels = {name: data for name, data in parcels.items() if name in notes}
         if not parcels.keys() <= notes.keys():
             raise MessageError(f"the device of client {self.client} sent parcels of no answer")

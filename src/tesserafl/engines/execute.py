@@ -64,7 +64,7 @@ def execute(
     momenta = None
     if fit.momentum is not None:
         momenta = [aligned(fit.momentum[name].to(device)) for name in trainable]
-    # Copies that were made for this client alone.
+    # Copies that were made for this client alone: what is given lies on the CPU.
     own = isinstance(fit.params, Stored) or torch.device(device).type != "cpu"
     optimiser = Optimiser(training, momenta, own)
     losses: list[Tensor] = []

@@ -4,6 +4,7 @@
     Store   keep these parcels           -> Missing (of nothing)
     Work    do the task of this letter   -> Answer, Missing, Stranger, Refusal
     Fetch   send parcels of your answer  -> Parcels, Missing
+    Rest    send what the answer has yet -> Parcels, Missing (of nothing)
     Judge   measure what you keep        -> Judged, Stranger, Refusal
     Bye     the run is over              -> Missing (of nothing)
 

@@ -26,7 +26,7 @@ from tesserafl.engines.orders import Envelope, Hello, Judged, Profile
 from tesserafl.engines.parcels import Outgoing
 from tesserafl.engines.questions import Question, Said
 from tesserafl.engines.seam import Done, Failed, Outcome, Reason
-from tesserafl.engines.steps import Step, Told
+from tesserafl.engines.steps import Step, Told, oldest
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Remote:
     """On the wire, with heads and letters."""
     bytes_up: int = 0
     _errands: dict[int, Errand | Question] = field(default_factory=dict)
-    _ahead: dict[int, Any] = field(default_factory=dict)
+    _ahead: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     """Client -> what the next errand knows by its last; of this process alone."""
     _until: dict[int, float] = field(default_factory=dict)
     """Client -> when its errand expires."""
@@ -244,8 +244,9 @@ class Remote:
         if step.result is not None:
             errand = self._errands.pop(client)
             self._forget(client)
-            if isinstance(step.result, Done) and isinstance(errand, Errand):
-                self._ahead[client] = errand.learnt()
+            if isinstance(errand, Errand):
+                self._ahead[client] = errand.learnt(self._ahead.get(client, {}))
+            if isinstance(step.result, Done):
                 self.heard[client] = step.result.update.round
             if isinstance(step.result, Done | Told):
                 self._ended.append(step.result)
@@ -254,7 +255,8 @@ class Remote:
 
     def _deliver(self) -> None:
         """Look into the post."""
-        names = [*self._attendance.greetings, *self._messages, *self._attendance.turned_away]
+        attendance = self._attendance
+        names = [*attendance.greetings, *oldest(self._messages), *attendance.turned_away]
         for name, reply in self.post.pull(names) if names else ():
             if isinstance(reply, Envelope):
                 self.bytes_up += reply.num_bytes

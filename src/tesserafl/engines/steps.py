@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel
@@ -85,3 +86,15 @@ class Course:
         self._repeats += 1
         if self._repeats > _MOST_REPEATS:
             raise MessageError(text)
+
+
+def oldest(messages: Mapping[str, int], most: int = 8) -> list[str]:
+    """The first messages of each client, of all (name -> client, in their order): a device answers
+    one after another, and to ask for all of them takes calls."""
+    seen: Counter[int] = Counter()
+    found = []
+    for name, client in messages.items():
+        seen[client] += 1
+        if seen[client] <= most:
+            found.append(name)
+    return found

@@ -68,7 +68,7 @@ def fetched(order: Fetch, spool: Spool) -> Envelope:
 def rest_of(order: Rest, spool: Spool) -> Envelope:
     """Further parcels of the answer that is kept, if it is that round's."""
     kept = spool.answer()
-    if kept is None or kept["letter"]["header"].get("round") != order.round:
+    if kept is None or kept.get("letter", {}).get("header", {}).get("round") != order.round:
         return sealed(Missing(parcels=[]))
     notes = letter_of(kept["letter"]).parcels
     return sealed(Parcels(), spool.answered_in(notes, order.most_bytes, order.number))

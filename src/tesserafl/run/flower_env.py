@@ -30,8 +30,9 @@ SPARING = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
 }
-"""Unless a user sets them: glibc gives large buffers back at once. Else a node of Flower's that
-carries messages of tens of MiB keeps several of them; other C libraries take no notice."""
+"""For a device's node alone, unless a user sets them: glibc then gives large buffers back at once,
+where a node that carries messages of tens of MiB would keep several of them. Whoever computes would
+pay for that with time. Other C libraries take no notice."""
 
 SUPERLINK_FLAGS = ("--disable-runtime-dependency-installation",)
 """Flags of `flower-superlink`, which installs by default; `flower-supernode` does not, and has no
@@ -48,5 +49,5 @@ def environment(home: Path) -> dict[str, str]:
     }
     # Flower starts its own programs by their bare names.
     path = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
-    pace = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", **SPARING, **inherited}  # a second, else
+    pace = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2", **inherited}  # a second, else
     return {**pace, **CLOSED, "FLWR_HOME": str(home.absolute()), "PATH": path}

@@ -17,7 +17,6 @@ import logging
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -34,9 +33,10 @@ from tesserafl.run.addresses import check_address, check_name
 from tesserafl.run.children import child, end, free_port, program, tail_of
 from tesserafl.run.enrol import PREFIX, enrol
 from tesserafl.run.files import alone_in
-from tesserafl.run.flower_env import environment
+from tesserafl.run.flower_env import SPARING, environment
 from tesserafl.run.holding import Local
 from tesserafl.run.resident import Resident
+from tesserafl.run.sparing import SPARINGLY
 
 _log = logging.getLogger(__name__)
 
@@ -133,8 +133,14 @@ def join(
 
 def supernode(line: Line) -> list[str]:
     """The command that keeps the line to the server; ConfigError if Flower is not installed."""
-    node = [sys.executable, "-m", "tesserafl.run.sparing", program("flower-supernode")]
-    command = [*node, "--superlink", line.address, "--host", "127.0.0.1"]
+    command = [
+        *SPARINGLY,
+        program("flower-supernode"),
+        "--superlink",
+        line.address,
+        "--host",
+        "127.0.0.1",
+    ]
     if line.keys is None:
         return [*command, "--insecure"]
     command += ["--root-certificates", str(line.keys.ca)]
@@ -154,7 +160,8 @@ def keep_up(
     while not over():
         begun = time.monotonic()
         port = ["--port", str(free_port())]
-        process = child([*command, *port], environment(folder / "flower"), log)
+        variables = {**SPARING, **environment(folder / "flower")}
+        process = child([*command, *port], variables, log)
         try:
             while process.poll() is None and not over():
                 time.sleep(_PAUSE)

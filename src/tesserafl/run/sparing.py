@@ -15,6 +15,9 @@ import sys
 import threading
 import time
 
+# -P: nothing is imported from the folder in which somebody happens to be.
+SPARINGLY = (sys.executable, "-P", "-m", "tesserafl.run.sparing")
+"""In front of a program and its arguments."""
 SECONDS = 5.0
 """Between two looks."""
 

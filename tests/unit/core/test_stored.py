@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -50,6 +51,9 @@ def test_they_are_parameters_like_any_other(params, pieces):
         "values": dict(zip(lazy, lazy.values(), strict=True)),
         "or": lazy | {},
         "ror": {} | lazy,
+        "copy": lazy.copy(),
+        "copied": copy.copy(lazy),
+        "deeply": copy.deepcopy(lazy),
         "get": {name: lazy.get(name) for name in lazy},
         "keys": dict(zip(lazy.keys(), (lazy[name] for name in lazy), strict=True)),
     }
@@ -58,6 +62,7 @@ def test_they_are_parameters_like_any_other(params, pieces):
         for name, tensor in params.items():
             assert found[name].dtype == tensor.dtype, how
             assert torch.equal(found[name], tensor), how
+    assert lazy == lazy and lazy != stored(params, pieces)
     assert len(lazy) == 4 and "a" in lazy and "c" not in lazy
     assert lazy.get("c") is None
     with pytest.raises(KeyError):
@@ -79,7 +84,6 @@ def test_none_can_be_replaced(params):
         lambda: lazy.update(a=torch.zeros(1)),
         lambda: lazy.pop("a"),
         lambda: lazy.clear(),
-        lambda: lazy.copy(),
     ):
         with pytest.raises(TypeError, match="dict"):
             change()

@@ -25,6 +25,7 @@ from tesserafl.engines.orders import (
     sealed,
 )
 from tesserafl.engines.parcels import Outgoing
+from tesserafl.engines.steps import oldest
 
 RUN = "b" * 32
 LARGE, SMALL = 1 << 20, 400
@@ -140,7 +141,11 @@ def test_of_a_device_that_was_heard_everything_is_asked_at_once():
         assert step.result is None and not step.send
         step = found.replied(parcels_of(out, number))
     assert step.result.update.metrics == {"loss": 1.0}
-    assert found.learnt() == {"ahead": messages, "has": set(names)} and not found.course.waiting
+    assert found.learnt({}) == {"ahead": messages, "has": set(names)} and not found.course.waiting
+    # What a client's own model is measured with stays too, until the next task.
+    judged = errand(SMALL, judge=True)
+    assert judged.learnt({}) == {}
+    assert judged.learnt({"ahead": 3, "has": {"x"}}) == {"ahead": 3, "has": {"x", *names}}
 
 
 def test_what_the_device_had_for_its_last_task_is_not_sent_again():
@@ -153,8 +158,6 @@ def test_what_the_device_had_for_its_last_task_is_not_sent_again():
     assert kinds(step) == ["work", "rest"] and not step.send[0].parcels
     assert not found.replied(sealed(Missing(parcels=names[2:3]))).send  # it had not
     step = found.replied(sealed(Missing(parcels=[])))
-    assert kinds(step) == ["work"]
-    step = found.replied(sealed(Missing(parcels=names[2:3])))
     assert kinds(step) == ["work"] and list(step.send[0].parcels) == names[2:3]
 
 
@@ -193,8 +196,6 @@ def test_a_device_that_lost_parcels_is_sent_them_when_nothing_is_under_way(stale
         step = found.replied(reply)
         assert not step.send and step.result is None
     step = found.replied(replies[-1])
-    assert kinds(step) == ["work"] and not step.send[0].parcels
-    step = found.replied(sealed(Missing(parcels=names[1:2])))
     assert kinds(step) == ["work"] and list(step.send[0].parcels) == names[1:2]
     step = found.replied(answer(outgoing()))
     assert step.result.update.metrics == {"loss": 1.0}
@@ -206,6 +207,54 @@ def test_a_parcel_that_is_named_twice_is_refused():
     notes = outgoing().letter.model_dump()["parcels"]
     with pytest.raises(MessageError, match="twice"):
         found.replied(answer(outgoing(), parcels=notes * 2))
+
+
+def test_of_several_answers_only_the_last_ones_parcels_are_kept():
+    found = errand(SMALL, ahead=9)
+    count = len(found.begin().send)
+    for number in range(count - 1):
+        out = outgoing(SMALL, delta={n: p + 2 + number for n, p in task().params.items()})
+        first = {out.letter.parcels[0].sha256: out.parcel(0)}
+        found.replied(sealed(Answer(letter=out.letter.model_dump(), seconds=0.5), first))
+    assert len(found._parcels) == 1
+
+
+def test_a_device_that_lacks_nothing_and_does_nothing_is_given_up():
+    found = errand()
+    found.begin()
+    for _ in range(10):
+        assert kinds(found.replied(sealed(Missing(parcels=[])))) == ["work"]
+    with pytest.raises(MessageError, match="does not do its task"):
+        found.replied(sealed(Missing(parcels=[])))
+
+
+def test_what_was_asked_ahead_may_come_to_nothing():
+    found = errand(SMALL, ahead=0)
+    count = len(found.begin().send)
+    out = outgoing(SMALL)
+    first = {out.letter.parcels[0].sha256: out.parcel(0)}
+    found.replied(sealed(Answer(letter=out.letter.model_dump(), seconds=0.5), first))
+    for _ in range(count - 2):  # to what was sent before
+        assert not found.replied(sealed(Missing(parcels=[]))).send
+    assert set(kinds(found.replied(sealed(Missing(parcels=[]))))) == {"fetch"}
+
+
+def test_to_a_stranger_everything_is_said_again():
+    found = errand(
+        SMALL, ahead=2, has=frozenset(n.sha256 for n in errand(SMALL).outgoing.letter.parcels)
+    )
+    assert kinds(found.begin()) == ["work", "rest"]
+    found.replied(sealed(Stranger()))
+    assert found.replied(sealed(Stranger())).greet
+    step = found.begin()
+    assert kinds(step) == ["work"] and len(step.send[0].parcels) == 1
+
+
+def test_the_oldest_messages_of_each_client_are_asked_for():
+    messages = {f"{client}-{n}": client for n in range(5) for client in (1, 2)}
+    messages["3-0"] = 3
+    assert oldest(messages, 2) == ["1-0", "2-0", "1-1", "2-1", "3-0"]
+    assert oldest(messages, 9) == list(messages)
 
 
 def test_a_stranger_to_many_messages_is_one():
