@@ -135,6 +135,8 @@ def plain(folder: Path, mib: int, devices: int, rounds: int) -> dict[str, Any]:
         ready = time.monotonic() + 20.0
         with watching([server.pid, nodes[0].pid], lambda: time.monotonic() > ready) as peaks:
             config = f"mib={mib} devices={devices} rounds={rounds} out='{folder / 'rounds.json'}'"
+            while time.monotonic() <= ready:  # else what is measured has begun before it is idle
+                time.sleep(0.5)
             command = [program("flwr"), "run", str(folder / "app"), "bar", "--run-config", config]
             subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
             while not (folder / "rounds.json").exists():
